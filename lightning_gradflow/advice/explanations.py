@@ -1,0 +1,217 @@
+"""What a finding means, in a sentence for what is seen and one for why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from string import Formatter
+
+from lightning_gradflow.findings import Finding, FindingKind
+
+Text = tuple[str, ...]
+"""A sentence: its head, and details that are left out where the evidence has no number for them."""
+
+SEEN: dict[FindingKind, Text] = {
+    FindingKind.VANISHING_GRADIENT: (
+        "The gradient vanishes on its way back to {layers}",
+        "it loses {decades} decades over {points} points of the network",
+    ),
+    FindingKind.EXPLODING_GRADIENT: (
+        "The gradient explodes in {layers}",
+        "it grows by {decades} decades over {points} points of the network",
+        "its total norm of {grad_norm_total} is {growth} times the median of this run so far",
+    ),
+    FindingKind.NONFINITE_GRADIENT: (
+        "The gradient is NaN or infinite",
+        "{nonfinite_layers} of the layers have such entries",
+        "the loss is {loss}",
+    ),
+    FindingKind.DEAD_UNITS: (
+        "Units are dead at {layers}: they stand on the flat side for every sample",
+        "{dead_fraction} of the units in the worst place",
+        "activations with dead units: {activations}",
+    ),
+    FindingKind.SATURATED_ACTIVATION: (
+        "The activation saturates at {layers}",
+        "{saturated_fraction} of its outputs are at the bounds",
+        "it multiplies the gradient that passes back by {activation_gain}",
+    ),
+    FindingKind.LOSS_PLATEAU: (
+        "The loss has stopped falling",
+        "it moved by {progress} in {steps} steps",
+        "it stands at {loss}",
+    ),
+    FindingKind.NO_GRADIENT: ("No gradient ever reaches {layers}, although the optimizer holds their parameters",),
+    FindingKind.UPDATE_RATIO: (
+        "The updates are out of proportion to the weights in {layers}",
+        "one step changes them by {update_ratio} of their norm",
+    ),
+}
+"""What is seen, for each kind."""
+
+BECAUSE: dict[tuple[FindingKind, str], Text] = {
+    (FindingKind.VANISHING_GRADIENT, "saturation"): (
+        "Most of it is lost in activations that are nearly flat",
+        "each multiplies the gradient by {activation_gain} (median)",
+        "the weights of a layer by {weight_gain}",
+    ),
+    (FindingKind.VANISHING_GRADIENT, "weight_scale"): (
+        "The weights are too small for the depth",
+        "those of a layer multiply the gradient by {weight_gain} (median)",
+    ),
+    (FindingKind.VANISHING_GRADIENT, "depth"): (
+        "No layer loses much by itself, but the losses multiply and there are many layers",
+        "a factor of {per_point} at each point",
+    ),
+    (FindingKind.VANISHING_GRADIENT, "recurrence"): (
+        "It is lost through time: the recurrence multiplies it by less than one at each time step",
+    ),
+    (FindingKind.VANISHING_GRADIENT, "underflow"): (
+        "It is too small for the number format and is rounded to zero",
+        "points with a gradient of exactly zero: {underflowed_points}",
+    ),
+    (FindingKind.VANISHING_GRADIENT, "dead_units"): (
+        "Most of it is lost in rectifiers with units that pass nothing on",
+        "each multiplies the gradient by {activation_gain} (median)",
+    ),
+    (FindingKind.EXPLODING_GRADIENT, "weight_scale"): (
+        "The weights are too large for the depth",
+        "those of a layer multiply the gradient by {weight_gain} (median)",
+    ),
+    (FindingKind.EXPLODING_GRADIENT, "depth"): (
+        "No layer adds much by itself, but the gains multiply and there are many layers",
+        "a factor of {per_point} at each point",
+    ),
+    (FindingKind.EXPLODING_GRADIENT, "recurrence"): (
+        "It grows through time: the recurrence multiplies it by more than one at each time step",
+    ),
+    (FindingKind.EXPLODING_GRADIENT, "learning_rate_too_large"): (
+        "The norm leaves its own past behind while the loss rises: the steps are too large",
+    ),
+    (FindingKind.NONFINITE_GRADIENT, "forward"): (
+        "It began in the forward pass: {first} is the first layer whose output is not finite",
+    ),
+    (FindingKind.NONFINITE_GRADIENT, "loss"): (
+        "It began in the loss function: all outputs are finite and the loss is not",
+    ),
+    (FindingKind.NONFINITE_GRADIENT, "backward"): (
+        "It began in the backward pass, at {first}: all outputs and the loss are finite",
+    ),
+    (FindingKind.DEAD_UNITS, "initialisation"): (
+        "They were dead from the first samples on: the initial weights or biases",
+    ),
+    (FindingKind.DEAD_UNITS, "learning_rate_too_large"): (
+        "They were alive at first and died in training: a step that was too large pushed them there",
+    ),
+    (FindingKind.SATURATED_ACTIVATION, "unscaled_inputs"): (
+        "It is so from the start and behind the first layer: the inputs are too large for its weights",
+    ),
+    (FindingKind.SATURATED_ACTIVATION, "weight_scale"): (
+        "It is so from the start: the weights before it are too large",
+    ),
+    (FindingKind.SATURATED_ACTIVATION, "drift"): ("It was not so at the start: the weights grew in training",),
+    (FindingKind.LOSS_PLATEAU, "vanishing_gradient"): ("The first layers get next to no gradient and cannot learn",),
+    (FindingKind.LOSS_PLATEAU, "learning_rate_too_small"): ("The steps are too small to get anywhere",),
+    (FindingKind.LOSS_PLATEAU, "learning_rate_too_large"): ("The steps are so large that each undoes the one before",),
+    (FindingKind.LOSS_PLATEAU, "dead_units"): ("Dead units block the signal",),
+    (FindingKind.LOSS_PLATEAU, "no_signal_in_data"): (
+        "A step helps on the batch it was made for and on no other: the targets do not follow from the inputs",
+    ),
+    (FindingKind.NO_GRADIENT, "unused"): ("They take no part in the loss",),
+    (FindingKind.UPDATE_RATIO, "too_small"): ("At that pace they hardly move; about 0.001 is usual",),
+    (FindingKind.UPDATE_RATIO, "too_large"): ("At that pace they are overwritten; about 0.001 is usual",),
+}
+"""Why, for each kind and cause."""
+
+UNKNOWN = "The measurements do not tell why"
+"""Why, for every cause that is not in the table."""
+
+_PERCENT = frozenset({"dead_fraction", "saturated_fraction", "progress"})
+_COUNT = frozenset({"points", "layers", "underflowed_points", "nonfinite_layers", "activations", "steps"})
+_MOST_NAMES = 3
+
+
+def explain(finding: Finding) -> str:
+    r"""What was found and why, in two plain sentences with the layers and the numbers.
+
+    A detail for which the evidence has no number is left out; a cause that is not in the table is called unknown.
+
+    Args:
+        finding: its `message` is not looked at.
+
+    Returns:
+        The text, without markup.
+
+    Example:
+        >>> from lightning_gradflow.findings import Severity
+        >>> evidence = {"span": -6.2, "points": 21.0, "activation_gain": 0.24}
+        >>> finding = Finding(FindingKind.VANISHING_GRADIENT, Severity.WARNING, 0, ("fc1",), "saturation", "", evidence)
+        >>> print(explain(finding).replace(". ", ".\n"))
+        The gradient vanishes on its way back to fc1: it loses 6.2 decades over 21 points of the network.
+        Most of it is lost in activations that are nearly flat: each multiplies the gradient by 0.24 (median).
+    """
+    fields = _fields(finding)
+    because = BECAUSE.get((finding.kind, finding.cause), (UNKNOWN,))
+    return f"{_sentence(SEEN[finding.kind], fields)} {_sentence(because, fields)}"
+
+
+def names(layers: tuple[str, ...]) -> str:
+    """The first three layers, and how many more there are.
+
+    Example:
+        >>> names(("a", "b", "c", "d"))
+        'a, b, c and 1 more'
+    """
+    if not layers:
+        return "the model"
+    more = len(layers) - _MOST_NAMES
+    if more > 0:
+        return f"{', '.join(layers[:_MOST_NAMES])} and {more} more"
+    return " and ".join(filter(None, (", ".join(layers[:-1]), layers[-1])))
+
+
+def number(value: float) -> str:
+    """Three significant digits, as short as they can be.
+
+    Example:
+        >>> [number(x) for x in (0.2401, 21.0, 0.00001234, 4.2e12, float("nan"))]
+        ['0.24', '21', '1.2e-5', '4.2e12', 'nan']
+    """
+    if value == 0 or not math.isfinite(value) or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.3g}" if abs(value) < 1000 or not math.isfinite(value) else f"{value:.0f}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _sentence(text: Text, fields: Mapping[str, str]) -> str:
+    head, *details = (part.format_map(fields) for part in text if _wanted(part) <= set(fields))
+    colon = "; " if ": " in head else ": "  # a head may hold a colon of its own
+    return head + (colon + "; ".join(details) if details else "") + "."
+
+
+def _wanted(part: str) -> set[str]:
+    return {name for _, name, _, _ in Formatter().parse(part) if name}
+
+
+def _fields(finding: Finding) -> dict[str, str]:
+    evidence = dict(finding.evidence)
+    if not math.isnan(span := evidence.get("span", math.nan)):
+        evidence["decades"] = abs(span)
+    if not math.isnan(slope := evidence.get("slope", math.nan)):
+        # the slope is taken towards the first layer: below zero it shrinks on the way
+        evidence["per_point"] = 10.0 ** max(min(slope, 300.0), -300.0)
+    fields = {"layers": names(finding.layers), "first": finding.layers[0] if finding.layers else "the model"}
+    for key, value in evidence.items():
+        if math.isnan(value) and key != "loss":
+            continue  # a NaN loss is news, any other NaN was not measured
+        if key in _PERCENT:
+            fields[key] = f"{value:.1%}" if abs(value) < 0.1 else f"{value:.0%}"
+        elif key in _COUNT:
+            fields[key] = f"{value:.0f}"
+        elif key == "decades":
+            fields[key] = f"{value:.1f}"
+        else:
+            fields[key] = number(value)
+    # as evidence `layers` is a count; in a sentence it means their names
+    fields["layers"] = names(finding.layers)
+    return fields

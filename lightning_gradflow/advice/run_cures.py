@@ -1,0 +1,212 @@
+"""Cures that change the run: optimizer, precision, clipping, data, and how to look closer.
+
+Each takes a `Site` and returns its suggestions, none where it does not apply.
+"""
+
+from __future__ import annotations
+
+import math
+
+from lightning_gradflow.advice.site import Site, get, literal
+from lightning_gradflow.findings import Suggestion
+
+
+def clip(site: Site) -> list[Suggestion]:
+    """Clipping of the gradient norm."""
+    del site  # the same for every model
+    return [
+        Suggestion(
+            "Clip the gradient norm",
+            "import lightning as L\n\ntrainer = L.Trainer(gradient_clip_val=1.0)",
+            "It bounds the step that one steep place of the loss can cause. Choose the bound near the norms of healthy "
+            "steps; if most steps are clipped, lower the learning rate instead.",
+            "Pascanu et al. 2013, On the difficulty of training recurrent neural networks",
+        )
+    ]
+
+
+def lower_rate(site: Site) -> list[Suggestion]:
+    """A smaller learning rate."""
+    return [
+        Suggestion(
+            "Lower the learning rate",
+            _rate(site, 0.1),
+            "Steps larger than the loss surface is smooth raise the loss, and can push units where no gradient reaches "
+            "them.",
+            "Bengio 2012, Practical recommendations for gradient-based training of deep architectures",
+        )
+    ]
+
+
+def raise_rate(site: Site) -> list[Suggestion]:
+    """A larger learning rate."""
+    return [
+        Suggestion(
+            "Raise the learning rate",
+            _rate(site, 10.0),
+            "If longer steps in the same direction lower the loss further, the present ones waste the budget.",
+            "Smith 2017, Cyclical learning rates for training neural networks",
+        )
+    ]
+
+
+def _rate(site: Site, factor: float) -> str:
+    known = not math.isnan(site.lr)
+    value = f"{site.lr * factor:.3g}" if known else f"{factor:g} * lr"
+    was = f"  # it was {site.lr:.3g}" if known else ""
+    return f'# in configure_optimizers\nfor group in optimizer.param_groups:\n    group["lr"] = {value}{was}'
+
+
+def warm_up(site: Site) -> list[Suggestion]:
+    """A warm-up of the learning rate."""
+    del site  # the same for every model
+    return [
+        Suggestion(
+            "Warm the learning rate up over the first steps",
+            "# in configure_optimizers\n"
+            "from torch.optim.lr_scheduler import LinearLR\n\n"
+            "warm_up = LinearLR(optimizer, start_factor=0.01, total_iters=500)\n"
+            "# to be returned:\n"
+            'plan = {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}',
+            "The first gradients are the least reliable; small steps keep them from driving units into dead regions.",
+            "Goyal et al. 2017, Accurate, large minibatch SGD",
+        )
+    ]
+
+
+def find_rate(site: Site) -> list[Suggestion]:
+    """Lightning's learning rate finder."""
+    del site  # the same for every model
+    return [
+        Suggestion(
+            "Look for a learning rate with the finder",
+            "from lightning.pytorch.tuner import Tuner\n\n"
+            "found = Tuner(trainer).lr_find(model)\n"
+            "print(found.suggestion())",
+            "It tries many rates in one short run and shows where the loss falls fastest.",
+            "Smith 2017, Cyclical learning rates for training neural networks",
+        )
+    ]
+
+
+def rate_of_layers(site: Site) -> list[Suggestion]:
+    """A learning rate of their own for the layers of the finding."""
+    up = site.finding.cause == "too_small"
+    rate = 1e-3 if math.isnan(site.lr) else site.lr
+    code = [
+        "# in configure_optimizers, with model = self",
+        "import torch",
+        "",
+        f"own = [p for name in {literal(site.named)} for p in model.get_submodule(name).parameters(recurse=False)]",
+        "ids = {id(p) for p in own}",
+        "rest = [p for p in model.parameters() if id(p) not in ids]",
+        f'groups = [{{"params": own, "lr": {rate * (10.0 if up else 0.1):.3g}}}, {{"params": rest}}]',
+        f"optimizer = torch.optim.AdamW(groups, lr={rate:.3g})",
+    ]
+    return [
+        Suggestion(
+            f"Give these layers a {'larger' if up else 'smaller'} learning rate of their own",
+            "\n".join(code),
+            "What counts is the step against the size of the weights, and that differs from layer to layer.",
+            "You et al. 2017, Large batch training of convolutional networks",
+        )
+    ]
+
+
+def wider_format(site: Site) -> list[Suggestion]:
+    """A number format with a wider range."""
+    del site  # the same for every model
+    return [
+        Suggestion(
+            "Train in bf16-mixed, or in 32-true, instead of fp16",
+            'import lightning as L\n\ntrainer = L.Trainer(precision="bf16-mixed")',
+            "bfloat16 has the range of float32: a gradient of 1e-8 stays what it is, in float16 it becomes zero.",
+            "Micikevicius et al. 2018, Mixed precision training; Kalamkar et al. 2019, A study of bfloat16",
+        )
+    ]
+
+
+def watch_layer(site: Site) -> list[Suggestion]:
+    """A hook that stops at the first value that is not finite."""
+    layer = (*site.named, "")[0]
+    code = [
+        "import torch",
+        "",
+        "def stop(module, inputs, output):",
+        "    for x in inputs:",
+        "        if torch.is_tensor(x):",
+        '            print("input from", x.min().item(), "to", x.max().item())',
+        "    if torch.is_tensor(output) and not output.isfinite().all():",
+        '        raise FloatingPointError("output is not finite")',
+        "",
+        f"{get(layer)}.register_forward_hook(stop)",
+    ]
+    return [
+        Suggestion(
+            "Look at what goes into the layer where it began",
+            "\n".join(code),
+            "Infinity comes from an overflow, a division by zero or the logarithm of zero; the range of the input "
+            "tells which. A small constant under a square root, in a divisor or a logarithm prevents it.",
+            "Goldberg 1991, What every computer scientist should know about floating-point arithmetic",
+        )
+    ]
+
+
+def detect_anomaly(site: Site) -> list[Suggestion]:
+    """Autograd's own search for the operation."""
+    layer = (*site.named, "")[0]
+    return [
+        Suggestion(
+            "Let autograd name the operation",
+            "import lightning as L\n\n"
+            f"# slow, so for a few steps; look at what comes after {layer or 'the last layer'}\n"
+            "trainer = L.Trainer(detect_anomaly=True)",
+            "It stops at the operation whose backward made the NaN. Usual ones: sqrt or norm at zero, log of zero, and "
+            "torch.where with an invalid value on the side that is not chosen.",
+            "Paszke et al. 2019, PyTorch: an imperative style, high-performance deep learning library",
+        )
+    ]
+
+
+def stable_loss(site: Site) -> list[Suggestion]:
+    """Losses that take logits."""
+    del site  # the loss is no module of the model
+    return [
+        Suggestion(
+            "Compute the loss from logits, and check the targets",
+            "# in training_step\n"
+            "from torch.nn import functional as F\n\n"
+            "assert target.isfinite().all()\n"
+            "loss = F.cross_entropy(logits, target)  # or F.binary_cross_entropy_with_logits(logits, target)",
+            "log(softmax(x)) and log(sigmoid(x)) overflow when computed in two steps; the joint form does not.",
+            "Blanchard et al. 2021, Accurately computing the log-sum-exp and softmax functions",
+        )
+    ]
+
+
+def overfit_batch(site: Site) -> list[Suggestion]:
+    """A check of model and data on a single batch."""
+    del site  # the same for every model
+    return [
+        Suggestion(
+            "Check that the model can learn one batch by heart, and look at inputs and targets side by side",
+            "import lightning as L\n\nL.Trainer(overfit_batches=1, max_epochs=200).fit(model)",
+            "A model that learns one batch and not the data is healthy: look for shuffled targets, a wrong join or a "
+            "preprocessing that removes the signal.",
+            "Zhang et al. 2017, Understanding deep learning requires rethinking generalization",
+        )
+    ]
+
+
+def use_or_freeze(site: Site) -> list[Suggestion]:
+    """Layers that take no part: use or freeze them."""
+    code = [f"for name in {literal(site.named)}:", "    model.get_submodule(name).requires_grad_(False)"]
+    return [
+        Suggestion(
+            "Call these layers in forward, or freeze them",
+            "\n".join(code),
+            "A layer without a gradient stays as it was initialised. Look for a branch that is never taken, a detach, "
+            "an output that the loss does not use, or torch.no_grad().",
+            "Paszke et al. 2017, Automatic differentiation in PyTorch",
+        )
+    ]

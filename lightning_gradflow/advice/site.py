@@ -1,0 +1,140 @@
+"""What the cures know of a model, and how to write its layers in code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lightning_gradflow.findings import Finding
+from lightning_gradflow.history import History
+
+PASTE = "# at the end of __init__, with model = self"
+"""Where code that changes layers belongs: before the optimizer is made."""
+
+ROOT = "(root)"
+"""How a model is named that owns parameters itself."""
+
+_LINE = 100
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """An activation with layers behind it, and the layer that feeds it.
+
+    Args:
+        layer: the layer's module name.
+        op: the activation, such as `sigmoid`.
+        module: the activation's module name; empty where it is a call in `forward`, or one module called in
+            several places, so that nothing can be put in its place by name.
+    """
+
+    layer: str
+    op: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """A finding and the model it was made in.
+
+    Args:
+        finding: what was found.
+        layers: module names that own parameters, in order of execution.
+        hidden: the activations between the layers, in order of execution; the model's output activation is not
+            among them, for it is bounded by design.
+        lr: the newest learning rate, or NaN.
+    """
+
+    finding: Finding
+    layers: tuple[str, ...]
+    hidden: tuple[Hidden, ...]
+    lr: float
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The layers of the finding, worst first; all of the model's if it names none."""
+        return self.finding.layers or self.layers
+
+    def feeding(self, *ops: str) -> tuple[str, ...]:
+        """The layers right before the hidden activations of these kinds, in order of execution."""
+        return tuple(dict.fromkeys(place.layer for place in self.hidden if place.op in ops))
+
+    def feeding_named(self) -> tuple[str, ...]:
+        """The layers of the finding, with the layer before it in the place of an activation."""
+        before = {place.module: place.layer for place in self.hidden if place.module}
+        return tuple(dict.fromkeys(before.get(name, name) for name in self.named))
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The kinds of hidden activations, each once."""
+        return tuple(dict.fromkeys(place.op for place in self.hidden))
+
+
+def survey(finding: Finding, history: History) -> Site:
+    """What the history tells of the model.
+
+    Example:
+        >>> from lightning_gradflow.findings import FindingKind, Severity
+        >>> from lightning_gradflow.history import Point
+        >>> history = History()
+        >>> points = [("fc1", ""), ("act", "tanh"), ("fc2", ""), ("out", "sigmoid")]
+        >>> history.add_points([Point(name, name, op) for name, op in points])
+        >>> survey(Finding(FindingKind.LOSS_PLATEAU, Severity.WARNING, 0), history).hidden
+        (Hidden(layer='fc1', op='tanh', module='act'),)
+    """
+    points = history.points
+    last = max((i for i, point in enumerate(points) if point.is_layer), default=-1)
+    modules = [point.module for point in points]
+    hidden: list[Hidden] = []
+    layer = ""
+    for point in points[: last + 1]:
+        if point.is_layer:
+            layer = point.module
+        elif layer:
+            own = point.module not in history.layers and modules.count(point.module) == 1 and point.module != layer
+            hidden.append(Hidden(layer, point.op, point.module if own else ""))
+    rates = history.scalar("lr")
+    rates = rates[rates > 0]
+    layers = history.layers or tuple(point.module for point in points if point.is_layer)
+    return Site(finding, layers, tuple(hidden), float(rates[-1]) if rates.size else float("nan"))
+
+
+def get(name: str) -> str:
+    """Code for a module of the user's.
+
+    Example:
+        >>> get("net.3"), get("(root)")
+        ('model.get_submodule("net.3")', 'model')
+    """
+    return "model" if name in ("", ROOT) else f"model.get_submodule({quote(name)})"
+
+
+def quote(name: str) -> str:
+    """Code for a module name; the root cannot be looked up by the name it is shown with."""
+    return json.dumps("" if name == ROOT else name)
+
+
+def literal(names: Iterable[object]) -> str:
+    """Code for a tuple of names, or of tuples of names, over as many lines as it needs.
+
+    Example:
+        >>> literal(["a", "b"]), literal([("a", "b")])
+        ('("a", "b")', '(("a", "b"),)')
+    """
+    items = [_item(name) for name in names]
+    inline = f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+    if len(inline) <= _LINE:
+        return inline
+    lines = [""]
+    for item in items:
+        if len(lines[-1]) + len(item) + 6 > _LINE:
+            lines.append("")
+        lines[-1] += f"{' ' if lines[-1] else ''}{item},"
+    return "(\n" + "\n".join(f"    {line}" for line in lines) + "\n)"
+
+
+def _item(name: object) -> str:
+    if isinstance(name, tuple):
+        return f"({', '.join(_item(part) for part in name)})"
+    return quote(str(name))

@@ -1,0 +1,192 @@
+"""What the four callbacks and their composite have in common."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_gradflow.callbacks.session import Session
+from lightning_gradflow.callbacks.state import from_checkpoint, to_checkpoint
+from lightning_gradflow.detectors.base import Detector
+from lightning_gradflow.findings import Action, Finding, GradFlowWarning
+from lightning_gradflow.history import History
+from lightning_gradflow.remedies.mitigation import Mitigation
+from lightning_gradflow.sinks import summary
+
+
+class Monitor(Callback):
+    """Base of the callbacks: any set of them in one Trainer shares one session, which the first of them drives.
+
+    Args:
+        every_n_steps: steps between two samples, in [1, inf); None for the Trainer's `log_every_n_steps`. The smallest
+            interval of a set counts for all of it.
+
+    Raises:
+        ValueError: if `every_n_steps` is out of its range.
+    """
+
+    measures_gradients = False
+    measures_activations = False
+    dead_window = 4
+    console = False
+    report = False
+    train_loss: str | None = None
+    val_loss: str | None = None
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and (isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int)):
+            raise ValueError(f"every_n_steps must be a whole number in [1, inf) or None, got {every_n_steps!r}")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be in [1, inf) or None, got {every_n_steps!r}")
+        self.every_n_steps = every_n_steps
+        self._session: Session | None = None
+        self._leads = False
+        self._restored: dict[str, Any] | None = None
+
+    # -- what a callback is made of -----------------------------------------------------------------------------
+
+    def parts(self) -> Sequence[Monitor]:
+        """The callbacks that this one stands for: itself, or its children."""
+        return (self,)
+
+    def detectors(self, alone: bool) -> list[Detector]:
+        """The detectors it brings; `alone` says whether it is the only monitor of the Trainer."""
+        return []
+
+    def mitigation(self) -> Mitigation | None:
+        """What acts on the run, for the mitigator in `apply` mode."""
+        return None
+
+    @property
+    def suggests(self) -> bool:
+        """Whether findings are to carry suggestions."""
+        return False
+
+    # -- what a person asks of it -------------------------------------------------------------------------------
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All findings that were ever opened in this Trainer, in order."""
+        return self._session.recorder.findings if self._session is not None else ()
+
+    @property
+    def history(self) -> History:
+        """All rows: `history["grad_norm"]` is (rows, layers), `history.scalar("loss")` is (rows,)."""
+        return self._session.recorder.history if self._session is not None else History()
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """What the mitigator did, in order."""
+        return tuple(self._session.recorder.actions) if self._session is not None else ()
+
+    def summary(self) -> str:
+        """The verdict, the layers and what to do, as text."""
+        return summary(self._session.recorder.view) if self._session is not None else "No fit yet."
+
+    # -- Lightning's hooks --------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Joins the other monitors of the Trainer; the first one drives.
+
+        Raises:
+            ValueError: if two callbacks of the Trainer do the same thing.
+        """
+        group = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]
+        if stage != "fit" or self not in group:
+            return
+        kinds = [type(part).__name__ for monitor in group for part in monitor.parts()]
+        doubled = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        if doubled:
+            raise ValueError(
+                f"callbacks must hold each monitor once (GradFlow holds all four), got {', '.join(doubled)} more than once"
+            )
+        if self is group[0]:
+            session = self._session if self._session is not None and self._session.belongs_to(trainer, group) else None
+            session = session or Session(trainer, group)
+            for monitor in group:
+                monitor._session, monitor._leads = session, monitor is self
+
+    def _drive(self, hook: str, *args: Any) -> None:
+        if self._leads and self._session is not None:
+            self._session.run(hook, *args)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at model, optimizers and loggers."""
+        if self._leads and self._session is not None and self._restored is not None:
+            self._session.run("load_state_dict", from_checkpoint(self._restored))
+        self._restored = None
+        self._drive("begin", trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Opens a sample where one is due."""
+        self._drive("batch_start", trainer)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """The forward pass is over."""
+        self._drive("before_backward")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The gradients are fresh."""
+        self._drive("after_backward", pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Reads the gradients: accumulated, all-reduced, and not yet clipped."""
+        self._drive("before_optimizer_step", optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps the loss, and finishes a sample."""
+        self._drive("batch_end", trainer, pl_module, outputs)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Takes the loss that `validation_step` returned."""
+        self._drive("validation_batch_end", outputs)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the validation loss that was logged."""
+        self._drive("validation_end", trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows what was found."""
+        self._drive("end", trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Shows what was found until the run died, and leaves nothing behind."""
+        with contextlib.suppress(GradFlowWarning):  # the exception that is on its way must not be replaced
+            self._drive("end", trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves nothing behind, whatever happened."""
+        if stage == "fit":
+            self._drive("end", trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """History, findings and actions; only the driving callback of a set has a state."""
+        if not self._leads or self._session is None:
+            return {}
+        state: dict[str, Any] = to_checkpoint(self._session.state_dict())
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remembers the state until the fit starts."""
+        self._restored = state_dict or None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, is a callback as it was configured: it belongs to no Trainer."""
+        return {**self.__dict__, "_session": None, "_leads": False}

@@ -1,0 +1,65 @@
+"""What is read from the Trainer; the private attributes among it stand here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+_NOT_MEASURED_UNDER = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy", "XLAFSDPStrategy")
+
+
+def unsupported_strategy(trainer: Any) -> str | None:
+    """The name of a strategy under which the numbers would be wrong, because parameters are sharded, or None."""
+    names = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+    return next((name for name in names if name in _NOT_MEASURED_UNDER), None)
+
+
+def logged_step(trainer: Any) -> int:
+    """The number of batches that stepped: the x axis of everything that Lightning logs, from 0."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)  # private; seen in 2.5.0 to 2.6.6
+
+
+def window_is_complete(trainer: Any) -> bool:
+    """Whether the present batch is the last one of its accumulation window."""
+    return not trainer.fit_loop._should_accumulate()  # private; seen in 2.5.0 to 2.6.6
+
+
+def loss_scale(trainer: Any) -> float:
+    """1 where a gradient scaler is at work, else NaN."""
+    return 1.0 if getattr(trainer.precision_plugin, "scaler", None) is not None else math.nan
+
+
+def steps_per_epoch(trainer: Any) -> float:
+    """Optimizer steps in an epoch, or NaN for a stream without an end."""
+    batches = float(trainer.num_training_batches)
+    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.nan
+
+
+def progress(trainer: Any, step: int) -> float:
+    """Share of the planned steps that is done, in [0, 1]; NaN for a run without an end."""
+    planned = [float(trainer.max_steps)] if trainer.max_steps and trainer.max_steps > 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        planned.append(trainer.max_epochs * steps_per_epoch(trainer))
+    total = min((steps for steps in planned if math.isfinite(steps)), default=math.nan)
+    return min(1.0, (step + 1) / total) if total > 0 else math.nan
+
+
+def learning_rate(trainer: Any) -> float:
+    """The largest learning rate of all parameter groups, or NaN where an optimizer has none."""
+    rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups if "lr" in group]
+    return max((float(rate) for rate in rates), default=math.nan)
+
+
+def run_directory(trainer: Any) -> Path:
+    """Where the files of this run lie, by the rule that Lightning's own ModelCheckpoint follows.
+
+    `trainer.log_dir` is not asked: it is a collective, and this is called on rank zero alone.
+    """
+    for logger in trainer.loggers:
+        own = getattr(logger, "log_dir", None)
+        if own is not None:
+            return Path(own)
+        if logger.save_dir is not None:
+            return Path(logger.save_dir, str(logger.name), str(logger.version))
+    return Path(trainer.default_root_dir)

@@ -1,0 +1,33 @@
+"""What every detector is: thresholds, and one pure method."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from lightning_gradflow.findings import Finding
+from lightning_gradflow.history import History
+
+
+class Detector(Protocol):
+    """A frozen dataclass of thresholds with one pure method: no torch, no Lightning, no clock, no I/O, no state."""
+
+    def judge(self, history: History) -> list[Finding]:
+        """What is wrong at the newest row, if anything; the message is left to `advice`."""
+        ...
+
+
+def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = True, open_high: bool = True) -> None:
+    """Raises a `ValueError` that names the argument, its range and what came, if `value` is outside the range.
+
+    Example:
+        >>> check_range("max_decay", 2.0, 0, 100)
+        >>> check_range("max_decay", -1, 0, 100)
+        Traceback (most recent call last):
+        ...
+        ValueError: max_decay must be in (0, 100), got -1
+    """
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (above and below):
+        brackets = ("(" if open_low else "["), (")" if open_high else "]")
+        raise ValueError(f"{name} must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}, got {value!r}")

@@ -1,0 +1,68 @@
+"""Are there units that give the same flat output whatever comes in?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_gradflow.detectors.base import check_range
+from lightning_gradflow.findings import Finding, FindingKind, Severity
+from lightning_gradflow.history import History
+
+
+@dataclass(frozen=True)
+class DeadUnits:
+    """Finds activations in which most units are on the flat side for every sample of several batches.
+
+    Judged by unit, not by entry: a ReLU layer with 80 % zeros, each unit firing now and then, is sparse and well.
+
+    Args:
+        max_dead: share of dead units above which an activation is an alarm, in (0, 1]. The default of 0.9 leaves wide
+            layers alone that train with the rest of their units.
+        noted_dead: share from which it is told as info, in (0, max_dead]. By default half of the units.
+
+    Raises:
+        ValueError: if a limit is out of its range.
+
+    References:
+        Lu et al. 2019, Dying ReLU and initialization: theory and numerical examples.
+
+    Example:
+        >>> from lightning_gradflow.history import Point, Row
+        >>> history = History()
+        >>> history.add_points([Point("fc1", "fc1"), Point("fc1/relu", "fc1", "relu")])
+        >>> history.append(Row(step=4, values={"dead_fraction": np.array([np.nan, 0.95])}))
+        >>> [(f.severity.value, f.layers) for f in DeadUnits().judge(history)]
+        [('warning', ('fc1',))]
+    """
+
+    max_dead: float = 0.9
+    noted_dead: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_range("max_dead", self.max_dead, 0, 1, open_high=False)
+        check_range("noted_dead", self.noted_dead, 0, self.max_dead, open_high=False)
+
+    def judge(self, history: History) -> list[Finding]:
+        """The finding of the newest row, if there is one."""
+        table = history["dead_fraction"]
+        if not table.size:
+            return []
+        dead = np.nan_to_num(table[-1])
+        worst = float(dead.max())
+        if worst < self.noted_dead:
+            return []
+        limit = self.max_dead if worst >= self.max_dead else self.noted_dead
+        over = [int(i) for i in np.argsort(-dead, kind="stable") if dead[i] >= limit]
+        measured = table[~np.isnan(table[:, over[0]]), over[0]]
+        return [
+            Finding(
+                kind=FindingKind.DEAD_UNITS,
+                severity=Severity.WARNING if worst >= self.max_dead else Severity.INFO,
+                step=history.rows[-1].step,
+                layers=tuple(dict.fromkeys(history.points[i].module for i in over)),
+                cause="initialisation" if measured[0] >= limit else "learning_rate_too_large",
+                evidence={"dead_fraction": worst, "activations": float(len(over))},
+            )
+        ]

@@ -1,0 +1,102 @@
+"""Does the gradient grow out of proportion, with depth or against the run's own past?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_gradflow.detectors.base import check_range
+from lightning_gradflow.detectors.profile import recent_profiles
+from lightning_gradflow.findings import Finding, FindingKind, Severity
+from lightning_gradflow.history import History
+
+_MIN_PAST = 8  # rows before the run's own median means something
+_LARGE_WEIGHT_GAIN = 2.0  # twice what keeps the signal as it is
+
+
+@dataclass(frozen=True)
+class ExplodingGradient:
+    """Finds a signal that grows exponentially with depth, and a gradient norm that leaves its own past far behind.
+
+    With depth: the span of the depth profile is at or above `max_growth` decades in the last two samples, or in the first.
+    In time: the total gradient norm of the last two samples is above `max_jump` times the median of all before, and the
+    loss is above all that it was: big gradients alone, with a loss that falls, are left alone.
+
+    Args:
+        max_growth: decades that the signal may gain from the last to the first layer, in (0, 100). The default of 4 is
+            the mirror image of the limit for vanishing gradients.
+        max_jump: factor over the median of the run's own total norms, in (1, inf). The default of 1000 is far above
+            what batches, warm-up and loss spikes do in runs that recover by themselves.
+
+    Raises:
+        ValueError: if a limit is out of its range.
+
+    References:
+        Pascanu et al. 2013, On the difficulty of training recurrent neural networks.
+
+    Example:
+        >>> from lightning_gradflow.history import Point, Row
+        >>> history = History()
+        >>> history.add_points([Point(f"fc{i}", f"fc{i}") for i in range(5)])
+        >>> history.append(Row(step=0, values={"delta_norm": np.array([1e8, 1e6, 1e4, 1e2, 1.0])}))
+        >>> [(f.severity.value, f.cause, f.layers[0]) for f in ExplodingGradient().judge(history)]
+        [('warning', 'weight_scale', 'fc0')]
+    """
+
+    max_growth: float = 4.0
+    max_jump: float = 1000.0
+
+    def __post_init__(self) -> None:
+        check_range("max_growth", self.max_growth, 0, 100)
+        check_range("max_jump", self.max_jump, 1, float("inf"))
+
+    def judge(self, history: History) -> list[Finding]:
+        """The finding of the newest row, if there is one."""
+        return self._with_depth(history) or self._in_time(history)
+
+    def _with_depth(self, history: History) -> list[Finding]:
+        profiles = recent_profiles(history, 2)
+        if not profiles or profiles[0].step != history.rows[-1].step:
+            return []
+        if not all(profile.span >= self.max_growth for profile in profiles):
+            return []
+        profile = profiles[0]
+        gains = profile.gains(of_layers=True)
+        gain = float(np.median(gains)) if gains.size else np.nan
+        top = profile.delta_norm[profile.usable][-1]
+        evidence = {"span": profile.span, "slope": profile.slope, "points": float(profile.usable.sum())}
+        if gains.size:
+            evidence["weight_gain"] = gain
+        return [
+            Finding(
+                kind=FindingKind.EXPLODING_GRADIENT,
+                severity=Severity.WARNING,
+                step=profile.step,
+                layers=profile.modules(profile.usable & (profile.delta_norm > 100 * top))[::-1],
+                cause="weight_scale" if gain > _LARGE_WEIGHT_GAIN else "depth",
+                evidence=evidence,
+            )
+        ]
+
+    def _in_time(self, history: History) -> list[Finding]:
+        total, loss = history.scalar("grad_norm_total"), history.scalar("loss")
+        known = np.isfinite(total)
+        total, loss = total[known], loss[known]
+        if len(total) < _MIN_PAST + 2 or not known[-1]:
+            return []
+        median = float(np.median(total[:-2]))
+        if median == 0 or not np.all(total[-2:] > self.max_jump * median) or not loss[-1] > np.nanmax(loss[:-2]):
+            return []
+        norms = history["grad_norm"][-1]
+        worst = [i for i in np.argsort(-np.nan_to_num(norms)) if np.isfinite(norms[i])]
+        return [
+            Finding(
+                kind=FindingKind.EXPLODING_GRADIENT,
+                severity=Severity.WARNING,
+                step=history.rows[-1].step,
+                layers=tuple(history.layers[i] for i in worst[:8]),
+                cause="learning_rate_too_large",
+                evidence={"growth": float(total[-1] / median), "grad_norm_total": float(total[-1])},
+            )
+        ]

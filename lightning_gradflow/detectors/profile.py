@@ -1,0 +1,120 @@
+"""The signal against depth: what vanishing and exploding are judged by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_gradflow.detectors.trend import theil_sen
+from lightning_gradflow.history import Floats, History, Point
+
+
+@dataclass(frozen=True)
+class DepthProfile:
+    """The delta norms of one backward pass, in order of execution.
+
+    Args:
+        step: the optimizer step it was taken from.
+        points: the P points that the pass went through, first layer first.
+        delta_norm: (P,) their delta norms; 0 and inf are kept.
+        slope: Theil-Sen slope of log10(delta norm) per point, towards the *first* layer; NaN without two usable points.
+        span: `slope * (number of usable points - 1)`, in decades: negative where the signal dies on its way to
+            the first layer, positive where it grows, near 0 where it arrives. Being a ratio it does not
+            depend on the size of the loss.
+    """
+
+    step: int
+    points: tuple[Point, ...]
+    delta_norm: Floats
+    slope: float
+    span: float
+
+    @property
+    def usable(self) -> npt.NDArray[np.bool_]:
+        """(P,) where the delta norm is finite and above zero."""
+        return np.isfinite(self.delta_norm) & (self.delta_norm > 0)
+
+    def gains(self, of_layers: bool) -> Floats:
+        """Factors by which the norm changes on its way back through the weights of the layers, or the activations.
+
+        Args:
+            of_layers: True for the layers, False for the activations.
+
+        Returns:
+            (G,) delta norm before / behind, for each usable point whose neighbour before it is usable too.
+        """
+        behind = np.array([point.is_layer == of_layers for point in self.points[1:]], dtype=bool)
+        chosen = behind & self.usable[1:] & self.usable[:-1]
+        return self.delta_norm[:-1][chosen] / self.delta_norm[1:][chosen]
+
+    def modules(self, where: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+        """The layers among the points at which `where` (P,) holds, the smallest delta norm first."""
+        chosen = [i for i in np.flatnonzero(where) if self.points[i].is_layer]
+        return tuple(self.points[i].module for i in sorted(chosen, key=lambda i: (self.delta_norm[i], i)))
+
+
+def recent_profiles(history: History, count: int) -> list[DepthProfile]:
+    """The profiles of the last `count` rows that have one, newest first; fewer where there are fewer."""
+    found: list[DepthProfile] = []
+    for row in range(len(history) - 1, -1, -1):
+        profile = depth_profile(history, row)
+        if profile is not None:
+            found.append(profile)
+        if len(found) == count:
+            break
+    return found
+
+
+def depth_profile(history: History, row: int = -1) -> DepthProfile | None:
+    """The depth profile of a row, from the backward pass that went through the most points.
+
+    With several backward passes in a step (manual optimization) norms of different losses must not be compared.
+    With two or three usable points the span is simply the ratio of the first to the last.
+
+    Args:
+        history: where to read.
+        row: index of the row, as for a list.
+
+    Returns:
+        The profile, or None where the row holds no delta norm.
+
+    Example:
+        >>> from lightning_gradflow.history import Row
+        >>> history = History()
+        >>> history.add_points([Point(f"fc{i}", f"fc{i}") for i in range(5)])
+        >>> history.append(Row(step=0, values={"delta_norm": np.array([1e-8, 1e-6, 1e-4, 1e-2, 1.0])}))
+        >>> round(depth_profile(history).span, 6)
+        -8.0
+    """
+    if not history.rows or "delta_norm" not in history.rows[row].values:
+        return None
+    source = history.rows[row]
+    order = history.point_axis.order
+    deltas = _column(source.values["delta_norm"], order)
+    passes = _column(source.values.get("backward_pass", np.zeros(len(order))), order)
+    measured = ~np.isnan(deltas)
+    if not measured.any():
+        return None
+    numbers, counts = np.unique(passes[measured], return_counts=True)
+    chosen = measured & (passes == numbers[np.argmax(counts)])
+    points = tuple(point for point, keep in zip(history.points, chosen, strict=True) if keep)
+    deltas = deltas[chosen]
+    logs = np.log10(deltas[np.isfinite(deltas) & (deltas > 0)])
+    n = len(logs)
+    if n < 2:
+        slope = math.nan
+    elif n < 4:
+        slope = float(logs[0] - logs[-1]) / (n - 1)
+    else:
+        slope = -theil_sen(np.arange(n, dtype=np.float64), logs)
+    return DepthProfile(source.step, points, deltas, slope, slope * (n - 1))
+
+
+def _column(values: Floats, order: npt.NDArray[np.int64]) -> Floats:
+    """Values by identity -> values in order, NaN for names younger than the row."""
+    padded = np.full(len(order), np.nan)
+    padded[: len(values)] = values
+    return padded[order]

@@ -1,0 +1,114 @@
+"""Does the gradient die on its way to the first layers?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_gradflow.detectors.base import check_range
+from lightning_gradflow.detectors.profile import DepthProfile, recent_profiles
+from lightning_gradflow.findings import Finding, FindingKind, Severity
+from lightning_gradflow.history import History
+
+_BOUNDED = frozenset({"sigmoid", "tanh", "hardsigmoid", "hardtanh", "softsign"})
+_LOST = 0.01  # a layer that gets less than this share of the last layer's signal is named
+_SMALL_WEIGHT_GAIN = 0.3  # half of what the weakest init in common use gives (1 / sqrt(3), torch's own for Linear)
+_SMALL_RELU_GAIN = 0.3  # a healthy ReLU lets half of the units through: sqrt(1 / 2)
+
+
+@dataclass(frozen=True)
+class VanishingGradient:
+    """Finds a signal that shrinks exponentially with depth, whatever the size of the loss.
+
+    The span of the depth profile (see `DepthProfile`) must be at or below `-max_decay` decades in the last two samples, or in
+    the first: what is so at initialisation is said at once, a single odd batch later on is not enough.
+
+    The cause is where the loss of signal happens: in the activations (bounded ones: `saturation`; rectifiers:
+    `dead_units`) or in the weights (`weight_scale` where their median gain is far below every usual initialisation,
+    else `depth`: each layer loses a little, there are just too many of them).
+
+    Args:
+        max_decay: decades that the signal may lose from the last to the first layer, in (0, 100). The default of 4
+            lies between healthy networks (2.3 at most) and ones that do not train (8.6 at least).
+        critical_decay: decades from which it is critical, in [max_decay, 100). By default 8: what is left is then below
+            the resolution of float32 beside the last layer.
+
+    Raises:
+        ValueError: if a limit is out of its range.
+
+    References:
+        Hochreiter 1991; Bengio et al. 1994; Glorot and Bengio 2010; Schoenholz et al. 2017.
+
+    Example:
+        >>> from lightning_gradflow.history import Point, Row
+        >>> history = History()
+        >>> history.add_points([Point(f"fc{i}", f"fc{i}") for i in range(5)])
+        >>> history.append(Row(step=0, values={"delta_norm": np.array([1e-8, 1e-6, 1e-4, 1e-2, 1.0])}))
+        >>> [(f.severity.value, f.cause, f.layers) for f in VanishingGradient(max_decay=4).judge(history)]
+        [('critical', 'weight_scale', ('fc0', 'fc1', 'fc2'))]
+    """
+
+    max_decay: float = 4.0
+    critical_decay: float = 8.0
+
+    def __post_init__(self) -> None:
+        check_range("max_decay", self.max_decay, 0, 100)
+        check_range("critical_decay", self.critical_decay, self.max_decay, 100, open_low=False)
+
+    def judge(self, history: History) -> list[Finding]:
+        """The finding of the newest row, if there is one."""
+        profiles = recent_profiles(history, 2)
+        if not profiles or profiles[0].step != history.rows[-1].step:
+            return []
+        if not all(profile.span <= -self.max_decay for profile in profiles):
+            return []
+        profile = profiles[0]
+        weights, activations = profile.gains(of_layers=True), profile.gains(of_layers=False)
+        usable = profile.usable
+        top = profile.delta_norm[usable][-1]
+        before_all = np.arange(len(usable)) < np.argmax(usable)
+        underflowed = (profile.delta_norm == 0) & before_all
+        evidence = {
+            "span": profile.span,
+            "slope": profile.slope,
+            "points": float(usable.sum()),
+            "underflowed_points": float(underflowed.sum()),
+        }
+        if weights.size:
+            evidence["weight_gain"] = float(np.median(weights))
+        if activations.size:
+            evidence["activation_gain"] = float(np.median(activations))
+        return [
+            Finding(
+                kind=FindingKind.VANISHING_GRADIENT,
+                severity=Severity.CRITICAL if profile.span <= -self.critical_decay else Severity.WARNING,
+                step=profile.step,
+                layers=profile.modules((usable & (profile.delta_norm < _LOST * top)) | underflowed),
+                cause=_cause(profile),
+                evidence=evidence,
+            )
+        ]
+
+
+def _cause(profile: DepthProfile) -> str:
+    """Where most of the decay happens: activations or weights."""
+    lost: dict[str, float] = {"weights": 0.0, "bounded": 0.0, "rectifier": 0.0}
+    gains: list[float] = []
+    usable = profile.usable
+    for i in np.flatnonzero(usable[1:] & usable[:-1]) + 1:
+        gain = profile.delta_norm[i - 1] / profile.delta_norm[i]
+        point = profile.points[i]
+        kind = "weights" if point.is_layer else "bounded" if point.op in _BOUNDED else "rectifier"
+        lost[kind] -= float(np.log(gain))
+        if point.is_layer:
+            gains.append(float(gain))
+    worst = max(lost, key=lambda kind: lost[kind])
+    if worst == "bounded":
+        return "saturation"
+    rectifiers = [p.op for p in profile.points if not p.is_layer and p.op not in _BOUNDED]
+    if worst == "rectifier" and lost["rectifier"] > -np.log(_SMALL_RELU_GAIN) * len(rectifiers):
+        return "dead_units"
+    if not gains:
+        return "unknown"
+    return "weight_scale" if float(np.median(gains)) < _SMALL_WEIGHT_GAIN else "depth"

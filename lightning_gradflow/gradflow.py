@@ -1,0 +1,66 @@
+"""The four callbacks as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_gradflow.callbacks.auto_mitigator import AutoMitigator, Mode
+from lightning_gradflow.callbacks.base import Monitor
+from lightning_gradflow.callbacks.grad_norm_logger import GradNormLogger
+from lightning_gradflow.callbacks.plateau_detector import PlateauDetector
+from lightning_gradflow.callbacks.saturation_monitor import SaturationMonitor
+
+
+class GradFlow(Monitor):
+    """Watches a training and says when it does not learn, in which layer, why, and what to write instead.
+
+    `callbacks=[GradFlow()]` is all there is to do. It is `GradNormLogger`, `SaturationMonitor`, `PlateauDetector` and
+    `AutoMitigator` in one, with a summary on the console and a page in the run's log directory at the end.
+
+    Args:
+        every_n_steps: steps between two samples, in [1, inf); None for the Trainer's `log_every_n_steps`. The first steps
+            are sampled more densely: 0, 1, 2, 4, 8, ... up to the interval.
+        mitigate: `"off"`, `"suggest"` or `"apply"`, as the `mode` of `AutoMitigator`. Without `"apply"` nothing in the
+            run changes.
+        gradients: a configured `GradNormLogger` instead of the default one.
+        saturation: a configured `SaturationMonitor` instead of the default one.
+        plateau: a configured `PlateauDetector` instead of the default one.
+        mitigator: a configured `AutoMitigator`, which then decides instead of `mitigate`.
+        report: whether `gradflow_report.html` is written at the end of a fit, or when it dies.
+        console: whether a summary is printed at the end of a fit.
+
+    Raises:
+        ValueError: if an argument is out of its range, or `mitigate` and `mitigator` contradict each other.
+
+    Example:
+        >>> flow = GradFlow(every_n_steps=10, saturation=SaturationMonitor(max_dead=0.5), report=False)
+        >>> flow.findings
+        ()
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        mitigate: Mode | None = None,
+        gradients: GradNormLogger | None = None,
+        saturation: SaturationMonitor | None = None,
+        plateau: PlateauDetector | None = None,
+        mitigator: AutoMitigator | None = None,
+        report: bool = True,
+        console: bool = True,
+    ) -> None:
+        super().__init__(every_n_steps)
+        if mitigate is not None and mitigator is not None and mitigate != mitigator.mode:
+            raise ValueError(f"mitigate must agree with the mode of mitigator ({mitigator.mode!r}), got {mitigate!r}")
+        self._children: tuple[Monitor, ...] = (
+            gradients or GradNormLogger(),
+            saturation or SaturationMonitor(),
+            plateau or PlateauDetector(),
+            mitigator or AutoMitigator("suggest" if mitigate is None else mitigate),
+        )
+        self.report = report
+        self.console = console
+
+    def parts(self) -> Sequence[Monitor]:
+        """The four children."""
+        return self._children

@@ -1,0 +1,274 @@
+"""Rows of measurements and the bounded history they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_gradflow.metrics import HISTOGRAM_BINS, METRICS
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place of the network where the signal is measured.
+
+    Args:
+        name: unique among the points.
+        module: the module to name to people, as in `named_modules()`: the layer, the activation module, or for a
+            functional activation the layer that it follows.
+        op: the activation, such as `sigmoid`; empty for the output of a layer.
+    """
+
+    name: str
+    module: str
+    op: str = ""
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is the output of a module that owns parameters."""
+        return not self.op
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sampled optimizer step, frozen. NaN = not measured here; inf = measured and not finite.
+
+    Args:
+        step: the optimizer step, from 0.
+        values: metric name -> (L,) or (P,) float64, by the identity of the layer or point (see `Axis`).
+        scalars: such as `loss`, `lr`, `grad_norm_total`, `epoch`.
+        histograms: histogram name -> (HISTOGRAM_BINS + 2,) counts.
+        losses: training loss of each step since the row before, oldest first; (n,) with n >= 0.
+    """
+
+    step: int
+    values: Mapping[str, Floats] = field(default_factory=dict)
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    histograms: Mapping[str, Ints] = field(default_factory=dict)
+    losses: Floats = field(default_factory=lambda: np.empty(0))
+
+
+class Axis:
+    """Names that only grow in number and keep their identity (0, 1, 2, ...), with a separate order to show them in.
+
+    A branch of the network that runs for the first time late gets the next identity, and stands in the order after
+    the name that was executed before it.
+
+    Example:
+        >>> axis = Axis(["a", "c"])
+        >>> axis.merge(["a", "b", "c"])
+        >>> axis.names, axis.identity("b")
+        (('a', 'b', 'c'), 2)
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._identity: dict[str, int] = {}
+        self._order: list[str] = []
+        self.merge(list(names))
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names in order."""
+        return tuple(self._order)
+
+    @property
+    def order(self) -> Ints:
+        """(N,) identity of each name, in order."""
+        return np.array([self._identity[name] for name in self._order], dtype=np.int64)
+
+    def identity(self, name: str) -> int:
+        """The fixed number of a name."""
+        return self._identity[name]
+
+    def merge(self, sequence: Sequence[str]) -> None:
+        """Takes in the names of `sequence` that are new, each after the one that precedes it there."""
+        before: str | None = None
+        for name in sequence:
+            if name not in self._identity:
+                self._identity[name] = len(self._identity)
+                at = self._order.index(before) + 1 if before is not None else 0
+                self._order.insert(at, name)
+            before = name
+
+    def reorder(self, sequence: Sequence[str]) -> None:
+        """Shows the names in the order of `sequence`, which must hold each of them once; identities stay."""
+        if sorted(sequence) != sorted(self._order):
+            raise ValueError("sequence must hold each name of the axis once")
+        self._order = list(sequence)
+
+
+class History:
+    """Every recent row, and old ones thinned: a run of a million steps costs the memory of a run of a thousand.
+
+    Args:
+        max_rows: rows kept, in [8, inf). The last half of them are the most recent rows without a gap; the older ones
+            are thinned by two whenever the bound is passed. The default of 1024 holds 25,000 steps at the usual
+            interval of 50 before anything is thinned.
+
+    Raises:
+        ValueError: if `max_rows` is below 8.
+
+    Example:
+        >>> history = History()
+        >>> history.layer_axis.merge(["fc1", "fc2"])
+        >>> history.append(Row(step=0, values={"grad_norm": np.array([0.1, 0.2])}, scalars={"loss": 2.3}))
+        >>> history["grad_norm"].shape, history.layers, history.scalar("loss")
+        ((1, 2), ('fc1', 'fc2'), array([2.3]))
+    """
+
+    def __init__(self, max_rows: int = 1024) -> None:
+        if max_rows < 8:
+            raise ValueError(f"max_rows must be in [8, inf), got {max_rows!r}")
+        self._max_rows = max_rows
+        self._rows: list[Row] = []
+        self.layer_axis = Axis()
+        self.point_axis = Axis()
+        self._points: dict[str, Point] = {}
+        self._losses: list[list[float]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows that are kept, oldest first."""
+        return tuple(self._rows)
+
+    @property
+    def steps(self) -> Ints:
+        """(R,) optimizer step of each row."""
+        return np.array([row.step for row in self._rows], dtype=np.int64)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Modules that own parameters, in order of execution; those that never ran stand after their parent or last."""
+        return self.layer_axis.names
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Layer outputs and activations, in order of execution."""
+        return tuple(self._points[name] for name in self.point_axis.names)
+
+    def names(self, metric: str) -> tuple[str, ...]:
+        """The names of the columns of `self[metric]`: layers, or points, whichever the metric has."""
+        return self._axis(metric).names
+
+    def __getitem__(self, metric: str) -> Floats:
+        """(R, L) or (R, P) values of a metric, columns in order of execution; NaN where it was not measured."""
+        axis = self._axis(metric)
+        table = np.full((len(self._rows), len(axis)), np.nan)
+        for i, row in enumerate(self._rows):
+            values = row.values.get(metric)
+            if values is not None:
+                table[i, : len(values)] = values
+        return table[:, axis.order]
+
+    def scalar(self, name: str) -> Floats:
+        """(R,) values of a scalar; NaN where a row has none."""
+        return np.array([row.scalars.get(name, np.nan) for row in self._rows], dtype=np.float64)
+
+    def histogram(self, name: str) -> Ints:
+        """(R, HISTOGRAM_BINS + 2) counts: exponent bins, exact zeros, non-finite entries; zeros where a row has none."""
+        empty = np.zeros(HISTOGRAM_BINS + 2, dtype=np.int64)
+        return np.array([row.histograms.get(name, empty) for row in self._rows]).reshape(-1, HISTOGRAM_BINS + 2)
+
+    @property
+    def loss_steps(self) -> Floats:
+        """(S,) step at the middle of each entry of `losses`."""
+        return np.array([step for step, _, _ in self._losses], dtype=np.float64)
+
+    @property
+    def losses(self) -> Floats:
+        """(S,) training loss, step by step where it is recent, as means over equal numbers of steps where it is old."""
+        return np.array([loss for _, loss, _ in self._losses], dtype=np.float64)
+
+    def add_points(self, sequence: Sequence[Point]) -> None:
+        """Takes in the points of one forward pass, in order of execution."""
+        for point in sequence:
+            self._points.setdefault(point.name, point)
+        self.point_axis.merge([point.name for point in sequence])
+
+    def append(self, row: Row) -> None:
+        """Adds the newest row.
+
+        Raises:
+            ValueError: if a metric is unknown, or the step is not above the last one.
+        """
+        unknown = sorted(set(row.values) - set(METRICS))
+        if unknown:
+            raise ValueError(f"values must be keyed by metrics in {sorted(METRICS)}, got {unknown}")
+        if self._rows and row.step <= self._rows[-1].step:
+            raise ValueError(f"step must be above {self._rows[-1].step}, got {row.step}")
+        self._rows.append(row)
+        if len(self._rows) > self._max_rows:
+            recent = len(self._rows) - self._max_rows // 2
+            self._rows = [self._rows[0], *self._rows[1:recent][1::2], *self._rows[recent:]]
+        n = len(row.losses)
+        self._losses += [[row.step - n + 1 + i, float(loss), 1.0] for i, loss in enumerate(row.losses)]
+        while len(self._losses) > 8 * self._max_rows:
+            self._losses = _halve(self._losses, keep=4 * self._max_rows)
+
+    def _axis(self, metric: str) -> Axis:
+        if metric not in METRICS:
+            raise KeyError(f"metric must be one of {sorted(METRICS)}, got {metric!r}")
+        return self.layer_axis if METRICS[metric].axis == "layers" else self.point_axis
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history as arrays, lists, strings and numbers."""
+        return {
+            "layers": [self.layer_axis.names, self.layer_axis.order.tolist()],
+            "points": [[p.name, p.module, p.op] for p in self._points.values()],
+            "point_order": list(self.point_axis.names),
+            "losses": [list(entry) for entry in self._losses],
+            "rows": [
+                {
+                    "step": row.step,
+                    "values": dict(row.values),
+                    "scalars": dict(row.scalars),
+                    "histograms": dict(row.histograms),
+                    "losses": row.losses,
+                }
+                for row in self._rows
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` gave."""
+        names, order = state["layers"]
+        self.layer_axis = Axis([name for _, name in sorted(zip(order, names, strict=True))])
+        self.layer_axis.reorder(list(names))
+        self._points = {name: Point(name, module, op) for name, module, op in state["points"]}
+        self.point_axis = Axis(list(self._points))
+        self.point_axis.reorder(list(state["point_order"]))
+        self._losses = [list(entry) for entry in state["losses"]]
+        self._rows = [
+            Row(
+                step=row["step"],
+                values={name: np.asarray(values, dtype=np.float64) for name, values in row["values"].items()},
+                scalars=dict(row["scalars"]),
+                histograms={name: np.asarray(counts, dtype=np.int64) for name, counts in row["histograms"].items()},
+                losses=np.asarray(row["losses"], dtype=np.float64),
+            )
+            for row in state["rows"]
+        ]
+
+
+def _halve(entries: list[list[float]], keep: int) -> list[list[float]]:
+    """Merges pairs of neighbours among all but the last `keep` entries, as means weighted by their number of steps."""
+    old, recent = entries[:-keep], entries[-keep:]
+    merged = []
+    for i in range(0, len(old) - 1, 2):
+        (step_a, loss_a, n_a), (step_b, loss_b, n_b) = old[i], old[i + 1]
+        n = n_a + n_b
+        merged.append([(step_a * n_a + step_b * n_b) / n, (loss_a * n_a + loss_b * n_b) / n, n])
+    return merged + old[len(old) - len(old) % 2 :] + recent

@@ -1,0 +1,52 @@
+"""The table of what is measured: one row a metric, with its axis, unit and range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+AxisName = Literal["layers", "points"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured quantity.
+
+    Args:
+        axis: `"layers"` (one column for each module that owns parameters) or `"points"` (one column for each
+            layer output and each activation, in order of execution).
+        unit: `"norm"` (non-negative, any scale), `"fraction"` (in [0, 1]) or `"index"` (whole numbers from 0).
+        meaning: what it tells, in a line.
+    """
+
+    axis: AxisName
+    unit: Literal["norm", "fraction", "index"]
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "grad_norm": Metric("layers", "norm", "L2 norm of the layer's parameter gradient, before clipping"),
+    "grad_rms": Metric("layers", "norm", "grad_norm / sqrt(number of entries)"),
+    "grad_mean_abs": Metric("layers", "norm", "mean absolute gradient entry"),
+    "grad_max_abs": Metric("layers", "norm", "largest absolute gradient entry"),
+    "grad_zero_fraction": Metric("layers", "fraction", "share of gradient entries that are exactly zero"),
+    "grad_nonfinite_fraction": Metric("layers", "fraction", "share of gradient entries that are NaN or infinite"),
+    "weight_norm": Metric("layers", "norm", "L2 norm of the layer's parameters"),
+    "delta_norm": Metric("points", "norm", "L2 norm of the loss gradient at the output"),
+    "backward_pass": Metric("points", "index", "which backward pass of the step delta_norm was taken from"),
+    "output_rms": Metric("points", "norm", "root mean square of the output"),
+    "saturated_fraction": Metric("points", "fraction", "share of outputs of a bounded activation near its bound"),
+    "dead_fraction": Metric("points", "fraction", "share of units on the flat side for every sample of the window"),
+}
+"""Every metric a [`Row`][lightning_gradflow.history.Row] may hold, by name."""
+
+HISTOGRAMS: tuple[str, ...] = ("grad_hist_early", "grad_hist_late")
+"""Histograms of log2 |gradient entry| over the first and the last third of the layers, in order of execution."""
+
+MIN_EXPONENT, MAX_EXPONENT = -64, 32
+"""Histogram bins are the whole exponents in [MIN_EXPONENT, MAX_EXPONENT); what lies outside is counted in the end bins.
+
+-64 is far below what Adam's eps (1e-8 = 2**-27) lets through and 32 far above any gradient that still trains.
+"""
+HISTOGRAM_BINS = MAX_EXPONENT - MIN_EXPONENT
+"""Number of exponent bins; a stored histogram has two more entries: exact zeros, then non-finite entries."""

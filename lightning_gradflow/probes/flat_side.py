@@ -1,0 +1,70 @@
+"""Where an activation is flat: what counts as saturated, and what as the dead side of a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_NEAR = 0.01  # of a bound: there the slope of a sigmoid is below 0.0099, of a tanh below 0.02
+
+
+def saturated(op: str, output: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
+    """Which outputs of a bounded activation are within 1 % of a bound; None for an unbounded activation.
+
+    Example:
+        >>> saturated("tanh", torch.tensor([-1.0, 0.5, 0.999]), {})
+        tensor([ True, False,  True])
+    """
+    if op in ("sigmoid", "hardsigmoid"):
+        return (output < _NEAR) | (output > 1 - _NEAR)
+    if op in ("tanh", "softsign"):
+        return output.abs() > 1 - _NEAR
+    if op == "hardtanh":
+        low, high = float(arguments.get("min_val", -1.0)), float(arguments.get("max_val", 1.0))
+        margin = _NEAR * (high - low) / 2
+        return (output < low + margin) | (output > high - margin)
+    return None
+
+
+def flat(op: str, output: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
+    """Which outputs stand on the flat side of an activation that has one; None for the others.
+
+    Exact zeros for ReLU, ReLU6 and Hardswish; for the smooth ones the last hundredth before their lower limit.
+
+    Example:
+        >>> flat("relu", torch.tensor([0.0, 0.1]), {})
+        tensor([ True, False])
+    """
+    if op in ("relu", "relu6", "hardswish"):
+        return output == 0
+    if op in ("gelu", "silu", "mish"):
+        return (output <= 0) & (output > -_NEAR)
+    if op == "softplus":
+        return output < _NEAR
+    if op in ("elu", "celu"):
+        return output < -(1 - _NEAR) * float(arguments.get("alpha", 1.0))
+    if op == "selu":
+        return output < -(1 - _NEAR) * 1.7580993  # lambda * alpha of Klambauer et al. 2017
+    return None
+
+
+def units(values: Tensor, layer: nn.Module | None) -> Tensor:
+    """(..., U, ...) -> (N, U): one column a unit. Channels for convolutions and their norms, else the last axis.
+
+    Args:
+        values: the output of an activation, or a mask of its shape.
+        layer: the layer that it follows, whose number of channels tells which axis the units are on.
+
+    Example:
+        >>> units(torch.zeros(8, 3, 5, 5), nn.Conv2d(1, 3, 2)).shape
+        torch.Size([200, 3])
+    """
+    channels = next(
+        (getattr(layer, name) for name in ("out_channels", "num_features", "num_channels") if hasattr(layer, name)), None
+    )
+    if values.dim() > 2 and isinstance(channels, int) and values.shape[1] == channels:
+        values = values.movedim(1, -1)
+    return values.reshape(-1, values.shape[-1]) if values.dim() > 0 else values.reshape(1, 1)

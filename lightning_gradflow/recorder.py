@@ -1,0 +1,126 @@
+"""Rows go in; findings come out, are told once, and are shown by the sinks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightning_gradflow import advice
+from lightning_gradflow.border import Border
+from lightning_gradflow.detectors.base import Detector
+from lightning_gradflow.findings import WARNINGS, Action, Finding, Ledger
+from lightning_gradflow.history import History, Row
+from lightning_gradflow.sinks.base import Sink, View
+
+_MAX_WARNINGS = 20  # per run: whoever has not looked by then is not helped by more
+
+
+class Recorder:
+    """What the callbacks of one Trainer share: history, detectors, ledger and sinks.
+
+    Args:
+        detectors: judge the history after each row; one that raises is switched off.
+        border: catches the errors.
+        suggest: whether findings carry suggestions.
+        model: class name of the model, for the sinks.
+
+    Example:
+        >>> recorder = Recorder([], Border())
+        >>> recorder.add(Row(step=0, scalars={"loss": 2.3}), step=0)
+        []
+        >>> recorder.history.steps
+        array([0])
+    """
+
+    def __init__(
+        self, detectors: Sequence[Detector], border: Border, *, suggest: bool = True, model: str = "model"
+    ) -> None:
+        self.history = History()
+        self.ledger = Ledger()
+        self.actions: list[Action] = []
+        self.sinks: list[Sink] = []
+        self.tells = True
+        self._detectors = tuple(detectors)
+        self._border = border
+        self._suggest = suggest
+        self.model = model
+        self._step = 0
+        self._progress = float("nan")
+        self._warned = 0
+        self._ended = False
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All findings that were ever opened, in order."""
+        return self.ledger.findings
+
+    @property
+    def view(self) -> View:
+        """What there is to see now."""
+        return View(self.history, self.findings, tuple(self.actions), self._step, self._progress, self.model)
+
+    def add(self, row: Row, step: int, progress: float = float("nan")) -> list[Finding]:
+        """Takes the newest row, judges, and shows what came of it.
+
+        Args:
+            row: one sampled step.
+            step: the step to log it under.
+            progress: share of the planned steps that is done, in [0, 1], or NaN.
+
+        Returns:
+            The findings that were opened by it, most severe first.
+        """
+        self.history.append(row)
+        self._step, self._progress, self._ended = step, progress, False
+        found = [finding for detector in self._detectors for finding in self._judge(detector)]
+        opened = self.ledger.update(row.step, [self._explain(f) if self.ledger.is_news(f) else f for f in found])
+        for sink in self.sinks:
+            self._show(sink, "on_row", self.view)
+            for finding in opened:
+                self._show(sink, "on_finding", finding, self.view)
+        self._warn(opened)
+        return opened
+
+    def end(self) -> None:
+        """The fit is over, or died: the sinks show the whole, once."""
+        if self._ended or not self.history.rows:
+            return
+        self._ended = True
+        for sink in self.sinks:
+            self._show(sink, "on_end", self.view)
+
+    def _judge(self, detector: Detector) -> list[Finding]:
+        empty: list[Finding] = []
+        return self._border.run(f"detector {type(detector).__name__}", detector.judge, self.history, default=empty)
+
+    def _explain(self, finding: Finding) -> Finding:
+        suggestions = advice.suggest(finding, self.history) if self._suggest else ()
+        return replace(finding, message=advice.explain(finding), suggestions=suggestions)
+
+    def _show(self, sink: Sink, hook: str, *args: Any) -> None:
+        self._border.run(f"output to {sink.name}", getattr(sink, hook), *args, default=None)
+
+    def _warn(self, opened: Sequence[Finding]) -> None:
+        for finding in opened:
+            if self.tells and finding.severity.is_alarm and self._warned < _MAX_WARNINGS:
+                self._warned += 1
+                text = f"step {finding.step}: {finding.message}"
+                if finding.suggestions:
+                    text += f" What to do: {finding.suggestions[0].title}."
+                warnings.warn(text, WARNINGS[finding.kind], stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """History, findings and actions, so that a resumed run continues them."""
+        return {
+            "history": self.history.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "actions": [action.to_dict() for action in self.actions],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` gave."""
+        self.history.load_state_dict(state["history"])
+        self.ledger.load_state_dict(state["ledger"])
+        self.actions = [Action.from_dict(action) for action in state["actions"]]

@@ -1,0 +1,86 @@
+"""What a sink is shown, and what it must be able to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lightning_gradflow.detectors.profile import depth_profile
+from lightning_gradflow.findings import Action, Finding
+from lightning_gradflow.history import Floats, History
+
+
+@dataclass(frozen=True)
+class View:
+    """The state of a run, as sinks show it.
+
+    Args:
+        history: all rows so far.
+        findings: all findings so far, with what has become of them.
+        actions: what the mitigator did.
+        step: the step to log under (the x axis of the Trainer's own logging).
+        progress: share of the planned steps that is done, in [0, 1]; NaN for a run without an end.
+        model: class name of the LightningModule.
+    """
+
+    history: History
+    findings: tuple[Finding, ...]
+    actions: tuple[Action, ...]
+    step: int
+    progress: float
+    model: str
+
+
+class Sink:
+    """Shows rows and findings. A method does nothing unless overridden; what it raises is caught by the recorder."""
+
+    name: str = "sink"
+
+    def on_row(self, view: View) -> None:
+        """A row was added."""
+
+    def on_finding(self, finding: Finding, view: View) -> None:
+        """A finding was opened."""
+
+    def on_end(self, view: View) -> None:
+        """The fit is over, or died; called once."""
+
+
+def scalars(history: History) -> dict[str, float]:
+    """The handful of numbers of the newest row that every logger gets; what was not measured is left out.
+
+    An empty history has none.
+
+    Example:
+        >>> from lightning_gradflow.history import Row
+        >>> history = History()
+        >>> history.layer_axis.merge(["fc1", "fc2"])
+        >>> history.append(Row(0, {"grad_norm": np.array([3.0, 4.0])}, {"grad_norm_total": 5.0}))
+        >>> scalars(history)["gradflow/grad_norm_max"]
+        4.0
+    """
+    if not history.rows:
+        return {}
+    row = history.rows[-1]
+    found = {"grad_norm_total": row.scalars.get("grad_norm_total", math.nan)}
+    for metric, statistics in _SUMMARIES.items():
+        values = row.values.get(metric, np.empty(0))
+        values = values[~np.isnan(values)]
+        for suffix, statistic in statistics.items():
+            found[metric + suffix] = float(statistic(values)) if values.size else math.nan
+    profile = depth_profile(history)
+    found["delta_span"] = profile.span if profile is not None else math.nan
+    return {f"gradflow/{name}": value for name, value in found.items() if not math.isnan(value)}
+
+
+_SUMMARIES: dict[str, dict[str, Callable[[Floats], Any]]] = {
+    "grad_norm": {"_max": np.max, "_median": np.median, "_min": np.min},
+    "grad_zero_fraction": {"_max": np.max},
+    "grad_nonfinite_fraction": {"_max": np.max},
+    "saturated_fraction": {"_max": np.max},
+    "dead_fraction": {"_max": np.max},
+}

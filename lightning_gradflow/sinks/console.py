@@ -1,0 +1,215 @@
+"""The summary on the console: the verdict, the layers, what to do."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lightning_gradflow.detectors.profile import depth_profile
+from lightning_gradflow.findings import Finding
+from lightning_gradflow.history import History
+from lightning_gradflow.sinks import words
+from lightning_gradflow.sinks.base import Sink, View
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+MAX_LAYERS = 24
+_COLOURS = {"info": "blue", "warning": "yellow", "critical": "red"}
+
+
+class ConsoleSink(Sink):
+    """Prints the summary to stdout at the end of the fit."""
+
+    name = "console"
+
+    def on_end(self, view: View) -> None:
+        """Prints, in colour where the terminal takes it."""
+        from rich.console import Console
+
+        _print(Console(highlight=False), view)
+
+
+def summary(view: View, width: int = 100) -> str:
+    """The same summary as plain text.
+
+    Args:
+        view: the run.
+        width: columns, in [40, inf). Code to copy is never broken.
+
+    Returns:
+        Text of several lines.
+
+    Example:
+        >>> print(summary(View(History(), (), (), step=0, progress=0.0, model="Net")).splitlines()[0])
+        Nothing was measured: the run ended before its first sampled step.
+    """
+    from rich.console import Console
+
+    console = Console(
+        file=io.StringIO(), width=max(width, 40), highlight=False, color_system=None, legacy_windows=False
+    )
+    with console.capture() as capture:
+        _print(console, view)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+@dataclass(frozen=True)
+class LayerLine:
+    """The newest numbers of one layer; NaN = not measured.
+
+    Args:
+        name: as in `named_modules()`.
+        grad_norm: of its parameters.
+        relative_delta: its delta norm over that of the last point of the network: below 1 where the signal has shrunk
+            on its way back to this layer.
+        saturated: the largest saturated fraction among the activations that follow it, up to the next layer.
+        dead: the largest dead fraction among the same.
+    """
+
+    name: str
+    grad_norm: float
+    relative_delta: float
+    saturated: float
+    dead: float
+
+
+def layer_lines(history: History) -> list[LayerLine]:
+    """The newest numbers of every layer, in order of execution.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_gradflow.history import Point, Row
+        >>> history = History()
+        >>> history.layer_axis.merge(["fc1", "fc2"])
+        >>> history.add_points([Point("fc1", "fc1"), Point("fc2", "fc2")])
+        >>> history.append(Row(0, {"grad_norm": np.array([0.1, 1.0]), "delta_norm": np.array([0.02, 2.0])}))
+        >>> layer_lines(history)[0].relative_delta
+        0.01
+    """
+    grad_norm, saturated, dead = (_newest(history, m) for m in ("grad_norm", "saturated_fraction", "dead_fraction"))
+    relative, following = _relative_deltas(history), _following(history)
+    return [
+        LayerLine(
+            name=name,
+            grad_norm=grad_norm.get(name, math.nan),
+            relative_delta=relative.get(name, math.nan),
+            saturated=_largest(saturated.get(point, math.nan) for point in following.get(name, [])),
+            dead=_largest(dead.get(point, math.nan) for point in following.get(name, [])),
+        )
+        for name in history.layers
+    ]
+
+
+def _newest(history: History, metric: str) -> dict[str, float]:
+    """The values of the newest row that has the metric at all."""
+    measured = [i for i, row in enumerate(history.rows) if metric in row.values]
+    return dict(zip(history.names(metric), history[metric][measured[-1]].tolist(), strict=True)) if measured else {}
+
+
+def _relative_deltas(history: History) -> dict[str, float]:
+    """Module name -> delta norm over that of the last usable point."""
+    measured = [i for i, row in enumerate(history.rows) if "delta_norm" in row.values]
+    profile = depth_profile(history, measured[-1]) if measured else None
+    if profile is None or not profile.usable.any():
+        return {}
+    last = float(profile.delta_norm[profile.usable][-1])
+    found: dict[str, float] = {}
+    for point, value in zip(profile.points, profile.delta_norm.tolist(), strict=True):
+        if point.is_layer:
+            found.setdefault(point.module, value / last)
+    return found
+
+
+def _following(history: History) -> dict[str, list[str]]:
+    """Layer -> the points between its output and the next layer: an activation acts on the layer before it."""
+    found: dict[str, list[str]] = {}
+    layer = ""
+    for point in history.points:
+        layer = point.module if point.is_layer else layer
+        found.setdefault(layer, []).append(point.name)
+    return found
+
+
+def _largest(values: Iterable[float]) -> float:
+    return max((value for value in values if not math.isnan(value)), default=math.nan)
+
+
+def _worst(lines: list[LayerLine], findings: tuple[Finding, ...], most: int) -> list[LayerLine]:
+    """The lines to show of too many: named in open findings, not finite, most changed signal."""
+    named = [name for finding in words.worst_first(findings) if finding.is_open for name in finding.layers]
+    rank = {name: i for i, name in reversed(list(enumerate(named)))}
+
+    def badness(line: LayerLine) -> tuple[float, ...]:
+        delta = line.relative_delta
+        change = math.inf if delta == 0 or math.isinf(delta) else -1.0 if math.isnan(delta) else abs(math.log10(delta))
+        return (rank.get(line.name, math.inf), -float(math.isinf(line.grad_norm)), -change)
+
+    chosen = {line.name for line in sorted(lines, key=badness)[:most]}
+    return [line for line in lines if line.name in chosen]
+
+
+def _print(console: Console, view: View) -> None:
+    """Verdict first, then the layers, then what to do."""
+    from rich.text import Text
+
+    alarms = [f for f in words.worst_first(view.findings) if f.is_open and f.severity.is_alarm]
+    tone = _COLOURS[alarms[0].severity.value] if alarms else "green" if len(view.history) else "yellow"
+    console.print(Text(words.verdict(view), style=f"bold {tone}"))
+    lines = layer_lines(view.history)
+    if lines and len(view.history):
+        shown = _worst(lines, view.findings, MAX_LAYERS)
+        console.print(_table(shown, int(view.history.steps[-1])))
+        if len(shown) < len(lines):
+            console.print(f"The {len(shown)} layers that stand out most; {len(lines) - len(shown)} more are left out.")
+    for finding in words.worst_first(view.findings):
+        _print_finding(console, finding)
+    if view.actions:
+        console.print(Text(f"\nWhat was changed ({len(view.actions)})", style="bold"))
+        for action in view.actions[-8:]:
+            where = words.some(action.layers) or "all layers"
+            line = f"  step {action.step}: {action.kind}, {where}: {action.reason} [{action.outcome.replace('_', ' ')}]"
+            console.print(Text(line))
+
+
+def _table(lines: list[LayerLine], step: int) -> Table:
+    """The layers in order of execution, with the columns for which anything was measured."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = {
+        "grad_norm": [f"{line.grad_norm:.1e}" for line in lines],
+        "delta, last = 1": [f"{line.relative_delta:.1e}" for line in lines],
+        "saturated": [f"{line.saturated:.0%}" for line in lines],
+        "dead": [f"{line.dead:.0%}" for line in lines],
+    }
+    columns = {title: cells for title, cells in columns.items() if not all(cell.startswith("nan") for cell in cells)}
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, title=f"Layers at step {step}, input side first", title_justify="left"
+    )
+    table.add_column("layer", overflow="fold", min_width=12)
+    for title in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    for i, line in enumerate(lines):
+        table.add_row(Text(line.name), *("-" if c[i].startswith("nan") else c[i] for c in columns.values()))
+    return table
+
+
+def _print_finding(console: Console, finding: Finding) -> None:
+    """A finding and, while it lasts, what to do about it; code starts at the left edge and is never wrapped."""
+    from rich.text import Text
+
+    head = f"\n{words.kind(finding)} [{finding.severity.value}, {words.period(finding)}]"
+    console.print(Text(head, style=f"bold {_COLOURS[finding.severity.value]}" if finding.is_open else "dim"))
+    console.print(Text(words.message(finding)))
+    for number, suggestion in enumerate(finding.suggestions if finding.is_open else (), start=1):
+        console.print(Text(f"{number}. {suggestion.title}", style="bold"))
+        source = f" ({suggestion.reference})" if suggestion.reference else ""
+        console.print(Text(f"{suggestion.reason}{source}"))
+        for line in suggestion.code.splitlines():
+            console.print(Text(f"    {line}", style="cyan"), soft_wrap=True)

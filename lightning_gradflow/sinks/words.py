@@ -1,0 +1,88 @@
+"""What the console, the report and the loggers say in the same words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from lightning_gradflow.findings import Finding
+from lightning_gradflow.sinks.base import View
+
+NO_TROUBLE = "No sign of trouble in the gradients."
+
+
+def worst_first(findings: Iterable[Finding]) -> list[Finding]:
+    """Open findings before resolved ones, the more severe first, the older first among equals."""
+    return sorted(findings, key=lambda finding: (not finding.is_open, -finding.severity.rank, finding.step))
+
+
+def verdict(view: View) -> str:
+    """The state of the run in one sentence: its worst open finding, or that there is none.
+
+    Example:
+        >>> from lightning_gradflow.history import History, Row
+        >>> history = History()
+        >>> history.append(Row(step=0))
+        >>> verdict(View(history, (), (), step=0, progress=0.0, model="Net"))
+        'No sign of trouble in the gradients.'
+    """
+    alarms = [finding for finding in view.findings if finding.severity.is_alarm]
+    still_open = worst_first(finding for finding in alarms if finding.is_open)
+    if still_open:
+        return first_sentence(message(still_open[0]))
+    if not len(view.history):
+        return "Nothing was measured: the run ended before its first sampled step."
+    if alarms:
+        return f"No sign of trouble in the gradients any more: {_count(len(alarms), 'earlier finding')} resolved."
+    return NO_TROUBLE
+
+
+def message(finding: Finding) -> str:
+    """What a finding says; its kind and layers where it came without words."""
+    where = f" in {', '.join(finding.layers[:3])}" if finding.layers else ""
+    return finding.message or f"{kind(finding)}{where}."
+
+
+def kind(finding: Finding) -> str:
+    """The kind as people write it.
+
+    Example:
+        >>> from lightning_gradflow.findings import FindingKind, Severity
+        >>> kind(Finding(FindingKind.LOSS_PLATEAU, Severity.WARNING, step=400))
+        'Loss plateau'
+    """
+    return finding.kind.value.replace("_", " ").capitalize()
+
+
+def period(finding: Finding) -> str:
+    """From when until when a finding lasted."""
+    if finding.resolved_step is None:
+        return f"since step {finding.step}"
+    return f"steps {finding.step} to {finding.resolved_step}, resolved"
+
+
+def some(names: Iterable[str], most: int = 6) -> str:
+    """The first names, and how many more there are.
+
+    Example:
+        >>> some(["a", "b", "c"], most=2)
+        'a, b and 1 more'
+    """
+    names = list(names)
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[:most])} and {len(names) - most} more"
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first full stop that a new sentence follows; dots inside layer names don't count.
+
+    Example:
+        >>> first_sentence("The signal dies at net.0. Nine sigmoids shrink it.")
+        'The signal dies at net.0.'
+    """
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z\d])", text.strip(), maxsplit=1)[0]
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -1,0 +1,41 @@
+"""What is said about findings."""
+
+from math import inf, nan
+
+import pytest
+
+from lightning_gradflow.advice import explain
+from lightning_gradflow.advice.explanations import UNKNOWN
+from tests.advice.cases import EVIDENCE, PAIRS, finding
+
+
+@pytest.mark.parametrize(("kind", "cause"), PAIRS)
+def test_every_cause_has_a_text_with_its_layers_and_numbers(kind, cause):
+    text = explain(finding(kind, cause))
+    assert "{" not in text
+    assert text.endswith(".")
+    assert ": :" not in text
+    assert cause == "unknown" or UNKNOWN not in text
+    assert kind in {"loss_plateau", "nonfinite_gradient"} or "net.0" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("value", [nan, inf, -inf, 0.0, 1e300])
+@pytest.mark.parametrize(("kind", "cause"), PAIRS)
+def test_odd_numbers_do_not_break_a_text(kind, cause, value):
+    text = explain(finding(kind, cause, evidence=dict.fromkeys(EVIDENCE, value)))
+    assert value == value or "nan" not in text.replace("loss is nan", "").replace("at nan", "")
+
+
+def test_the_text_of_a_vanishing_gradient_reads_as_a_person_would_write_it():
+    assert explain(finding("vanishing_gradient", "saturation")) == (
+        "The gradient vanishes on its way back to net.0, net.2, net.4 and 1 more: "
+        "it loses 6.2 decades over 21 points of the network. "
+        "Most of it is lost in activations that are nearly flat: each multiplies the gradient by 0.24 (median); "
+        "the weights of a layer by 0.58."
+    )
+
+
+def test_a_loss_that_is_not_a_number_is_told():
+    text = explain(finding("nonfinite_gradient", "loss", evidence={"nonfinite_layers": 3.0, "loss": nan}))
+    assert "the loss is nan" in text

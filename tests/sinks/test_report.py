@@ -1,0 +1,135 @@
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from lightning_gradflow.findings import Action, FindingKind, Severity
+from lightning_gradflow.sinks.charts import charts
+from lightning_gradflow.sinks.report import FILE_NAME, ReportSink, page
+from tests import made_up
+
+
+class Page(HTMLParser):
+    """The tags and the visible text of a page."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text, self._in = [], "", ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._in = tag
+
+    def handle_endtag(self, tag):
+        self._in = ""
+
+    def handle_data(self, data):
+        if self._in not in ("script", "style"):
+            self.text += data
+
+
+def full_view(name="net.{}"):
+    findings = (
+        made_up.finding(layers=(name.format(0),)),
+        made_up.finding(Severity.WARNING, FindingKind.LOSS_PLATEAU, resolved_step=30, message="Flat."),
+    )
+    action = Action(20, "clip", (name.format(0),), "norm above 10", {"norm": 12.0}, {"norm": 1.0})
+    return made_up.view(made_up.history(name=name), findings, (action,))
+
+
+@pytest.fixture(scope="module")
+def html():
+    return page(full_view())
+
+
+def test_the_page_needs_no_network(html):
+    for tag, attributes in Page(html).tags:
+        assert tag not in ("link", "iframe", "base")
+        assert "src" not in attributes
+    assert html.count("plotly.js v") == 1
+
+
+def test_verdict_findings_actions_and_figures_stand_in_order(html):
+    text = Page(html).text
+    parts = ["The signal dies on its way to net.0.", "Vanishing gradient", "since step 10", "saturation", "span -6"]
+    parts += ["Use ReLU", "model.net[1] = nn.ReLU()", "steps 10 to 30, resolved", "norm above 10"]
+    parts += ["Gradient norm by layer and step", "Signal against depth", "Size of the gradient entries"]
+    parts += ["Saturated and dead activations", "Training loss"]
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+    assert [tag for tag, _ in Page(html).tags].count("pre") == 2
+
+
+def test_every_name_and_text_is_escaped():
+    attack = "<b><script>alert(1)</script>"
+    shown = full_view(attack + "{}")
+    html = page(shown)
+    calm = page(full_view())
+    assert attack not in html
+    assert "<b>" not in html.split("<script>")[0]
+    assert Page(html).tags.count(("script", {})) == Page(calm).tags.count(("script", {}))
+
+
+def test_without_figures_the_page_is_small(html):
+    assert len(page(full_view(), figures=False)) < 20_000 < len(html)
+
+
+def test_a_healthy_run_says_so():
+    assert "No sign of trouble in the gradients." in Page(page(made_up.view(), figures=False)).text
+
+
+def test_an_empty_run_has_a_page():
+    assert "Nothing was measured" in Page(page(made_up.view(made_up.History()))).text
+
+
+def test_figures_hold_plain_lists_only(html):
+    assert '"bdata"' not in html.split("plotly.js v")[1].rsplit("Plotly.newPlot", 1)[1]
+    assert all("bdata" not in chart.figure.to_json() for chart in charts(full_view()))
+
+
+@pytest.mark.parametrize("values", [[], [[0.0]], [[float("nan")] * 3], [[float("inf"), 0.0]] * 2, [[1.0, 1.0]]])
+def test_charts_take_any_history(values):
+    for chart in charts(made_up.view(made_up.gradients(*values), findings=(made_up.finding(),))):
+        assert "NaN" not in chart.figure.to_json()
+
+
+def test_many_losses_are_drawn_as_means():
+    shown = made_up.History()
+    shown.append(made_up.Row(4999, losses=np.arange(5000.0)))
+    (chart,) = charts(made_up.view(shown))
+    x, y = chart.figure.data[0].x, chart.figure.data[0].y
+    assert len(x) == 2000
+    assert x == y
+
+
+def test_the_file_is_whole_and_its_folder_made(tmp_path):
+    sink = ReportSink(lambda: tmp_path / "a" / "b")
+    sink.on_end(full_view())
+    assert sink.written == tmp_path / "a" / "b" / FILE_NAME
+    assert sink.written.read_text(encoding="utf-8").rstrip().endswith("</html>")
+    assert [path.name for path in sink.written.parent.iterdir()] == [FILE_NAME]
+
+
+def test_a_page_that_fails_leaves_the_old_one_and_no_part(tmp_path, monkeypatch):
+    (tmp_path / FILE_NAME).write_text("old")
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        ReportSink(tmp_path).on_end(made_up.view())
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert (tmp_path / FILE_NAME).read_text() == "old"
+
+
+def test_no_folder_means_no_page():
+    sink = ReportSink(lambda: None)
+    sink.on_end(made_up.view())
+    assert sink.written is None
+
+
+def test_a_remote_folder_is_refused():
+    with pytest.raises(OSError, match="local folder"):
+        ReportSink("s3://bucket/logs").on_end(made_up.view())

@@ -1,0 +1,54 @@
+import io
+
+import pytest
+
+from lightning_gradflow.sinks.tensorboard import TensorBoardSink, markdown
+from tests import made_up
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory):
+    """What the real reader finds in what the real logger wrote."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path_factory.mktemp("tensorboard"))
+    made_up.replay(TensorBoardSink(logger), rows=20, findings=(made_up.finding(),))
+    logger.finalize("success")
+    found = EventAccumulator(logger.log_dir, size_guidance={"images": 0, "histograms": 0, "tensors": 0})
+    found.Reload()
+    return found
+
+
+def test_scalars_stand_at_their_steps(events):
+    points = events.Scalars("gradflow/grad_norm_max")
+    assert [point.step for point in points] == list(range(0, 200, 10))
+    assert {point.value for point in points} == {1.0}
+
+
+def test_the_heatmap_is_an_image_some_twelve_times(events):
+    import matplotlib.image
+
+    images = events.Images("gradflow/heatmap")
+    assert 10 <= len(images) <= 12
+    pixels = matplotlib.image.imread(io.BytesIO(images[-1].encoded_image_string), format="png")
+    assert pixels.shape[:2] == (images[-1].height, images[-1].width)
+    assert pixels.std() > 0.1
+
+
+def test_histograms_hold_exponents(events):
+    first = events.Histograms("gradflow/grad_hist_early")[0].histogram_value
+    assert first.num == 500
+    assert (first.min, first.max) == (-64 + 20, -64 + 25)
+    assert first.sum / first.num == pytest.approx(-64 + 22.5)
+
+
+def test_findings_and_verdict_are_text(events):
+    tags = events.Tags()["tensors"]
+    assert {"gradflow/findings/text_summary", "gradflow/verdict/text_summary"} <= set(tags)
+    text = events.Tensors("gradflow/findings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "```python\nmodel.net[1] = nn.ReLU()\n```" in text
+
+
+def test_markdown_leaves_names_with_underscores_as_they_are():
+    assert r"\_\_init\_\_" in markdown(made_up.finding(message="at __init__"))

@@ -1,0 +1,180 @@
+import math
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from lightning_gradflow.findings import FindingKind, Severity
+from lightning_gradflow.sinks.wandb import MAX_ALERTS, MAX_BINS, WandbSink, layer_counts
+from tests import made_up
+from tests.wandb_reader import read_run
+
+
+@contextmanager
+def offline(folder):
+    """A real offline logger whose every file stays under `folder`, and a function that closes and reads its run."""
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    def read():
+        wandb.finish()
+        return read_run(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "ARTIFACT_DIR"):
+            (folder / name.lower()).mkdir()
+            patch.setenv(f"WANDB_{name}", str(folder / name.lower()))
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
+        try:
+            yield WandbLogger(mode="offline", save_dir=folder, project="test"), read
+        finally:
+            wandb.finish()
+
+
+@pytest.fixture
+def logger_and_read(tmp_path):
+    with offline(tmp_path) as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of 20 rows with two alarms and one state that is often fine, read back."""
+    findings = (
+        made_up.finding(),
+        made_up.finding(Severity.WARNING, FindingKind.LOSS_PLATEAU),
+        made_up.finding(Severity.INFO, FindingKind.DEAD_UNITS),
+    )
+    with offline(tmp_path_factory.mktemp("wandb")) as (logger, read):
+        made_up.replay(WandbSink(logger), rows=20, findings=findings)
+        return read()
+
+
+def test_a_whole_run_stands_in_the_file(run):
+    rows = run.rows_with("gradflow/layers")
+    assert len(rows) == 20
+    assert [row["trainer/global_step"] for row in rows] == list(range(0, 200, 10))
+    assert all(row["gradflow/grad_norm_max"] == 1.0 for row in rows)
+    assert all(row["gradflow/delta_span"] == pytest.approx(-6.0) for row in rows)
+    assert rows[0]["gradflow/layers"]["values"] == [90, 100, 110, 120]
+    assert rows[0]["gradflow/layers"]["bins"] == [0, 1, 2, 3, 4]
+    early = rows[0]["gradflow/grad_hist_early"]
+    assert sum(early["values"]) == 500
+    assert early["bins"][early["values"].index(100)] == -64 + 20
+    assert len([key for key in run.keys if key.startswith("gradflow/")]) <= 25
+    assert all(key.count("/") == 1 and "." not in key for key in run.keys)
+
+
+def test_rows_come_one_for_each_flush_and_one_at_the_end(run):
+    assert len(run.history) == 20 + 1
+
+
+def test_heatmaps_are_a_few_images_of_real_pixels(run):
+    import matplotlib.image
+
+    images = [row["gradflow/heatmap"] for row in run.rows_with("gradflow/heatmap")]
+    assert 10 <= len(images) <= 12
+    pixels = matplotlib.image.imread(run.folder / "files" / images[-1]["path"])
+    assert (pixels.shape[1], pixels.shape[0]) == (images[-1]["width"], images[-1]["height"])
+    assert pixels.std() > 0.1
+
+
+def test_alarms_are_alerts_and_info_is_none(run):
+    assert [(title, level) for title, _, level in run.alerts] == [
+        ("Vanishing gradient at step 10", "ERROR"),
+        ("Loss plateau at step 10", "WARN"),
+    ]
+    assert "Use ReLU" in run.alerts[0][1]
+
+
+def test_findings_are_a_table_and_the_report_has_no_plotly(run):
+    last = run.history[-1]
+    assert last["gradflow/findings"]["nrows"] == 3
+    html = (run.folder / "files" / last["gradflow/report"]["path"]).read_text()
+    assert "The signal dies on its way to net.0." in html
+    assert len(html) < 20_000
+
+
+def test_config_names_the_layer_of_each_bin(run):
+    assert run.config["gradflow"]["layers"] == ["net.0", "net.2", "net.4", "net.6"]
+    assert run.config["gradflow"]["layers_per_bin"] == 1
+
+
+def test_the_step_axis_is_defined(run):
+    assert run.metrics["gradflow/*"] == "trainer/global_step"
+
+
+def test_a_run_without_findings_has_an_empty_table(logger_and_read):
+    logger, read = logger_and_read
+    made_up.replay(WandbSink(logger), rows=2)
+    assert read().history[-1]["gradflow/findings"]["nrows"] == 0
+
+
+def test_a_run_that_ends_before_its_first_row_breaks_nothing(logger_and_read):
+    logger, read = logger_and_read
+    made_up.replay(WandbSink(logger), rows=0)
+    run = read()
+    html = (run.folder / "files" / run.history[-1]["gradflow/report"]["path"]).read_text()
+    assert "Nothing was measured" in html
+
+
+def test_without_an_end_the_heatmap_comes_when_the_rows_have_doubled(logger_and_read):
+    logger, read = logger_and_read
+    made_up.replay(WandbSink(logger), rows=9, progress=lambda done: math.nan)
+    steps = [row["trainer/global_step"] for row in read().rows_with("gradflow/heatmap")]
+    assert steps == [0, 10, 30, 70, 80]
+
+
+def test_a_layer_discovered_late_gets_the_next_bin_and_moves_none(logger_and_read):
+    logger, read = logger_and_read
+    sink, shown = WandbSink(logger), made_up.gradients([1.0, 0.1])
+    sink.on_row(made_up.view(shown))
+    shown.layer_axis.merge(["fc0", "late", "fc1"])
+    shown.append(made_up.Row(5, {"grad_norm": np.array([1.0, 0.1, 0.01])}))
+    sink.on_row(made_up.view(shown))
+    run = read()
+    assert [row["gradflow/layers"]["values"] for row in run.history] == [[120, 110], [120, 110, 100]]
+    assert run.config["gradflow"]["layers"] == ["fc0", "fc1", "late"]
+
+
+def test_more_layers_than_bins_are_merged_and_the_worst_is_kept(logger_and_read):
+    logger, read = logger_and_read
+    norms = [1.0] * 1300
+    norms[4] = math.inf
+    sink = WandbSink(logger)
+    sink.on_row(made_up.view(made_up.gradients(norms)))
+    run = read()
+    histogram = run.history[0]["gradflow/layers"]
+    assert len(histogram["values"]) <= MAX_BINS
+    assert histogram["values"][:3] == [120, 240, 120]
+    assert run.config["gradflow"]["layers_per_bin"] == 3
+    assert histogram["bins"][-1] == 1300
+
+
+def test_alerts_stop_at_their_limit(logger_and_read):
+    logger, read = logger_and_read
+    sink = WandbSink(logger)
+    for _ in range(MAX_ALERTS + 5):
+        sink.on_finding(made_up.finding(), made_up.view())
+    assert len(read().alerts) == MAX_ALERTS
+
+
+def test_the_stand_in_of_other_ranks_is_taken():
+    from lightning.fabric.loggers.logger import _DummyExperiment
+
+    class WandbLogger:
+        experiment = _DummyExperiment()
+
+        def log_metrics(self, metrics, step):
+            pass
+
+    made_up.replay(WandbSink(WandbLogger()), rows=2, findings=(made_up.finding(),))
+
+
+@pytest.mark.parametrize(
+    ("norm", "count"),
+    [(1.0, 120), (10.0, 130), (1e-12, 1), (1e-11, 10), (0.0, 0), (math.nan, 0), (math.inf, 240), (1e20, 239)],
+)
+def test_ten_counts_are_a_decade(norm, count):
+    assert layer_counts(np.array([norm])).tolist() == [count]

@@ -1,0 +1,11 @@
+"""A zoo of small trainings on real data, labelled sick or healthy by how they end.
+
+Nothing in here knows the package under test, so that a label can't lean on what it is meant to judge.
+``python -m tests.zoo.outcomes`` trains every case and shows that the labels hold.
+"""
+
+from .case import Case, quiet_trainer
+from .healthy import HEALTHY
+from .sick import SICK
+
+__all__ = ["HEALTHY", "SICK", "Case", "quiet_trainer"]
