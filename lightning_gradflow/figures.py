@@ -59,7 +59,9 @@ def grid(history: History, metric: str, max_columns: int = MAX_COLUMNS, max_rows
         >>> found.names, found.steps, found.values.shape
         (('fc1', 'fc2 (+1)'), array([1, 4]), (2, 2))
     """
-    values, names, steps = history[metric].T, list(history.names(metric)), history.steps
+    # the losses after the last sample are a row of their own, in which nothing else was measured
+    sampled = np.array([metric in row.values for row in history.rows], dtype=bool)
+    values, names, steps = history[metric][sampled].T, list(history.names(metric)), history.steps[sampled]
     if METRICS[metric].axis == "points" and METRICS[metric].unit == "fraction":
         measured = np.flatnonzero(~np.isnan(values).all(axis=1))
         values, names = values[measured], [names[i] for i in measured]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from lightning_gradflow.callbacks.auto_mitigator import AutoMitigator, Mode
 from lightning_gradflow.callbacks.base import Monitor
@@ -18,8 +19,8 @@ class GradFlow(Monitor):
     `AutoMitigator` in one, with a summary on the console and a page in the run's log directory at the end.
 
     Args:
-        every_n_steps: steps between two samples, in [1, inf); None for the Trainer's `log_every_n_steps`. The first steps
-            are sampled more densely: 0, 1, 2, 4, 8, ... up to the interval.
+        every_n_steps: steps between two samples, in [1, inf); None for the Trainer's `log_every_n_steps`. The first
+            steps are sampled more densely: 0, 1, 2, 4, 8, ... up to the interval.
         mitigate: `"off"`, `"suggest"` or `"apply"`, as the `mode` of `AutoMitigator`. Without `"apply"` nothing in the
             run changes.
         gradients: a configured `GradNormLogger` instead of the default one.
@@ -64,3 +65,8 @@ class GradFlow(Monitor):
     def parts(self) -> Sequence[Monitor]:
         """The four children."""
         return self._children
+
+    @property
+    def report_path(self) -> Path | None:
+        """Where the page of the last fit lies; None before its end, on other ranks, and where none was written."""
+        return self._session.report_path if self._session is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,7 +179,7 @@ class History:
         return np.array([row.scalars.get(name, np.nan) for row in self._rows], dtype=np.float64)
 
     def histogram(self, name: str) -> Ints:
-        """(R, HISTOGRAM_BINS + 2) counts: exponent bins, exact zeros, non-finite entries; zeros where a row has none."""
+        """(R, HISTOGRAM_BINS + 2) counts: exponent bins, exact zeros, non-finite entries; zeros if a row has none."""
         empty = np.zeros(HISTOGRAM_BINS + 2, dtype=np.int64)
         return np.array([row.histograms.get(name, empty) for row in self._rows]).reshape(-1, HISTOGRAM_BINS + 2)
 
@@ -189,7 +190,7 @@ class History:
 
     @property
     def losses(self) -> Floats:
-        """(S,) training loss, step by step where it is recent, as means over equal numbers of steps where it is old."""
+        """(S,) training loss: step by step at the start of the run and where it is recent, as means between the two."""
         return np.array([loss for _, loss, _ in self._losses], dtype=np.float64)
 
     def add_points(self, sequence: Sequence[Point]) -> None:
@@ -202,13 +203,16 @@ class History:
         """Adds the newest row.
 
         Raises:
-            ValueError: if a metric is unknown, or the step is not above the last one.
+            ValueError: if a metric is unknown or has more values than names, or the step is not above the last one.
         """
         unknown = sorted(set(row.values) - set(METRICS))
         if unknown:
             raise ValueError(f"values must be keyed by metrics in {sorted(METRICS)}, got {unknown}")
         if self._rows and row.step <= self._rows[-1].step:
             raise ValueError(f"step must be above {self._rows[-1].step}, got {row.step}")
+        for metric, values in row.values.items():
+            if len(values) > len(self._axis(metric)):
+                raise ValueError(f"{metric} must have at most {len(self._axis(metric))} values, got {len(values)}")
         self._rows.append(row)
         if len(self._rows) > self._max_rows:
             recent = len(self._rows) - self._max_rows // 2
@@ -216,7 +220,8 @@ class History:
         n = len(row.losses)
         self._losses += [[row.step - n + 1 + i, float(loss), 1.0] for i, loss in enumerate(row.losses)]
         while len(self._losses) > 8 * self._max_rows:
-            self._losses = _halve(self._losses, keep=4 * self._max_rows)
+            first = self._max_rows // 4
+            self._losses = self._losses[:first] + _halve(self._losses[first:], keep=4 * self._max_rows)
 
     def _axis(self, metric: str) -> Axis:
         if metric not in METRICS:
@@ -264,11 +269,17 @@ class History:
 
 
 def _halve(entries: list[list[float]], keep: int) -> list[list[float]]:
-    """Merges pairs of neighbours among all but the last `keep` entries, as means weighted by their number of steps."""
+    """Merges pairs of neighbours among all but the last `keep` entries, as means weighted by their number of steps.
+
+    Of a pair with a loss that is not finite the other one is kept.
+    """
     old, recent = entries[:-keep], entries[-keep:]
     merged = []
     for i in range(0, len(old) - 1, 2):
         (step_a, loss_a, n_a), (step_b, loss_b, n_b) = old[i], old[i + 1]
+        if not (math.isfinite(loss_a) and math.isfinite(loss_b)):  # one lost step must not take its neighbours along
+            merged.append(list(old[i] if math.isfinite(loss_a) else old[i + 1]))
+            continue
         n = n_a + n_b
         merged.append([(step_a * n_a + step_b * n_b) / n, (loss_a * n_a + loss_b * n_b) / n, n])
     return merged + old[len(old) - len(old) % 2 :] + recent

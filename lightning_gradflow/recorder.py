@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lightning_gradflow import advice
 from lightning_gradflow.border import Border
 from lightning_gradflow.detectors.base import Detector
-from lightning_gradflow.findings import WARNINGS, Action, Finding, Ledger
+from lightning_gradflow.findings import WARNINGS, Action, Finding, Ledger, Suggestion
 from lightning_gradflow.history import History, Row
 from lightning_gradflow.sinks.base import Sink, View
 
@@ -42,7 +43,8 @@ class Recorder:
         self.actions: list[Action] = []
         self.sinks: list[Sink] = []
         self.tells = True
-        self._detectors = tuple(detectors)
+        names = _numbered(f"detector {type(detector).__name__}" for detector in detectors)
+        self._named_detectors = tuple(zip(names, detectors, strict=True))
         self._border = border
         self._suggest = suggest
         self.model = model
@@ -74,12 +76,12 @@ class Recorder:
         """
         self.history.append(row)
         self._step, self._progress, self._ended = step, progress, False
-        found = [finding for detector in self._detectors for finding in self._judge(detector)]
+        found = [finding for part, detector in self._named_detectors for finding in self._judge(part, detector)]
         opened = self.ledger.update(row.step, [self._explain(f) if self.ledger.is_news(f) else f for f in found])
-        for sink in self.sinks:
-            self._show(sink, "on_row", self.view)
+        for part, sink in self._named_sinks():
+            self._show(part, sink, "on_row", self.view)
             for finding in opened:
-                self._show(sink, "on_finding", finding, self.view)
+                self._show(part, sink, "on_finding", finding, self.view)
         self._warn(opened)
         return opened
 
@@ -88,19 +90,25 @@ class Recorder:
         if self._ended or not self.history.rows:
             return
         self._ended = True
-        for sink in self.sinks:
-            self._show(sink, "on_end", self.view)
+        for part, sink in self._named_sinks():
+            self._show(part, sink, "on_end", self.view)
 
-    def _judge(self, detector: Detector) -> list[Finding]:
+    def _named_sinks(self) -> Iterator[tuple[str, Sink]]:
+        return zip(_numbered(f"output to {sink.name}" for sink in self.sinks), self.sinks, strict=True)
+
+    def _judge(self, part: str, detector: Detector) -> list[Finding]:
         empty: list[Finding] = []
-        return self._border.run(f"detector {type(detector).__name__}", detector.judge, self.history, default=empty)
+        return self._border.run(part, detector.judge, self.history, default=empty)
 
     def _explain(self, finding: Finding) -> Finding:
-        suggestions = advice.suggest(finding, self.history) if self._suggest else ()
+        none: tuple[Suggestion, ...] = ()
+        suggestions = none
+        if self._suggest:
+            suggestions = self._border.run("advice", advice.suggest, finding, self.history, default=none)
         return replace(finding, message=advice.explain(finding), suggestions=suggestions)
 
-    def _show(self, sink: Sink, hook: str, *args: Any) -> None:
-        self._border.run(f"output to {sink.name}", getattr(sink, hook), *args, default=None)
+    def _show(self, part: str, sink: Sink, hook: str, *args: Any) -> None:
+        self._border.run(part, getattr(sink, hook), *args, default=None)
 
     def _warn(self, opened: Sequence[Finding]) -> None:
         for finding in opened:
@@ -124,3 +132,13 @@ class Recorder:
         self.history.load_state_dict(state["history"])
         self.ledger.load_state_dict(state["ledger"])
         self.actions = [Action.from_dict(action) for action in state["actions"]]
+
+
+def _numbered(names: Iterable[str]) -> list[str]:
+    """The names that the border knows the parts by: of namesakes the second and later ones get a number."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for name in names:
+        seen[name] += 1
+        numbered.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return numbered

@@ -13,7 +13,7 @@ Text = tuple[str, ...]
 
 SEEN: dict[FindingKind, Text] = {
     FindingKind.VANISHING_GRADIENT: (
-        "The gradient vanishes on its way back to {layers}",
+        "The gradient vanishes {down}",
         "it loses {decades} decades over {points} points of the network",
     ),
     FindingKind.EXPLODING_GRADIENT: (
@@ -147,7 +147,7 @@ def explain(finding: Finding) -> str:
         >>> evidence = {"span": -6.2, "points": 21.0, "activation_gain": 0.24}
         >>> finding = Finding(FindingKind.VANISHING_GRADIENT, Severity.WARNING, 0, ("fc1",), "saturation", "", evidence)
         >>> print(explain(finding).replace(". ", ".\n"))
-        The gradient vanishes on its way back to fc1: it loses 6.2 decades over 21 points of the network.
+        The gradient vanishes in fc1: it loses 6.2 decades over 21 points of the network.
         Most of it is lost in activations that are nearly flat: each multiplies the gradient by 0.24 (median).
     """
     fields = _fields(finding)
@@ -189,6 +189,13 @@ def _sentence(text: Text, fields: Mapping[str, str]) -> str:
     return head + (colon + "; ".join(details) if details else "") + "."
 
 
+def _down(layers: tuple[str, ...]) -> str:
+    """From which layer down: layers come worst first, so that the last one is where it begins."""
+    if len(layers) < 2:
+        return f"in {names(layers)}"
+    return f"from {layers[-1]} down to {layers[0]} ({len(layers)} layers)"
+
+
 def _wanted(part: str) -> set[str]:
     return {name for _, name, _, _ in Formatter().parse(part) if name}
 
@@ -212,6 +219,7 @@ def _fields(finding: Finding) -> dict[str, str]:
             fields[key] = f"{value:.1f}"
         else:
             fields[key] = number(value)
+    fields["down"] = _down(finding.layers)
     # as evidence `layers` is a count; in a sentence it means their names
     fields["layers"] = names(finding.layers)
     return fields

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_gradflow.callbacks import trainer_facts
 from lightning_gradflow.callbacks.session import Session
 from lightning_gradflow.callbacks.state import from_checkpoint, to_checkpoint
 from lightning_gradflow.detectors.base import Detector
@@ -96,14 +97,15 @@ class Monitor(Callback):
         Raises:
             ValueError: if two callbacks of the Trainer do the same thing.
         """
-        group = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]
+        group = [callback for callback in trainer_facts.callbacks(trainer) if isinstance(callback, Monitor)]
         if stage != "fit" or self not in group:
             return
         kinds = [type(part).__name__ for monitor in group for part in monitor.parts()]
         doubled = sorted({kind for kind in kinds if kinds.count(kind) > 1})
         if doubled:
             raise ValueError(
-                f"callbacks must hold each monitor once (GradFlow holds all four), got {', '.join(doubled)} more than once"
+                "callbacks must hold each monitor once (GradFlow holds all four), "
+                f"got {', '.join(doubled)} more than once"
             )
         if self is group[0]:
             session = self._session if self._session is not None and self._session.belongs_to(trainer, group) else None

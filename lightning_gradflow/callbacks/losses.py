@@ -26,9 +26,9 @@ def returned_loss(outputs: Any) -> Tensor | None:
 def find_loss(names: Iterable[str], *, validation: bool) -> str | None:
     """The name that a training or a validation loss was logged under, or None.
 
-    Among the names that speak of validation (or do not), the first that has a word for a loss in it, the shortest first:
-    `val_loss` comes before `val_loss_of_the_auxiliary_head`. Where there is but one such name, it is taken whatever
-    it says.
+    Among the names that speak of validation (or do not), the first that has a word for a loss in it, the shortest
+    first: `val_loss` comes before `val_loss_of_the_auxiliary_head`. Where there is but one such name, it is taken
+    whatever it says.
 
     Args:
         names: the names that are logged.
@@ -40,8 +40,12 @@ def find_loss(names: Iterable[str], *, validation: bool) -> str | None:
         >>> find_loss(["my objective", "accuracy"], validation=False)
         'my objective'
     """
-    candidates = sorted({name for name in names if _is_validation(name) == validation}, key=lambda name: (len(name), name))
-    candidates = [name for name in candidates if not name.endswith("_step") or name.removesuffix("_step") not in candidates]
+    candidates = sorted(
+        {name for name in names if _is_validation(name) == validation}, key=lambda name: (len(name), name)
+    )
+    candidates = [
+        name for name in candidates if not name.endswith("_step") or name.removesuffix("_step") not in candidates
+    ]
     for word in _WORDS:
         for name in candidates:
             if word in name.lower():

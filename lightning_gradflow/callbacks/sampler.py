@@ -154,7 +154,7 @@ class Sampler:
         return np.array([values[steps == step].mean() for step in np.unique(steps)], dtype=np.float64)
 
     def _columns(self, found: Mapping[str, Mapping[str, float]], axis: str) -> dict[str, Floats]:
-        """name -> metric -> value, as one array a metric, by the identity of the names."""
+        """Turns name -> metric -> value into one array a metric, by the identity of the names."""
         names = self._history.layer_axis if axis == "layers" else self._history.point_axis
         columns: dict[str, Floats] = {}
         for name, values in found.items():

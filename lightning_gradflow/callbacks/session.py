@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from lightning_gradflow.callbacks.base import Monitor
 
 MONITOR = "the monitor"
-_DEFAULT_INTERVAL = 50  # Lightning's own default, for a Trainer that logs never (log_every_n_steps=0)
 _MAX_BATCHES = 16  # that a sample of manual optimization waits for an optimizer to step
 
 
@@ -47,7 +47,7 @@ class Session:
         self._border = Border()
         self._mitigation: Mitigation | None = None
         self._sampler: Sampler | None = None
-        self._interval = _DEFAULT_INTERVAL
+        self._interval = 1
         self._validation = MeanMetric()
         self._val_loss = math.nan
         self._start_anew()
@@ -81,7 +81,7 @@ class Session:
             self._start_anew()
         asked = [part.every_n_steps for part in self._parts if part.every_n_steps is not None]
         asked += [monitor.every_n_steps for monitor in self._monitors if monitor.every_n_steps is not None]
-        self._interval = min(asked, default=trainer.log_every_n_steps or _DEFAULT_INTERVAL)
+        self._interval = min(asked, default=trainer_facts.logging_interval(trainer))
         self._sampler = Sampler(
             module,
             self.recorder.history,
@@ -94,17 +94,24 @@ class Session:
         self.recorder.model = type(module).__name__
         self.recorder.sinks = self._sinks(trainer) if trainer.is_global_zero else []
         if not any(p.requires_grad for p in module.parameters()):
-            self._border.tell("lightning_gradflow: the model has no trainable parameters, so there is nothing to watch.")
+            self._border.tell(
+                "lightning_gradflow: the model has no trainable parameters, so there is nothing to watch."
+            )
 
     def _sinks(self, trainer: Trainer) -> list[Any]:
-        if trainer.fast_dev_run:
+        if trainer_facts.is_dry_run(trainer):
             return []
         sinks: list[Any] = list(make_sinks(trainer.loggers))
         if any(monitor.console for monitor in self._monitors):
             sinks.append(ConsoleSink())
         if any(monitor.report for monitor in self._monitors):
-            sinks.append(ReportSink(trainer_facts.run_directory(trainer)))
+            sinks.append(ReportSink(lambda: trainer_facts.run_directory(trainer)))
         return sinks
+
+    @property
+    def report_path(self) -> Path | None:
+        """The page that was written last, or None."""
+        return next((sink.written for sink in self.recorder.sinks if isinstance(sink, ReportSink)), None)
 
     def end(self, trainer: Trainer) -> None:
         """The fit is over, or died: nothing is left behind, and what was seen is shown. May be called repeatedly."""

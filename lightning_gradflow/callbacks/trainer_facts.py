@@ -15,6 +15,21 @@ def unsupported_strategy(trainer: Any) -> str | None:
     return next((name for name in names if name in _NOT_MEASURED_UNDER), None)
 
 
+def callbacks(trainer: Any) -> list[Any]:
+    """The callbacks of a Trainer, in the order in which they are called."""
+    return list(trainer.callbacks)
+
+
+def is_dry_run(trainer: Any) -> bool:
+    """Whether this is a `fast_dev_run`, which writes nothing."""
+    return bool(trainer.fast_dev_run)
+
+
+def logging_interval(trainer: Any) -> int:
+    """The Trainer's `log_every_n_steps`; 50, Lightning's own default, for one that never logs."""
+    return int(trainer.log_every_n_steps) or 50
+
+
 def logged_step(trainer: Any) -> int:
     """The number of batches that stepped: the x axis of everything that Lightning logs, from 0."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)  # private; seen in 2.5.0 to 2.6.6

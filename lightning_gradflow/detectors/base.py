@@ -16,7 +16,9 @@ class Detector(Protocol):
         ...
 
 
-def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = True, open_high: bool = True) -> None:
+def check_range(
+    name: str, value: object, low: float, high: float, *, open_low: bool = True, open_high: bool = True
+) -> None:
     """Raises a `ValueError` that names the argument, its range and what came, if `value` is outside the range.
 
     Example:
@@ -26,8 +28,7 @@ def check_range(name: str, value: float, low: float, high: float, *, open_low: b
         ...
         ValueError: max_decay must be in (0, 100), got -1
     """
-    above = value > low if open_low else value >= low
-    below = value < high if open_high else value <= high
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (above and below):
+    inside = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not inside or (open_low and value == low) or (open_high and value == high):
         brackets = ("(" if open_low else "["), (")" if open_high else "]")
         raise ValueError(f"{name} must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}, got {value!r}")

@@ -19,9 +19,9 @@ _LARGE_WEIGHT_GAIN = 2.0  # twice what keeps the signal as it is
 class ExplodingGradient:
     """Finds a signal that grows exponentially with depth, and a gradient norm that leaves its own past far behind.
 
-    With depth: the span of the depth profile is at or above `max_growth` decades in the last two samples, or in the first.
-    In time: the total gradient norm of the last two samples is above `max_jump` times the median of all before, and the
-    loss is above all that it was: big gradients alone, with a loss that falls, are left alone.
+    With depth: the span of the depth profile is at or above `max_growth` decades in the last two samples, or in the
+    first. In time: the total gradient norm of the last two samples is above `max_jump` times the median of all before,
+    and the loss is above all that it was: big gradients alone, with a loss that falls, are left alone.
 
     Args:
         max_growth: decades that the signal may gain from the last to the first layer, in (0, 100). The default of 4 is
@@ -86,7 +86,8 @@ class ExplodingGradient:
         if len(total) < _MIN_PAST + 2 or not known[-1]:
             return []
         median = float(np.median(total[:-2]))
-        if median == 0 or not np.all(total[-2:] > self.max_jump * median) or not loss[-1] > np.nanmax(loss[:-2]):
+        before = loss[:-2][np.isfinite(loss[:-2])]
+        if median == 0 or not np.all(total[-2:] > self.max_jump * median) or not loss[-1] > before.max(initial=-np.inf):
             return []
         norms = history["grad_norm"][-1]
         worst = [i for i in np.argsort(-np.nan_to_num(norms)) if np.isfinite(norms[i])]

@@ -50,7 +50,7 @@ class NonfiniteGradient:
             return []
         scaled = history.scalar("loss_scale")[-1] > 0
         needed = self.scaled_patience if scaled else 1
-        broken = (fractions > 0).any(axis=1)
+        broken = np.asarray((fractions > 0).any(axis=1))
         if len(broken) < needed or not broken[-needed:].all():
             return []
         row = history.rows[-1]

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.dead_units import DeadUnits
-from lightning_gradflow.detectors.trend import mann_kendall, theil_sen
+from lightning_gradflow.detectors.trend import mann_kendall, steepest_fall, theil_sen
 from lightning_gradflow.detectors.vanishing import VanishingGradient
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
 
+Bools = npt.NDArray[np.bool_]
+
 _BLOCKS = 32
+_GROWTH = 1.5  # from one length of a stretch to the next
+_SURE = 2.5  # z score of "no faster than this", twice running: healthy runs are judged at hundreds of samples
+_CLEAR = 2.0  # z score of a fall since the start
+_BY_FAR = 0.5  # of the very first loss: what has halved it in a handful of steps has learnt
 _FALLS = -1.645  # z of the Mann-Kendall test: a falling trend at 5 %, one-sided
-_SMALL_LR = 0.1  # of the largest one so far: below, warm-up or the tail of a schedule explains a flat loss
+_SMALL_LR = 0.1  # of the largest one so far: below, the tail of a schedule explains a flat loss
+_LONG_EPOCH = 5  # windows: longer epochs are not waited for
 
 
 @dataclass(frozen=True)
 class LossPlateau:
     """Finds a loss that does not fall although the run has learnt next to nothing yet.
 
-    The last `window` steps, in 32 block means, have no falling trend (Mann-Kendall) and less than `min_progress` of
-    robust progress (Theil-Sen slope over the window / |median|); the same held half a window ago, and for the validation
-    loss where there are values enough. Not judged: while the learning rate is below a tenth of its maximum, and with
-    several optimizers, whose losses play against each other. A run that has learnt, and then stands, has converged:
-    that is no finding.
+    progress = -slope * window / |median loss|, over 32 block means of a stretch of steps. What is judged is the most
+    progress that the noise leaves room for (`steepest_fall`, so only the same phase of an epoch is compared where the
+    epoch is known): it must be below `min_progress`, now and half a stretch ago. The stretch is the last `window`
+    steps; where small batches make the loss too noisy to be sure, longer ones are tried, as far as the run goes back.
+
+    Not judged: while the learning rate rises or is below a tenth of its maximum, while the validation loss falls, and
+    with several optimizers, whose losses play against each other. A run that has learnt, and then stands, has
+    converged: that is no finding. Blind where the loss is around zero, for progress has no scale there.
 
     Args:
-        window: steps in a window, in [32, inf); at least one epoch, and 32 values, are taken. By default 200: shorter windows take
-            the noise of small batches for standstill.
-        min_progress: relative progress over the window that counts as falling, in (0, 1). By default 1 %.
+        window: steps in the shortest stretch, in [32, inf); two epochs, where they are not long, and 32 values at least
+            are taken. By default 200: in less, a slow start looks like standstill.
+        min_progress: relative progress in `window` steps that counts as falling, in (0, 1). By default 1 %.
         min_learnt: share of the starting loss that must be gone for the run to count as having learnt, in (0, 1). By
             default 5 %: above what the first steps gain by mere calibration of the output bias.
 
@@ -39,7 +51,7 @@ class LossPlateau:
         ValueError: if a limit is out of its range.
 
     References:
-        Mann 1945; Sen 1968.
+        Mann 1945; Sen 1968; Hirsch, Slack and Smith 1982.
 
     Example:
         >>> from lightning_gradflow.history import Row
@@ -63,62 +75,94 @@ class LossPlateau:
         if not history.rows or history.scalar("optimizers")[-1] > 1:
             return []
         steps, losses = history.loss_steps, history.losses
-        learning = np.isfinite(losses) & ~_at_small_lr(history, steps)
+        finite = np.isfinite(losses)
+        steps, losses = steps[finite], losses[finite]
+        learning = _at_full_rate(history, steps)
         if not learning.size or not learning[-1]:
             return []
+        recent = int((steps > steps[-1] - self.window).sum())
+        now = float(np.median(losses[-max(_BLOCKS, recent) :]))
+        if _has_learnt(losses, now, self.min_learnt):
+            return []
         steps, losses = steps[learning], losses[learning]
-        per_epoch = np.nan_to_num(history.scalar("steps_per_epoch")[-1])
-        # where the loss is known at the samples only, a window has to be long enough to hold a value a block
-        sparse = float(steps[-1] - steps[-min(_BLOCKS, len(steps))] + 1)
-        window = max(float(self.window), per_epoch, sparse)
-        if steps[-1] - steps[0] + 1 < 1.5 * window:
+        epoch = float(np.nan_to_num(history.scalar("steps_per_epoch")[-1]))
+        length = self._standstill(steps, losses, epoch if epoch <= _LONG_EPOCH * self.window else 0.0)
+        if length is None or self._validation_falls(history):
             return []
-        progress = [self._progress(steps, losses, steps[-1] - back, window) for back in (0.0, window / 2)]
-        start = float(np.mean(losses[: max(1, min(10, len(losses) // 10))]))
-        now = float(np.median(losses[steps > steps[-1] - window]))
-        if start - now > self.min_learnt * abs(start):
-            return []
-        if not all(p is not None and p < self.min_progress for p in progress) or self._validation_falls(history):
-            return []
+        stretch = steps > steps[-1] - length
+        level = abs(float(np.median(losses[stretch])))
+        moved = theil_sen(steps[stretch], losses[stretch]) * length
         return [
             Finding(
                 kind=FindingKind.LOSS_PLATEAU,
                 severity=Severity.WARNING,
                 step=history.rows[-1].step,
                 cause=_cause(history),
-                evidence={"progress": float(progress[0] or 0.0), "steps": window, "loss": now},
+                evidence={"progress": -moved / level if level > 0 else 0.0, "steps": length, "loss": now},
             )
         ]
 
-    def _progress(self, steps: Floats, losses: Floats, end: float, window: float) -> float | None:
-        """Robust relative progress over the window that ends at `end`; None where it is too thin, 1 where it falls."""
-        chosen = (steps <= end) & (steps > end - window)
+    def _standstill(self, steps: Floats, losses: Floats, epoch: float) -> float | None:
+        """Length of the shortest stretch in which the loss surely stood still, twice running; None without one."""
+        # where the loss is known at the samples only, a stretch has to be long enough to hold a value a block
+        length = max(float(self.window), 2 * epoch, float(steps[-1] - steps[-min(_BLOCKS, len(steps))] + 1))
+        while steps[-1] - steps[0] + 1 >= 1.5 * length:
+            whole = epoch * math.ceil(length / epoch) if epoch else length
+            most = [self._most_progress(steps, losses, steps[-1] - back, whole, epoch) for back in (0.0, length / 2)]
+            if max(most) < self.min_progress:
+                return length
+            length *= _GROWTH
+        return None
+
+    def _most_progress(self, steps: Floats, losses: Floats, end: float, length: float, epoch: float) -> float:
+        """The most relative progress in `window` steps that the noise leaves room for, in the stretch up to `end`."""
+        chosen = (steps <= end) & (steps > end - length)
         if chosen.sum() < _BLOCKS:
-            return None
-        blocks = np.array([block.mean() for block in np.array_split(losses[chosen], _BLOCKS)])
+            return math.inf
+        epochs = round(length / epoch) if epoch else 1
+        per_epoch = max(1, _BLOCKS // epochs)
+        count = per_epoch * min(epochs, _BLOCKS)
+        place = np.ceil((steps[chosen] - end + length) / length * count).astype(np.int64) - 1
+        sizes = np.bincount(place, minlength=count)
+        filled = np.flatnonzero(sizes)
+        blocks: Floats = (np.bincount(place, losses[chosen], count)[filled] / sizes[filled]).astype(np.float64)
         level = abs(float(np.median(blocks)))
-        gained = -theil_sen(np.arange(_BLOCKS, dtype=np.float64), blocks) * (_BLOCKS - 1)
-        progress = gained / level if level > 0 else 0.0
-        return max(progress, 1.0) if mann_kendall(blocks) < _FALLS and progress >= self.min_progress else progress
+        seasons = filled % per_epoch if epoch else np.zeros_like(filled)
+        at = filled.astype(np.float64) * (length / count)
+        fall = -steepest_fall(at, blocks, seasons, _SURE) * self.window
+        return fall / level if level > 0 else math.inf
 
     def _validation_falls(self, history: History) -> bool:
         """Whether the validation loss, where it is known at four times or more, still falls."""
         values = history.scalar("val_loss")
         values = values[np.isfinite(values)][-8:]
-        if len(values) < 4:
+        if len(values) < 4 or mann_kendall(values) > _FALLS:
             return False
         slope = theil_sen(np.arange(len(values), dtype=np.float64), values)
         return -slope * (len(values) - 1) > self.min_progress * abs(float(np.median(values)))
 
 
-def _at_small_lr(history: History, steps: Floats) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    """(S,) where the learning rate was below a tenth of its maximum; False where it is not known."""
+def _has_learnt(losses: Floats, now: float, min_learnt: float) -> bool:
+    """Whether the loss is clearly below what it was in the first steps."""
+    noise = float(np.median(np.abs(np.diff(losses)))) if len(losses) > 1 else 0.0  # near the standard deviation
+    for count, share in ((1, _BY_FAR), (10, min_learnt), (30, min_learnt), (100, min_learnt)):
+        first = losses[: max(1, min(count, len(losses) // 10))]
+        start = float(np.median(first))
+        if start - now > max(share * abs(start), _CLEAR * 1.25 * noise / math.sqrt(len(first))):
+            return True
+    return False
+
+
+def _at_full_rate(history: History, steps: Floats) -> Bools:
+    """(S,) where the learning rate neither rose nor was below a tenth of its maximum; True where it is not known."""
     rates = history.scalar("lr")
     known = np.isfinite(rates)
     if not known.any():
-        return np.zeros(len(steps), dtype=bool)
-    at = np.interp(steps, history.steps[known], rates[known])
-    return np.asarray(at < _SMALL_LR * rates[known].max())
+        return np.ones(len(steps), dtype=bool)
+    rates, at = rates[known], history.steps[known]
+    after = np.minimum(np.searchsorted(at, steps), len(at) - 1)
+    before = np.maximum(after - 1, 0)
+    return np.asarray((rates[after] <= rates[before]) & (rates[after] >= _SMALL_LR * rates.max()))
 
 
 def _cause(history: History) -> str:

@@ -21,8 +21,8 @@ _SMALL_RELU_GAIN = 0.3  # a healthy ReLU lets half of the units through: sqrt(1 
 class VanishingGradient:
     """Finds a signal that shrinks exponentially with depth, whatever the size of the loss.
 
-    The span of the depth profile (see `DepthProfile`) must be at or below `-max_decay` decades in the last two samples, or in
-    the first: what is so at initialisation is said at once, a single odd batch later on is not enough.
+    The span of the depth profile (see `DepthProfile`) must be at or below `-max_decay` decades in the last two samples,
+    or in the first: what is so at initialisation is said at once, a single odd batch later on is not enough.
 
     The cause is where the loss of signal happens: in the activations (bounded ones: `saturation`; rectifiers:
     `dead_units`) or in the weights (`weight_scale` where their median gain is far below every usual initialisation,

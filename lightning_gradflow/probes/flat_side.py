@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 _NEAR = 0.01  # of a bound: there the slope of a sigmoid is below 0.0099, of a tanh below 0.02
@@ -15,6 +14,7 @@ def saturated(op: str, output: Tensor, arguments: Mapping[str, Any]) -> Tensor |
     """Which outputs of a bounded activation are within 1 % of a bound; None for an unbounded activation.
 
     Example:
+        >>> import torch
         >>> saturated("tanh", torch.tensor([-1.0, 0.5, 0.999]), {})
         tensor([ True, False,  True])
     """
@@ -35,6 +35,7 @@ def flat(op: str, output: Tensor, arguments: Mapping[str, Any]) -> Tensor | None
     Exact zeros for ReLU, ReLU6 and Hardswish; for the smooth ones the last hundredth before their lower limit.
 
     Example:
+        >>> import torch
         >>> flat("relu", torch.tensor([0.0, 0.1]), {})
         tensor([ True, False])
     """
@@ -59,11 +60,13 @@ def units(values: Tensor, layer: nn.Module | None) -> Tensor:
         layer: the layer that it follows, whose number of channels tells which axis the units are on.
 
     Example:
+        >>> import torch
         >>> units(torch.zeros(8, 3, 5, 5), nn.Conv2d(1, 3, 2)).shape
         torch.Size([200, 3])
     """
     channels = next(
-        (getattr(layer, name) for name in ("out_channels", "num_features", "num_channels") if hasattr(layer, name)), None
+        (getattr(layer, name) for name in ("out_channels", "num_features", "num_channels") if hasattr(layer, name)),
+        None,
     )
     if values.dim() > 2 and isinstance(channels, int) and values.shape[1] == channels:
         values = values.movedim(1, -1)

@@ -20,7 +20,7 @@ class GradientProbe:
     """Reads the gradients of one optimizer step, just before the optimizer uses them.
 
     Gradients are read as they are: accumulated over micro-batches, before clipping. Norms are summed in float64, so
-    that a gradient of 1e-30 is not taken for zero. Entries for histograms are an even selection of at most 4096 a tensor.
+    that a gradient of 1e-30 is not taken for zero. Entries for histograms are an even selection, 4096 a tensor at most.
 
     Args:
         layers: whose parameters are read.
@@ -125,9 +125,10 @@ class GradientProbe:
 
 
 def _exponents(gradient: Tensor) -> Tensor:
-    """(HISTOGRAM_BINS + 2,) counts of the binary exponents of sampled entries, then exact zeros, then non-finite ones."""
+    """(HISTOGRAM_BINS + 2,) counts of binary exponents of sampled entries, then of zeros, then of non-finite ones."""
     flat = gradient.flatten()
-    sample = flat[:: max(1, -(-flat.numel() // _SAMPLED_ENTRIES))].float()
+    sample = flat[:: max(1, -(-flat.numel() // _SAMPLED_ENTRIES))]
+    sample = sample if sample.dtype == torch.float64 else sample.float()
     # frexp gives 0.5 <= mantissa < 1, so that floor(log2 |x|) is its exponent minus one
     bins = (torch.frexp(sample).exponent - 1 - MIN_EXPONENT).clamp(0, HISTOGRAM_BINS - 1)
     bins = torch.where(sample == 0, HISTOGRAM_BINS, bins)
@@ -137,12 +138,15 @@ def _exponents(gradient: Tensor) -> Tensor:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    """The entries of a gradient as a dense real tensor; of a sparse one those that are stored."""
-    return _real(gradient.detach().coalesce().values() if gradient.is_sparse else gradient.detach())
+    """The entries of a gradient as a dense real tensor; of a sparse one those that are stored, or one zero for none."""
+    if not gradient.is_sparse:
+        return _real(gradient.detach())
+    values = gradient.detach().coalesce().values()
+    return _real(values if values.numel() else values.new_zeros(1))
 
 
 def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _measured(value: float) -> float:

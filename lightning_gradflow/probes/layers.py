@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 ROOT = "(root)"
@@ -36,7 +37,7 @@ class LayerMap:
                 self._leaves.add(name or ROOT)
             for parameter in module._parameters.values():
                 if parameter is not None and id(parameter) not in self._owner:
-                    owner = name.partition(".parametrizations")[0] or ROOT
+                    owner = _parametrized(name) or ROOT
                     self._owner[id(parameter)] = owner
                     self._modules.setdefault(owner, model if owner == ROOT else model.get_submodule(owner))
 
@@ -69,6 +70,12 @@ class LayerMap:
         """Whether all of these are known: modules that are built late make a new map necessary."""
         return all(id(parameter) in self._owner for parameter in parameters)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is; the CPU for a model without any."""
+        of_all = (parameter for module in self._modules.values() for parameter in module.parameters())
+        return next((parameter.device for parameter in of_all), torch.device("cpu"))
+
     def in_order(self, executed: Sequence[str]) -> list[str]:
         """All layers: those that were executed in that order, each of the others behind the one registered before it.
 
@@ -83,3 +90,9 @@ class LayerMap:
                 order.insert(order.index(before) + 1 if before is not None else 0, name)
             before = name
         return order
+
+
+def _parametrized(name: str) -> str:
+    """The name of the module that a parametrization belongs to; any other name as it is."""
+    parts = name.split(".")
+    return ".".join(parts[: parts.index("parametrizations")]) if "parametrizations" in parts else name

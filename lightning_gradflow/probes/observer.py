@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gradflow.probes.layers import LayerMap
+from lightning_gradflow.probes.layers import ROOT, LayerMap
 
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "sigmoid": (torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid, torch.special.expit),
@@ -43,6 +44,8 @@ ACTIVATIONS: dict[Any, str] = {function: op for op, functions in _FUNCTIONS.item
 
 _ARGUMENTS = {"hardtanh": ("min_val", "max_val"), "elu": ("alpha",), "celu": ("alpha",)}
 
+_ABOUT_HOOKS = r"Using `torch\.compile\(module\)` when there are global hooks"
+
 LayerSeen = Callable[[str, Tensor], None]
 ActivationSeen = Callable[[str, str, Tensor, Mapping[str, Any]], None]
 
@@ -52,7 +55,8 @@ class ForwardObserver(TorchFunctionMode):
 
     It uses two process-wide module hooks for the names and a function mode for the activations; no module gets a hook
     of its own, and after `close` nothing is left. A compiled model runs eagerly while it is open, without being
-    compiled again.
+    compiled again. What goes on inside a network that is no part of the model (a teacher, a perceptual loss) is not
+    reported.
 
     Args:
         layers: the layers and module names of the model.
@@ -65,7 +69,7 @@ class ForwardObserver(TorchFunctionMode):
         self._layers = layers
         self._on_layer = on_layer
         self._on_activation = on_activation
-        self._stack: list[str] = []
+        self._stack: list[tuple[nn.Module, str | None]] = []  # what is running; None for a network of others
         self._handles: list[RemovableHandle] = []
         self._cleanup = contextlib.ExitStack()
         self._entered = False
@@ -87,8 +91,9 @@ class ForwardObserver(TorchFunctionMode):
         ]
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled, and the import alone takes seconds
             self._cleanup.enter_context(torch.compiler.set_stance("force_eager"))
+            _silence_the_compiler()
         if not self._entered:
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
             self._entered = True
         self._is_open = True
 
@@ -101,7 +106,7 @@ class ForwardObserver(TorchFunctionMode):
         self._cleanup.close()
         # a mode of the user's that was entered after ours has to leave first: until then ours passes everything on
         if self._entered and _get_current_function_mode_stack()[-1:] == [self]:
-            self.__exit__(None, None, None)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._entered = False
 
     def __torch_function__(
@@ -110,27 +115,41 @@ class ForwardObserver(TorchFunctionMode):
         """Runs `func`, and reports it if it is an activation."""
         result = func(*args, **(kwargs or {}))
         op = ACTIVATIONS.get(func) if self._is_open else None
-        if op is not None and isinstance(result, Tensor) and result.is_floating_point():
-            arguments = dict(zip(_ARGUMENTS.get(op, ()), args[1:])) | (kwargs or {})
-            if op == "hardtanh" and arguments.get("min_val") == 0:
+        name = self._stack[-1][1] if self._stack else ROOT
+        if op is not None and name is not None and isinstance(result, Tensor) and result.is_floating_point():
+            arguments = dict(zip(_ARGUMENTS.get(op, ()), args[1:], strict=False)) | (kwargs or {})
+            if op == "hardtanh" and (arguments.get("min_val"), arguments.get("max_val")) == (0, 6):
                 op = "relu6"  # torch's own ReLU6 module is a hardtanh from 0 to 6
-            self._on_activation(self._stack[-1] if self._stack else "", op, result, arguments)
+            self._on_activation(name, op, result, arguments)
         return result
 
-    def _before_module(self, module: nn.Module, args: Any) -> None:
+    def _before_module(self, module: nn.Module, _args: Any) -> None:
         name = self._layers.name_of(module)
-        if name is not None:
-            self._stack.append(name)
+        if name is not None or self._is_foreign(module):
+            self._stack.append((module, name))
 
-    def _after_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        name = self._layers.name_of(module)
-        if name is None:
-            return
-        if self._stack and self._stack[-1] == name:
+    def _is_foreign(self, module: nn.Module) -> bool:
+        """Whether it has weights, and not ours: so not a wrapper of the model, nor an `nn.ReLU()` made on the spot."""
+        parameter = next(module.parameters(), None)
+        return parameter is not None and self._layers.owner(parameter) is None
+
+    def _after_module(self, module: nn.Module, _args: Any, output: Any) -> None:
+        if self._stack and self._stack[-1][0] is module:
             self._stack.pop()
+        name = self._layers.name_of(module)
         tensor = first_tensor(output)
-        if tensor is not None and self._layers.is_layer(name):
+        if name is not None and tensor is not None and self._layers.is_layer(name):
             self._on_layer(name, tensor)
+
+
+def _silence_the_compiler() -> None:
+    """Ignores the warning of a compiled module about global hooks: it is called eagerly, and they mean no harm.
+
+    The filter is set once and stays: each change of the filters would show the user's own warnings once more.
+    """
+    known = (getattr(entry[1], "pattern", None) for entry in warnings.filters)
+    if _ABOUT_HOOKS not in known:
+        warnings.filterwarnings("ignore", message=_ABOUT_HOOKS, category=UserWarning)
 
 
 def first_tensor(output: Any) -> Tensor | None:

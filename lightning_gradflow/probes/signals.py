@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lightning_gradflow.history import Floats, Point
 from lightning_gradflow.probes.dead_units import SilentUnits
@@ -58,13 +59,20 @@ class SignalProbe:
         self._silent = SilentUnits(window)
         self._names = PointNames(layers)
         self._observer = ForwardObserver(layers, self._on_layer, self._on_activation)
+        self._handles: list[RemovableHandle] = []
         self._reset()
 
     def _reset(self) -> None:
         self._seen: dict[Point, _Seen] = {}
         self._pass = 0
-        self._sample = object()
         self._error: Exception | None = None
+        self._release()
+
+    def _release(self) -> None:
+        """Takes our hooks off the outputs: some of them outlive the step, and a module may return a parameter."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     @property
     def is_observing(self) -> bool:
@@ -133,14 +141,15 @@ class SignalProbe:
             seen.output_square.append(_sum_of_squares(output))
             seen.output_count += output.numel()
         if output.requires_grad and torch.is_grad_enabled():
-            sample = self._sample
 
-            def on_gradient(gradient: Tensor) -> None:
-                if sample is self._sample:  # a graph that outlives its sample must not write into a later one
+            def on_gradient(gradient: Tensor | None) -> None:
+                # none comes where only another output of the same operation is used; and as long as the forward pass
+                # is on, it comes from the user's own autograd.grad (a gradient penalty), not from the loss
+                if gradient is not None and not self.is_observing:
                     with self._inside_the_run():
                         seen.delta_square.setdefault(self._pass, []).append(_sum_of_squares(gradient))
 
-            output.register_hook(on_gradient)
+            self._handles.append(output.register_hook(on_gradient))
         return seen
 
     @torch.no_grad()
@@ -151,12 +160,15 @@ class SignalProbe:
             Exception: whatever went wrong while the run was being observed.
         """
         self._observer.close()
+        self._release()
         if self._error is not None:
+            _combine(self._nothing())
             raise self._error
         seen = list(self._seen.values())
         some = next((square for point in seen for square in point.output_square), None)
         if some is None:
             self._seen = {}
+            _combine(self._nothing())
             return
         device, dtype = some.device, wide_dtype(some.device)
 
@@ -176,9 +188,7 @@ class SignalProbe:
         }
         active = {point.name: s.active for point, s in self._seen.items() if s.active is not None}
         vector = torch.cat([*sections.values(), *(units.to(device, dtype) for units in active.values())])
-        packed = PackedSum().to(device)
-        packed.update(vector)
-        combined = packed.compute()
+        combined = _combine(vector)
         sizes = [section.numel() for section in sections.values()]
         *pieces, rest = combined.split([*sizes, len(combined) - sum(sizes)])
         for name, piece in zip(sections, pieces, strict=True):
@@ -187,6 +197,11 @@ class SignalProbe:
             alive = rest.split([units.numel() for units in active.values()])
             dead = [self._silent.update(name, units > 0) for name, units in zip(active, alive, strict=True)]
             self._transfer.put("signals/dead", torch.stack(dead))
+
+    def _nothing(self) -> Tensor:
+        """What a rank without measurements gives; its shape tells the others."""
+        device = self._layers.device
+        return torch.zeros(1, dtype=wide_dtype(device), device=device)
 
     def collect(self, host: Mapping[str, Floats]) -> dict[Point, dict[str, float]]:
         """The statistics of each point in order of execution, out of what was fetched. Ends the sample."""
@@ -214,7 +229,16 @@ class SignalProbe:
 
 
 def _sum_of_squares(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor.detach(), dtype=wide_dtype(tensor.device)).square()
+    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=wide_dtype(tensor.device))
+    return norm.square()
+
+
+def _combine(vector: Tensor) -> Tensor:
+    """The sum over ranks. One that has nothing to give has to come all the same, or the others would wait for it."""
+    packed = PackedSum().to(vector.device)
+    packed.update(vector)
+    combined: Tensor = packed.compute()
+    return combined
 
 
 def _choose_pass(measured: Any) -> list[int]:

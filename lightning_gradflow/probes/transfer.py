@@ -37,8 +37,7 @@ class Transfer:
             packed = torch.cat([self._pieces[name].to(wide_dtype(device)) for name in names])
             flat = packed.cpu().double().numpy()
             ends = np.cumsum([self._pieces[name].numel() for name in names])
-            for name, piece in zip(names, np.split(flat, ends[:-1]), strict=True):
-                arrays[name] = piece
+            arrays.update(zip(names, np.split(flat, ends[:-1]), strict=True))
         self._pieces = {}
         return arrays
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,8 @@ def reinitialise(module: nn.Module, before: str, after: str, generator: torch.Ge
         >>> torch.allclose(layer.weight @ layer.weight.T, torch.eye(8), atol=1e-6)
         True
     """
-    if not isinstance(module, _KINDS) or not module.weight.requires_grad:
+    # the weight of a parametrized layer (weight norm) is computed anew at each use: to write into it has no effect
+    if not isinstance(module, _KINDS) or not isinstance(module.weight, nn.Parameter) or not module.weight.requires_grad:
         return []
     fresh = torch.empty(module.weight.shape, dtype=torch.float32)
     if after in _RECTIFIERS:
@@ -75,7 +76,7 @@ def reinitialise(module: nn.Module, before: str, after: str, generator: torch.Ge
     module.weight.copy_(fresh)
     module.weight.grad = None
     changed = [module.weight]
-    if module.bias is not None and module.bias.requires_grad:
+    if isinstance(module.bias, nn.Parameter) and module.bias.requires_grad:
         module.bias.copy_(_centring_bias(fresh) if before == "sigmoid" else torch.zeros_like(module.bias))
         module.bias.grad = None
         changed.append(module.bias)

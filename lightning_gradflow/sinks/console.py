@@ -166,8 +166,9 @@ def _print(console: Console, view: View) -> None:
         console.print(_table(shown, int(view.history.steps[-1])))
         if len(shown) < len(lines):
             console.print(f"The {len(shown)} layers that stand out most; {len(lines) - len(shown)} more are left out.")
+    told: set[str] = set()
     for finding in words.worst_first(view.findings):
-        _print_finding(console, finding)
+        _print_finding(console, finding, told)
     if view.actions:
         console.print(Text(f"\nWhat was changed ({len(view.actions)})", style="bold"))
         for action in view.actions[-8:]:
@@ -200,16 +201,25 @@ def _table(lines: list[LayerLine], step: int) -> Table:
     return table
 
 
-def _print_finding(console: Console, finding: Finding) -> None:
-    """A finding and, while it lasts, what to do about it; code starts at the left edge and is never wrapped."""
+def _print_finding(console: Console, finding: Finding, told: set[str]) -> None:
+    """A finding and, while it lasts, what to do: the best cure with its code, the others by name.
+
+    What was `told` under a finding above is not repeated. Code starts at the left edge and is never wrapped.
+    """
     from rich.text import Text
 
     head = f"\n{words.kind(finding)} [{finding.severity.value}, {words.period(finding)}]"
     console.print(Text(head, style=f"bold {_COLOURS[finding.severity.value]}" if finding.is_open else "dim"))
     console.print(Text(words.message(finding)))
-    for number, suggestion in enumerate(finding.suggestions if finding.is_open else (), start=1):
-        console.print(Text(f"{number}. {suggestion.title}", style="bold"))
+    fresh = [s for s in finding.suggestions if s.title not in told] if finding.is_open else []
+    if finding.is_open and finding.suggestions and not fresh:
+        console.print(Text("What to do: as above.", style="bold"))
+    for suggestion in fresh[:1]:
+        console.print(Text(f"What to do: {suggestion.title}", style="bold"))
         source = f" ({suggestion.reference})" if suggestion.reference else ""
         console.print(Text(f"{suggestion.reason}{source}"))
         for line in suggestion.code.splitlines():
             console.print(Text(f"    {line}", style="cyan"), soft_wrap=True)
+    for suggestion in fresh[1:]:
+        console.print(Text(f"Or: {suggestion.title}"))
+    told.update(suggestion.title for suggestion in fresh)

@@ -69,9 +69,7 @@ def page(view: View, figures: bool = True) -> str:
     blocks = [
         f'<header class="{mood}"><p class="kicker">Gradient report: {escape(view.model)}, {facts}</p>',
         f"<h1>{escape(words.verdict(view))}</h1></header>",
-        _findings(view),
-        _actions(view.actions),
-        _figures(view) if figures else "",
+        *_around(_findings(view) + _actions(view.actions), _figures(view) if figures else []),
     ]
     title = f"Gradient report: {escape(view.model)}"
     return (
@@ -83,14 +81,20 @@ def page(view: View, figures: bool = True) -> str:
     )
 
 
+def _around(text: str, figures: list[str]) -> list[str]:
+    """The picture of the run comes first, what to do second, and the other figures behind it."""
+    return [*figures[:1], text, *figures[1:]]
+
+
 def _findings(view: View) -> str:
     if not view.findings:
         return ""
-    return "<h2>Findings</h2>" + "".join(_finding(finding) for finding in words.worst_first(view.findings))
+    told: set[str] = set()
+    return "<h2>Findings</h2>" + "".join(_finding(finding, told) for finding in words.worst_first(view.findings))
 
 
-def _finding(finding: Finding) -> str:
-    """One finding with its cause, its numbers and what to do."""
+def _finding(finding: Finding, told: set[str]) -> str:
+    """One finding with its cause, its numbers and what to do; what was `told` above is not repeated."""
     rows = {
         "Cause": "" if finding.cause == "unknown" else finding.cause.replace("_", " "),
         "Layers": words.some(finding.layers, 12),
@@ -99,19 +103,25 @@ def _finding(finding: Finding) -> str:
     facts = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in rows.items() if text)
     severity = finding.severity.value
     state = severity if finding.is_open else "resolved"
+    fresh = [suggestion for suggestion in finding.suggestions if suggestion.title not in told]
+    todo = "".join(_suggestion(s, unfolded=not told and i == 0) for i, s in enumerate(fresh))
+    if finding.suggestions and not fresh:
+        todo = '<p class="when">What to do: as above.</p>'
+    told.update(suggestion.title for suggestion in fresh)
     return (
         f'<article class="{state}"><h3>{escape(words.kind(finding))} <span class="badge">{severity}</span>'
         f' <span class="when">{words.period(finding)}</span></h3><p>{escape(words.message(finding))}</p>'
-        f"<dl>{facts}</dl>{''.join(map(_suggestion, finding.suggestions))}</article>"
+        f"<dl>{facts}</dl>{todo}</article>"
     )
 
 
-def _suggestion(suggestion: Suggestion) -> str:
+def _suggestion(suggestion: Suggestion, unfolded: bool) -> str:
+    """A title to unfold."""
     code = f"<pre><code>{escape(suggestion.code)}</code></pre>" if suggestion.code else ""
     source = f" <cite>{escape(suggestion.reference)}</cite>" if suggestion.reference else ""
     return (
-        f'<section class="todo"><h4>{escape(suggestion.title)}</h4>'
-        f"<p>{escape(suggestion.reason)}{source}</p>{code}</section>"
+        f'<details class="todo"{" open" if unfolded else ""}><summary>{escape(suggestion.title)}</summary>'
+        f"<p>{escape(suggestion.reason)}{source}</p>{code}</details>"
     )
 
 
@@ -139,15 +149,15 @@ def _actions(actions: tuple[Action, ...]) -> str:
     return f'<h2>What was changed</h2><div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
 
 
-def _figures(view: View) -> str:
-    """The figures, after the one copy of plotly.js that draws them."""
+def _figures(view: View) -> list[str]:
+    """The figures; the first comes with the one copy of plotly.js that draws them all."""
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
     from lightning_gradflow.sinks.charts import charts
 
     drawn = charts(view)
     if not drawn:
-        return ""
+        return []
     config = {"displayModeBar": False, "responsive": True}
     blocks = [
         f"<figure><figcaption><h2>{escape(chart.title)}</h2><p>{escape(chart.caption)}</p></figcaption>"
@@ -155,7 +165,7 @@ def _figures(view: View) -> str:
         + "</figure>"
         for chart in drawn
     ]
-    return f"<script>{get_plotlyjs()}</script>" + "\n".join(blocks)
+    return [f"<script>{get_plotlyjs()}</script>{blocks[0]}", *blocks[1:]]
 
 
 def _numbers(numbers: Mapping[str, float]) -> str:
@@ -173,7 +183,7 @@ main { max-width: 1100px; margin: 0 auto; padding: 28px 24px 64px; }
 header { border-left: 6px solid var(--calm); padding: 2px 0 2px 18px; margin-bottom: 28px; }
 header.critical { border-color: var(--critical); } header.warning { border-color: var(--warning); }
 .kicker { margin: 0; color: var(--soft); } h1 { margin: 4px 0; font-size: 26px; line-height: 1.3; }
-h2 { font-size: 19px; margin: 36px 0 10px; } h3 { font-size: 17px; margin: 0 0 6px; } h4 { margin: 0; font-size: 15px; }
+h2 { font-size: 19px; margin: 36px 0 10px; } h3 { font-size: 17px; margin: 0 0 6px; } summary { cursor: pointer; font-weight: 600; }
 article { --tone: var(--info); border: 1px solid var(--line); border-left: 4px solid var(--tone); border-radius: 6px;
   padding: 14px 18px; margin: 12px 0; }
 article.critical { --tone: var(--critical); } article.warning { --tone: var(--warning); }

@@ -1,0 +1,107 @@
+import math
+
+import numpy as np
+import pytest
+
+from lightning_gradflow.detectors.exploding import ExplodingGradient
+from lightning_gradflow.history import History, Row
+from tests.detectors.runs import measured, stack, verdict
+
+nan, inf = math.nan, math.inf
+
+
+def profile(decades, points=9):
+    return np.logspace(decades, 0, points)
+
+
+DEPTH = {
+    "just inside the limit": ([profile(3.99)], []),
+    "just beyond the limit": ([profile(4.01)], [("warning", "weight_scale", tuple(f"fc{i}" for i in range(5)))]),
+    "slowly over many layers": ([profile(5, 41)], [("warning", "depth", tuple(f"fc{i}" for i in range(24)))]),
+    "vanishing": ([profile(-9)], []),
+    "no row": ([], []),
+    "one odd batch": ([profile(0), profile(9)], []),
+    "recovered": ([profile(9), profile(0)], []),
+    "a never-run layer": ([[1e5, nan, 1e2, 1.0]], [("warning", "weight_scale", ("fc0",))]),
+    "an overflowed layer": ([[inf, 1e8, 1e4, 1.0]], [("warning", "weight_scale", ("fc1", "fc2"))]),
+    "all overflowed": ([[inf] * 4], []),
+    "zeros": ([[0.0] * 4], []),
+    "one layer": ([[1e9]], []),
+}
+
+
+def with_depth(rows, scale=1.0):
+    return measured(stack(len(rows[0]) if rows else 4), "delta_norm", *[[scale * v for v in row] for row in rows])
+
+
+@pytest.mark.parametrize("case", DEPTH)
+def test_the_table_of_growth_with_depth(case):
+    rows, expected = DEPTH[case]
+    assert verdict(ExplodingGradient().judge(with_depth(rows))) == expected
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("case", DEPTH)
+def test_multiplying_the_loss_changes_no_verdict_on_depth(case, scale):
+    rows, expected = DEPTH[case]
+    assert verdict(ExplodingGradient().judge(with_depth(rows, scale))) == expected
+
+
+def in_time(totals, losses, scale=1.0, extra=()):
+    history = History()
+    history.layer_axis.merge(["fc0", "fc1", *extra])
+    for step, (total, loss) in enumerate(zip(totals, losses, strict=True)):
+        norms = np.array([0.9 * total * scale, 0.1 * total * scale, *[1e-3 * scale for _ in extra]])
+        history.append(Row(step, {"grad_norm": norms}, {"grad_norm_total": scale * total, "loss": scale * loss}))
+    return history
+
+
+SICK = [("warning", "learning_rate_too_large", ("fc0", "fc1"))]
+TIME = {
+    "just inside the limit": ([1.0] * 8 + [999.0] * 2, [2.0] * 8 + [9.0] * 2, []),
+    "just beyond the limit": ([1.0] * 8 + [1001.0] * 2, [2.0] * 8 + [9.0] * 2, SICK),
+    "the loss still falls": ([1.0] * 8 + [1001.0] * 2, [2.0] * 8 + [1.9] * 2, []),
+    "one wild step": ([1.0] * 9 + [1001.0], [2.0] * 9 + [9.0], []),
+    "too short a past": ([1.0] * 7 + [1001.0] * 2, [2.0] * 7 + [9.0] * 2, []),
+    "a past with a wild step": ([1.0] * 4 + [1e9] + [1.0] * 4 + [1001.0] * 2, [2.0] * 9 + [9.0] * 2, SICK),
+    "a past of zeros": ([0.0] * 8 + [1001.0] * 2, [2.0] * 8 + [9.0] * 2, []),
+    "skipped steps in the past": ([1.0, inf, nan] + [1.0] * 8 + [1001.0] * 2, [2.0] * 11 + [9.0] * 2, SICK),
+    "infinite now": ([1.0] * 8 + [1001.0, inf], [2.0] * 8 + [9.0] * 2, []),
+    "a NaN in the loss of old": ([1.0] * 8 + [1001.0] * 2, [2.0, inf, nan] + [2.0] * 5 + [9.0] * 2, SICK),
+    "the loss is infinite": ([1.0] * 8 + [1001.0] * 2, [2.0] * 8 + [inf] * 2, SICK),
+    "no loss known": ([1.0] * 8 + [1001.0] * 2, [nan] * 10, []),
+}
+
+
+@pytest.mark.parametrize("case", TIME)
+def test_the_table_of_growth_in_time(case):
+    totals, losses, expected = TIME[case]
+    assert verdict(ExplodingGradient().judge(in_time(totals, losses))) == expected
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("case", TIME)
+def test_multiplying_the_loss_changes_no_verdict_on_time(case, scale):
+    totals, losses, expected = TIME[case]
+    assert verdict(ExplodingGradient().judge(in_time(totals, losses, scale))) == expected
+
+
+@pytest.mark.parametrize("case", TIME)
+def test_healthy_layers_stand_behind_the_sick_ones(case):
+    totals, losses, expected = TIME[case]
+    found = verdict(ExplodingGradient().judge(in_time(totals, losses, extra=("fc2", "fc3"))))
+    assert [layers[:2] for _, _, layers in found] == [layers for _, _, layers in expected]
+
+
+def test_layers_that_never_run_change_no_verdict():
+    history = in_time(*TIME["just beyond the limit"][:2])
+    history.layer_axis.merge(["unused"])
+    assert verdict(ExplodingGradient().judge(history)) == SICK
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_growth", 0), ("max_growth", 100), ("max_jump", 1), ("max_jump", inf)]
+)
+def test_a_limit_out_of_its_range_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be in .*, got {value}"):
+        ExplodingGradient(**{name: value})

@@ -1,0 +1,85 @@
+import math
+
+import numpy as np
+import pytest
+
+from lightning_gradflow.detectors.profile import depth_profile, recent_profiles
+from lightning_gradflow.history import History, Point, Row
+from tests.detectors.runs import measured, stack
+
+nan, inf = math.nan, math.inf
+
+
+def span(deltas, **others):
+    return depth_profile(measured(stack(len(deltas)), "delta_norm", deltas, **others)).span
+
+
+@pytest.mark.parametrize("points", [2, 3, 4, 5, 30])
+@pytest.mark.parametrize("decades", [-9.0, 0.0, 6.0])
+def test_the_span_of_an_exponential_profile_is_its_ratio_in_decades(points, decades):
+    # decades < 0: the first layer has the smallest norm
+    assert span(np.logspace(decades, 0, points)) == pytest.approx(decades, abs=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_span_does_not_depend_on_the_size_of_the_loss(scale):
+    deltas = 10.0 ** np.random.default_rng(0).uniform(-5, 0, 9)
+    assert span(scale * deltas) == pytest.approx(span(deltas))
+
+
+@pytest.mark.parametrize("odd", [0.0, inf, nan])
+def test_a_point_without_a_usable_norm_is_left_out(odd):
+    deltas = list(np.logspace(-8, 0, 9))
+    assert span([*deltas[:4], odd, *deltas[4:]]) == pytest.approx(-8)
+
+
+@pytest.mark.parametrize("deltas", [[1.0], [0.0, 1.0], [0.0, 0.0, inf], [nan, 1.0]])
+def test_with_less_than_two_usable_points_there_is_no_span(deltas):
+    assert math.isnan(span(deltas))
+
+
+@pytest.mark.parametrize("deltas", [[], [nan, nan]])
+def test_a_row_without_a_norm_has_no_profile(deltas):
+    assert depth_profile(measured(stack(len(deltas)), "delta_norm", deltas)) is None
+
+
+def test_an_empty_history_has_no_profile():
+    assert depth_profile(History()) is None
+
+
+def test_the_backward_pass_with_the_most_points_is_taken():
+    deltas, passes = [1e-6, 5.0, 1e-3, 7.0, 1.0], [1, 0, 1, 0, 1]
+    profile = depth_profile(measured(stack(5), "delta_norm", deltas, backward_pass=passes))
+    assert [point.name for point in profile.points] == ["fc0", "fc2", "fc4"]
+    assert profile.span == pytest.approx(-6)
+
+
+def test_the_order_of_execution_counts_not_that_of_the_columns():
+    history = History()
+    history.add_points([Point(name, name) for name in "ac"])
+    history.add_points([Point(name, name) for name in "abc"])
+    history.append(Row(0, {"delta_norm": np.array([1e-4, 1.0, 1e-2])}))  # a, c, b
+    assert depth_profile(history).delta_norm.tolist() == [1e-4, 1e-2, 1.0]
+
+
+def test_a_point_younger_than_the_row_is_left_out():
+    history = measured(stack(4), "delta_norm", [1e-3, 1e-2, 1e-1, 1.0])
+    history.add_points([*stack(4)[:2], Point("late", "late"), *stack(4)[2:]])
+    assert depth_profile(history).span == pytest.approx(-3)
+
+
+def test_the_gains_of_layers_and_of_activations_are_told_apart():
+    profile = depth_profile(measured(stack(3, "tanh"), "delta_norm", [1.0, 2.0, 6.0, 24.0, 120.0]))
+    np.testing.assert_allclose(profile.gains(of_layers=True), [1 / 3, 1 / 5])
+    np.testing.assert_allclose(profile.gains(of_layers=False), [1 / 2, 1 / 4])
+
+
+def test_modules_are_layers_smallest_norm_first():
+    profile = depth_profile(measured(stack(3, "tanh"), "delta_norm", [3.0, 0.1, 1.0, 0.1, 2.0]))
+    assert profile.modules(profile.delta_norm > 0) == ("fc1", "fc2", "fc0")
+
+
+def test_recent_profiles_skip_rows_without_one_newest_first():
+    history = measured(stack(2), "delta_norm", [1.0, 1.0], [nan, nan], [1.0, 1.0], [1.0, 1.0])
+    assert [profile.step for profile in recent_profiles(history, 3)] == [3, 2, 0]
+    assert [profile.step for profile in recent_profiles(history, 2)] == [3, 2]

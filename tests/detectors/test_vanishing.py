@@ -1,0 +1,128 @@
+import math
+
+import numpy as np
+import pytest
+
+from lightning_gradflow.detectors.vanishing import VanishingGradient
+from tests.detectors.runs import measured, stack, verdict
+
+nan, inf = math.nan, math.inf
+
+
+def profile(decades, points=9):
+    return np.logspace(-decades, 0, points)
+
+
+def lossy(layers, of_weights, of_activations):
+    """Delta norms of a stack with activations: a factor for each step back through weights, and through activations."""
+    factors = [of_weights if i % 2 == 0 else of_activations for i in range(2 * layers - 2)]
+    return np.cumprod([1.0, *factors])[::-1]
+
+
+# points, rows of delta norms -> verdict
+TABLE = {
+    "just inside the limit": (stack(9), [profile(3.99)], []),
+    "just beyond the limit": (stack(9), [profile(4.01)], [("warning", "depth", ("fc0", "fc1", "fc2", "fc3", "fc4"))]),
+    "just inside the critical": (
+        stack(9),
+        [profile(7.99)],
+        [("warning", "depth", ("fc0", "fc1", "fc2", "fc3", "fc4", "fc5", "fc6"))],
+    ),
+    "just beyond the critical": (
+        stack(9),
+        [profile(8.01)],
+        [("critical", "weight_scale", ("fc0", "fc1", "fc2", "fc3", "fc4", "fc5", "fc6")[:7])],
+    ),
+    "growing": (stack(9), [profile(-9)], []),
+    "flat": (stack(9), [profile(0)], []),
+    "no row": (stack(9), [], []),
+    "one odd batch": (stack(9), [profile(0), profile(9)], []),
+    "recovered": (stack(9), [profile(9), profile(9), profile(0)], []),
+    "nothing measured in the newest row": (stack(9), [profile(9), [nan] * 9], []),
+    "a sample between that was not measured": (
+        stack(3),
+        [profile(5, 3), [nan] * 3, profile(5, 3)],
+        [("warning", "weight_scale", ("fc0", "fc1"))],
+    ),
+    "two layers": (stack(2), [[1e-5, 1.0]], [("warning", "weight_scale", ("fc0",))]),
+    "one layer": (stack(1), [[1e-5]], []),
+    "a never-run layer between": (
+        stack(4),
+        [[1e-5, nan, 1e-2, 1.0]],
+        [("warning", "weight_scale", ("fc0",))],
+    ),
+    "an overflowed layer between": (stack(4), [[1e-5, inf, 1e-2, 1.0]], [("warning", "weight_scale", ("fc0",))]),
+    "all overflowed": (stack(4), [[inf] * 4], []),
+    "all zero": (stack(4), [[0.0] * 4], []),
+    "the first layer underflowed": (
+        stack(4),
+        [[0.0, 1e-8, 1e-4, 1.0]],
+        [("critical", "weight_scale", ("fc0", "fc1", "fc2"))],
+    ),
+    "a branch with a zero init": (stack(4), [[1.0, 1.0, 0.0, 1.0]], []),
+    "sigmoids": (
+        stack(9, "sigmoid"),
+        [lossy(9, 0.9, 0.2)],
+        [("warning", "saturation", ("fc0", "fc1", "fc2", "fc3", "fc4", "fc5"))],
+    ),
+    "dead rectifiers": (
+        stack(6, "relu"),
+        [lossy(6, 0.9, 0.05)],
+        [("warning", "dead_units", ("fc0", "fc1", "fc2", "fc3", "fc4")[:4])],
+    ),
+    "rectifiers that halve": (stack(20, "relu"), [lossy(20, 0.58, 0.7)], None),
+    "small weights": (stack(9, "tanh"), [lossy(9, 0.1, 0.99)], None),
+}
+CAUSES = {"rectifiers that halve": "depth", "small weights": "weight_scale"}
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_the_table(case):
+    points, rows, expected = TABLE[case]
+    found = verdict(VanishingGradient().judge(measured(points, "delta_norm", *rows)))
+    if expected is None:
+        assert [cause for _, cause, _ in found] == [CAUSES[case]]
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("case", TABLE)
+def test_multiplying_the_loss_changes_no_verdict(case, scale):
+    points, rows, _ = TABLE[case]
+    scaled = [[scale * value for value in row] for row in rows]
+    detector = VanishingGradient()
+    plain = detector.judge(measured(points, "delta_norm", *rows))
+    assert verdict(detector.judge(measured(points, "delta_norm", *scaled))) == verdict(plain)
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_points_that_never_run_change_no_verdict(case):
+    points, rows, _ = TABLE[case]
+    more = measured(points, "delta_norm", *rows)
+    more.add_points([*points, *stack(99, "relu")[-5:]])
+    plain = measured(points, "delta_norm", *rows)
+    assert verdict(VanishingGradient().judge(more)) == verdict(VanishingGradient().judge(plain))
+
+
+def test_healthy_layers_behind_the_last_one_do_not_hide_the_rest():
+    deltas = [*profile(9), *[1.0] * 4]
+    assert VanishingGradient().judge(measured(stack(13), "delta_norm", deltas))
+
+
+def test_two_rows_on_end_are_enough_whatever_came_before():
+    history = measured(stack(9), "delta_norm", profile(0), profile(0), profile(9), profile(9))
+    assert VanishingGradient().judge(history)[0].step == 3
+
+
+def test_the_evidence_is_the_span_and_the_gains():
+    (found,) = VanishingGradient().judge(measured(stack(6, "tanh"), "delta_norm", lossy(6, 0.5, 0.1)))
+    assert found.evidence["span"] == pytest.approx(5 * math.log10(0.05))
+    assert found.evidence["weight_gain"] == pytest.approx(0.5)
+    assert found.evidence["activation_gain"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("limits", [{"max_decay": 0}, {"max_decay": 100}, {"critical_decay": 3.9}, {"max_decay": "4"}])
+def test_a_limit_out_of_its_range_is_refused(limits):
+    with pytest.raises(ValueError, match=rf"{next(iter(limits))} must be in .*, got {next(iter(limits.values()))!r}"):
+        VanishingGradient(**limits)

@@ -1,0 +1,218 @@
+"""Fits that start, stop, die, go on and are copied."""
+
+import copy
+import pickle
+import warnings
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from lightning_gradflow import GradFlow, GradFlowWarning, PlateauDetector, VanishingGradientWarning
+from tests.zoo import HEALTHY, SICK, quiet_trainer
+
+RESUMED = "ignore:You're resuming from a checkpoint that ended before the epoch ended:UserWarning"
+
+
+def _flow(**kwargs):
+    return GradFlow(**{"every_n_steps": 5, "report": False, "console": False, **kwargs})
+
+
+def _data(case="tanh_4_default_init"):
+    return (HEALTHY | SICK)[case].data(0)
+
+
+def _fit(flow, steps, case="tanh_4_default_init", ckpt=None, **kwargs):
+    L.seed_everything(0)
+    model = (HEALTHY | SICK)[case].build(0)
+    trainer = quiet_trainer(**{"max_steps": steps, "callbacks": [flow], "max_epochs": -1, **kwargs})
+    trainer.fit(model, _data(case), ckpt_path=ckpt)
+    return trainer
+
+
+@pytest.mark.filterwarnings(RESUMED)
+def test_a_resumed_run_continues_its_history(tmp_path):
+    whole = _flow()
+    _fit(whole, 40)
+    first, second = _flow(), _flow()
+    _fit(first, 21).save_checkpoint(tmp_path / "half.ckpt")
+    _fit(second, 40, ckpt=tmp_path / "half.ckpt")
+    assert second.history.steps.tolist() == whole.history.steps.tolist()
+    assert second.history.layers == whole.history.layers
+    before = whole.history.steps <= 20
+    np.testing.assert_array_equal(second.history["grad_norm"][before], whole.history["grad_norm"][before])
+
+
+def test_a_checkpoint_of_a_run_with_findings_loads_with_weights_only(tmp_path):
+    with pytest.warns(VanishingGradientWarning):
+        trainer = _fit(_flow(), 12, case="sigmoid_30")
+    trainer.save_checkpoint(tmp_path / "sick.ckpt")
+    state = torch.load(tmp_path / "sick.ckpt", weights_only=True)
+    assert state["callbacks"]["GradFlow"]["recorder"]["ledger"]["findings"]
+
+
+@pytest.mark.filterwarnings(RESUMED)
+def test_a_resumed_run_does_not_tell_a_finding_again(tmp_path):
+    with pytest.warns(VanishingGradientWarning):
+        _fit(_flow(), 12, case="sigmoid_30").save_checkpoint(tmp_path / "sick.ckpt")
+    again = _flow()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GradFlowWarning)
+        _fit(again, 30, case="sigmoid_30", ckpt=tmp_path / "sick.ckpt")
+    assert [finding.step for finding in again.findings] == [0]
+
+
+def test_a_second_fit_with_another_trainer_starts_a_new_history():
+    flow = _flow()
+    _fit(flow, 12)
+    _fit(flow, 7)
+    assert flow.history.steps.tolist() == [0, 1, 2, 4, 5, 6]
+
+
+def test_a_second_fit_of_the_same_trainer_goes_on():
+    flow = _flow()
+    trainer = _fit(flow, 12)
+    trainer.fit_loop.epoch_loop.max_steps = 22
+    trainer.fit(trainer.lightning_module, _data())
+    assert flow.history.steps[-1] > 15
+    assert (np.diff(flow.history.steps) > 0).all()
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda flow: pickle.loads(pickle.dumps(flow))])
+def test_a_copy_is_a_callback_without_a_run(make):
+    flow = _flow(mitigate="off")
+    _fit(flow, 7)
+    other = make(flow)
+    assert other.findings == ()
+    assert len(other.history) == 0
+    _fit(other, 5)
+    assert other.history.steps.tolist() == [0, 1, 2, 4]
+
+
+def test_a_fit_that_dies_leaves_its_report(tmp_path):
+    class Dies(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 6:
+                raise RuntimeError("out of luck")
+
+    flow = GradFlow(every_n_steps=5, console=False)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        _fit(flow, 20, callbacks=[flow, Dies()], default_root_dir=tmp_path)
+    assert flow.report_path == tmp_path / "gradflow_report.html"
+    assert flow.report_path.stat().st_size > 100_000
+
+
+def test_a_warning_that_is_made_an_error_stops_the_run():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=VanishingGradientWarning)
+        with pytest.raises(VanishingGradientWarning, match=r"The gradient vanishes .* What to do: "):
+            _fit(_flow(), 20, case="sigmoid_30")
+    assert not torch.nn.modules.module._global_forward_hooks
+
+
+@pytest.mark.parametrize("method", ["validate", "test", "predict"])
+def test_without_a_fit_nothing_happens(method):
+    class Evaluates(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def validation_step(self, batch, batch_idx):
+            return self.layer(batch).sum()
+
+        test_step = predict_step = validation_step
+
+    flow = _flow()
+    data = torch.utils.data.DataLoader(torch.ones(4, 2), batch_size=2)
+    getattr(quiet_trainer(callbacks=[flow]), method)(Evaluates(), data)
+    assert flow.findings == ()
+    assert len(flow.history) == 0
+
+
+def test_fast_dev_run_works_and_writes_nothing(tmp_path):
+    flow = GradFlow(console=False)
+    _fit(flow, 5, fast_dev_run=True, default_root_dir=tmp_path)
+    assert flow.report_path is None
+
+
+def test_barebones_works():
+    flow = _flow()
+    L.seed_everything(0)
+    trainer = L.Trainer(barebones=True, max_steps=3, callbacks=[flow], accelerator="cpu")
+    trainer.fit(HEALTHY["tanh_4_default_init"].build(0), _data())
+    assert flow.history.steps.tolist() == [0, 1, 2]
+
+
+class _Losses(L.LightningModule):
+    """Logs its losses under names of the test's choice."""
+
+    def __init__(self, train_name=None, val_name=None, automatic=True):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        self.names = (train_name, val_name)
+        self.automatic_optimization = automatic
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(batch).square().mean() + 1
+        if self.names[0]:
+            self.log(self.names[0], loss)
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+    def validation_step(self, batch, batch_idx):
+        loss = self.layer(batch).square().mean() + 2
+        if self.names[1]:
+            self.log(self.names[1], loss)
+            return None
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "automatic"),
+    [
+        (None, None, True),
+        ("train/loss", "val/loss", True),
+        ("objective", "objective_val", True),
+        ("my-own-nll", "validation.nll", False),
+        ("anything", "val_anything", False),
+    ],
+)
+def test_losses_are_found_whatever_they_are_called(train, val, automatic):
+    flow = _flow()
+    data = torch.utils.data.DataLoader(torch.zeros(8, 2), batch_size=2)
+    L.seed_everything(0)
+    model = _Losses(train, val, automatic)
+    bias = model.layer.bias.item()
+    quiet_trainer(max_epochs=2, callbacks=[flow]).fit(model, data, data)
+    losses, validation = flow.history.losses, flow.history.scalar("val_loss")
+    np.testing.assert_allclose(losses[np.isfinite(losses)], bias**2 + 1, rtol=1e-6)
+    assert np.isfinite(losses).any()
+    np.testing.assert_allclose(validation[np.isfinite(validation)], bias**2 + 2, rtol=1e-6)
+    assert np.isfinite(validation).any()
+
+
+def test_a_loss_can_be_named():
+    flow = _flow(plateau=PlateauDetector(train_loss="special", val_loss="other"))
+
+    class Named(_Losses):
+        def training_step(self, batch, batch_idx):
+            self.log("special", 7.0)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("other", 9.0)
+            return super().validation_step(batch, batch_idx)
+
+    data = torch.utils.data.DataLoader(torch.zeros(8, 2), batch_size=2)
+    quiet_trainer(max_epochs=2, callbacks=[flow]).fit(Named("train_loss", "val_loss"), data, data)
+    assert set(flow.history.losses) == {7.0}
+    assert np.nanmax(flow.history.scalar("val_loss")) == 9.0
