@@ -212,7 +212,7 @@ def _fields(finding: Finding) -> dict[str, str]:
         if math.isnan(value) and key != "loss":
             continue  # a NaN loss is news, any other NaN was not measured
         if key in _PERCENT:
-            fields[key] = f"{value:.1%}" if abs(value) < 0.1 else f"{value:.0%}"
+            fields[key] = (f"{value:.1%}" if abs(value) < 0.1 else f"{value:.0%}").replace("-0.0%", "0.0%")
         elif key in _COUNT:
             fields[key] = f"{value:.0f}"
         elif key == "decades":

@@ -174,7 +174,7 @@ class Session:
         if not sampler.had_backward:
             sampler.drop()
             self._border.tell(
-                f"lightning_gradflow: no backward pass at step {step} (did training_step return None?): "
+                "lightning_gradflow: a sampled step had no backward pass (did training_step return None?): "
                 "there is nothing to measure in such a step."
             )
             return

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ ACTIVATIONS: dict[Any, str] = {function: op for op, functions in _FUNCTIONS.item
 
 _ARGUMENTS = {"hardtanh": ("min_val", "max_val"), "elu": ("alpha",), "celu": ("alpha",)}
 
+# private; seen in torch 2.6 to 2.13
+_is_transformed: Callable[[Tensor], bool] = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
+)
+
 _ABOUT_HOOKS = r"Using `torch\.compile\(module\)` when there are global hooks"
 
 LayerSeen = Callable[[str, Tensor], None]
@@ -62,13 +68,21 @@ class ForwardObserver(TorchFunctionMode):
         layers: the layers and module names of the model.
         on_layer: called with the layer's name and its (first) output tensor.
         on_activation: called with the name of the module that applied it, its op, its output, and its arguments.
+        guard: makes a context around all that is done inside the user's forward pass, to keep errors out of it.
     """
 
-    def __init__(self, layers: LayerMap, on_layer: LayerSeen, on_activation: ActivationSeen) -> None:
+    def __init__(
+        self,
+        layers: LayerMap,
+        on_layer: LayerSeen,
+        on_activation: ActivationSeen,
+        guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         super().__init__()
         self._layers = layers
         self._on_layer = on_layer
         self._on_activation = on_activation
+        self._guard = guard
         self._stack: list[tuple[nn.Module, str | None]] = []  # what is running; None for a network of others
         self._handles: list[RemovableHandle] = []
         self._cleanup = contextlib.ExitStack()
@@ -85,10 +99,8 @@ class ForwardObserver(TorchFunctionMode):
         if self._is_open:
             return
         self._stack = []
-        self._handles = [
-            register_module_forward_pre_hook(self._before_module),
-            register_module_forward_hook(self._after_module, always_call=True),
-        ]
+        self._handles.append(register_module_forward_pre_hook(self._before_module))
+        self._handles.append(register_module_forward_hook(self._after_module, always_call=True))
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled, and the import alone takes seconds
             self._cleanup.enter_context(torch.compiler.set_stance("force_eager"))
             _silence_the_compiler()
@@ -115,18 +127,24 @@ class ForwardObserver(TorchFunctionMode):
         """Runs `func`, and reports it if it is an activation."""
         result = func(*args, **(kwargs or {}))
         op = ACTIVATIONS.get(func) if self._is_open else None
+        if op is not None:
+            with self._guard():
+                self._after_activation(op, result, args, kwargs or {})
+        return result
+
+    def _after_activation(self, op: str, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = self._stack[-1][1] if self._stack else ROOT
-        if op is not None and name is not None and isinstance(result, Tensor) and result.is_floating_point():
-            arguments = dict(zip(_ARGUMENTS.get(op, ()), args[1:], strict=False)) | (kwargs or {})
+        if name is not None and isinstance(result, Tensor) and _is_measurable(result):
+            arguments = dict(zip(_ARGUMENTS.get(op, ()), args[1:], strict=False)) | kwargs
             if op == "hardtanh" and (arguments.get("min_val"), arguments.get("max_val")) == (0, 6):
                 op = "relu6"  # torch's own ReLU6 module is a hardtanh from 0 to 6
             self._on_activation(name, op, result, arguments)
-        return result
 
     def _before_module(self, module: nn.Module, _args: Any) -> None:
-        name = self._layers.name_of(module)
-        if name is not None or self._is_foreign(module):
-            self._stack.append((module, name))
+        with self._guard():
+            name = self._layers.name_of(module)
+            if name is not None or self._is_foreign(module):
+                self._stack.append((module, name))
 
     def _is_foreign(self, module: nn.Module) -> bool:
         """Whether it has weights, and not ours: so not a wrapper of the model, nor an `nn.ReLU()` made on the spot."""
@@ -134,12 +152,19 @@ class ForwardObserver(TorchFunctionMode):
         return parameter is not None and self._layers.owner(parameter) is None
 
     def _after_module(self, module: nn.Module, _args: Any, output: Any) -> None:
-        if self._stack and self._stack[-1][0] is module:
-            self._stack.pop()
-        name = self._layers.name_of(module)
-        tensor = first_tensor(output)
-        if name is not None and tensor is not None and self._layers.is_layer(name):
-            self._on_layer(name, tensor)
+        with self._guard():
+            if self._stack and self._stack[-1][0] is module:
+                self._stack.pop()
+            name = self._layers.name_of(module)
+            if name is not None and self._layers.is_layer(name):
+                tensor = first_tensor(output)
+                if tensor is not None:
+                    self._on_layer(name, tensor)
+
+
+def _is_measurable(tensor: Tensor) -> bool:
+    """Whether it holds real numbers; inside a `torch.func.vmap` or `grad` there are none that could be taken outside."""
+    return tensor.is_floating_point() and not _is_transformed(tensor)
 
 
 def _silence_the_compiler() -> None:
@@ -160,7 +185,7 @@ def first_tensor(output: Any) -> Tensor | None:
         tensor([1., 1.])
     """
     if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
+        return output if _is_measurable(output) else None
     if isinstance(output, Mapping):
         output = output.values()
     elif not isinstance(output, (tuple, list)):

@@ -58,7 +58,7 @@ class SignalProbe:
         self._activations = activations
         self._silent = SilentUnits(window)
         self._names = PointNames(layers)
-        self._observer = ForwardObserver(layers, self._on_layer, self._on_activation)
+        self._observer = ForwardObserver(layers, self._on_layer, self._on_activation, self._inside_the_run)
         self._handles: list[RemovableHandle] = []
         self._reset()
 
@@ -106,14 +106,12 @@ class SignalProbe:
         self._reset()
 
     def _on_layer(self, name: str, output: Tensor) -> None:
-        with self._inside_the_run():
-            self._take(self._names.layer(name), output)
+        self._take(self._names.layer(name), output)
 
     def _on_activation(self, module: str, op: str, output: Tensor, arguments: Mapping[str, Any]) -> None:
-        with self._inside_the_run():
-            seen = self._take(self._names.activation(module, op), output)
-            if self._activations and output.numel():
-                self._take_activation(seen, op, output.detach(), arguments)
+        seen = self._take(self._names.activation(module, op), output)
+        if self._activations and output.numel():
+            self._take_activation(seen, op, output.detach(), arguments)
 
     @contextlib.contextmanager
     def _inside_the_run(self) -> Iterator[None]:

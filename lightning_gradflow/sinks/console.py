@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_gradflow.detectors.profile import depth_profile
-from lightning_gradflow.findings import Finding
+from lightning_gradflow.findings import Finding, Suggestion
 from lightning_gradflow.history import History
 from lightning_gradflow.sinks import words
 from lightning_gradflow.sinks.base import Sink, View
@@ -166,7 +166,7 @@ def _print(console: Console, view: View) -> None:
         console.print(_table(shown, int(view.history.steps[-1])))
         if len(shown) < len(lines):
             console.print(f"The {len(shown)} layers that stand out most; {len(lines) - len(shown)} more are left out.")
-    told: set[str] = set()
+    told: set[Suggestion] = set()
     for finding in words.worst_first(view.findings):
         _print_finding(console, finding, told)
     if view.actions:
@@ -201,7 +201,7 @@ def _table(lines: list[LayerLine], step: int) -> Table:
     return table
 
 
-def _print_finding(console: Console, finding: Finding, told: set[str]) -> None:
+def _print_finding(console: Console, finding: Finding, told: set[Suggestion]) -> None:
     """A finding and, while it lasts, what to do: the best cure with its code, the others by name.
 
     What was `told` under a finding above is not repeated. Code starts at the left edge and is never wrapped.
@@ -211,7 +211,7 @@ def _print_finding(console: Console, finding: Finding, told: set[str]) -> None:
     head = f"\n{words.kind(finding)} [{finding.severity.value}, {words.period(finding)}]"
     console.print(Text(head, style=f"bold {_COLOURS[finding.severity.value]}" if finding.is_open else "dim"))
     console.print(Text(words.message(finding)))
-    fresh = [s for s in finding.suggestions if s.title not in told] if finding.is_open else []
+    fresh = [s for s in finding.suggestions if s not in told] if finding.is_open else []
     if finding.is_open and finding.suggestions and not fresh:
         console.print(Text("What to do: as above.", style="bold"))
     for suggestion in fresh[:1]:
@@ -222,4 +222,4 @@ def _print_finding(console: Console, finding: Finding, told: set[str]) -> None:
             console.print(Text(f"    {line}", style="cyan"), soft_wrap=True)
     for suggestion in fresh[1:]:
         console.print(Text(f"Or: {suggestion.title}"))
-    told.update(suggestion.title for suggestion in fresh)
+    told.update(fresh)

@@ -89,11 +89,11 @@ def _around(text: str, figures: list[str]) -> list[str]:
 def _findings(view: View) -> str:
     if not view.findings:
         return ""
-    told: set[str] = set()
+    told: set[Suggestion] = set()
     return "<h2>Findings</h2>" + "".join(_finding(finding, told) for finding in words.worst_first(view.findings))
 
 
-def _finding(finding: Finding, told: set[str]) -> str:
+def _finding(finding: Finding, told: set[Suggestion]) -> str:
     """One finding with its cause, its numbers and what to do; what was `told` above is not repeated."""
     rows = {
         "Cause": "" if finding.cause == "unknown" else finding.cause.replace("_", " "),
@@ -103,11 +103,11 @@ def _finding(finding: Finding, told: set[str]) -> str:
     facts = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in rows.items() if text)
     severity = finding.severity.value
     state = severity if finding.is_open else "resolved"
-    fresh = [suggestion for suggestion in finding.suggestions if suggestion.title not in told]
+    fresh = [suggestion for suggestion in finding.suggestions if suggestion not in told]
     todo = "".join(_suggestion(s, unfolded=not told and i == 0) for i, s in enumerate(fresh))
     if finding.suggestions and not fresh:
         todo = '<p class="when">What to do: as above.</p>'
-    told.update(suggestion.title for suggestion in fresh)
+    told.update(fresh)
     return (
         f'<article class="{state}"><h3>{escape(words.kind(finding))} <span class="badge">{severity}</span>'
         f' <span class="when">{words.period(finding)}</span></h3><p>{escape(words.message(finding))}</p>'
