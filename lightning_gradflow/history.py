@@ -113,8 +113,8 @@ class History:
 
     Args:
         max_rows: rows kept, in [8, inf). The last half of them are the most recent rows without a gap; the older ones
-            are thinned by two whenever the bound is passed. The default of 1024 holds 25,000 steps at the usual
-            interval of 50 before anything is thinned.
+            are spread evenly over the run. The default of 1024 holds 50,000 steps at the usual interval of 50 before
+            anything is thinned.
 
     Raises:
         ValueError: if `max_rows` is below 8.
@@ -216,12 +216,13 @@ class History:
         self._rows.append(row)
         if len(self._rows) > self._max_rows:
             recent = len(self._rows) - self._max_rows // 2
-            self._rows = [self._rows[0], *self._rows[1:recent][1::2], *self._rows[recent:]]
+            self._rows = [*_thin_rows(self._rows[:recent], self._max_rows // 4), *self._rows[recent:]]
         n = len(row.losses)
         self._losses += [[row.step - n + 1 + i, float(loss), 1.0] for i, loss in enumerate(row.losses)]
-        while len(self._losses) > 8 * self._max_rows:
-            first = self._max_rows // 4
-            self._losses = self._losses[:first] + _halve(self._losses[first:], keep=4 * self._max_rows)
+        if len(self._losses) > 8 * self._max_rows:
+            first, recent = self._max_rows // 4, len(self._losses) - 4 * self._max_rows
+            old = _thin_losses(self._losses[first:recent], 2 * self._max_rows)
+            self._losses = [*self._losses[:first], *old, *self._losses[recent:]]
 
     def _axis(self, metric: str) -> Axis:
         if metric not in METRICS:
@@ -268,18 +269,30 @@ class History:
         ]
 
 
-def _halve(entries: list[list[float]], keep: int) -> list[list[float]]:
-    """Merges pairs of neighbours among all but the last `keep` entries, as means weighted by their number of steps.
+def _thin_rows(rows: list[Row], limit: int) -> list[Row]:
+    """The first row and at most `limit` others, evenly spread over the steps."""
+    gap = (rows[-1].step - rows[0].step) / limit
+    kept = rows[:1]
+    for row in rows[1:]:
+        if row.step >= kept[-1].step + gap:
+            kept.append(row)
+    return kept
 
-    Of a pair with a loss that is not finite the other one is kept.
+
+def _thin_losses(entries: list[list[float]], limit: int) -> list[list[float]]:
+    """Merges neighbours to at most `limit` + 1 means over about equal numbers of steps.
+
+    A loss that is not finite does not take its neighbours along: of such a pair the other one is kept.
     """
-    old, recent = entries[:-keep], entries[-keep:]
-    merged = []
-    for i in range(0, len(old) - 1, 2):
-        (step_a, loss_a, n_a), (step_b, loss_b, n_b) = old[i], old[i + 1]
-        if not (math.isfinite(loss_a) and math.isfinite(loss_b)):  # one lost step must not take its neighbours along
-            merged.append(list(old[i] if math.isfinite(loss_a) else old[i + 1]))
-            continue
-        n = n_a + n_b
-        merged.append([(step_a * n_a + step_b * n_b) / n, (loss_a * n_a + loss_b * n_b) / n, n])
-    return merged + old[len(old) - len(old) % 2 :] + recent
+    target = sum(n for _, _, n in entries) / limit
+    merged = [list(entries[0])]
+    for step, loss, n in entries[1:]:
+        last_step, last_loss, last_n = merged[-1]
+        if last_n >= target:
+            merged.append([step, loss, n])
+        elif math.isfinite(loss) and math.isfinite(last_loss):
+            total = last_n + n
+            merged[-1] = [(last_step * last_n + step * n) / total, (last_loss * last_n + loss * n) / total, total]
+        elif math.isfinite(loss):
+            merged[-1] = [step, loss, n]
+    return merged

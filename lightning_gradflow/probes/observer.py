@@ -134,7 +134,7 @@ class ForwardObserver(TorchFunctionMode):
 
     def _after_activation(self, op: str, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = self._stack[-1][1] if self._stack else ROOT
-        if name is not None and isinstance(result, Tensor) and _is_measurable(result):
+        if name is not None and isinstance(result, Tensor) and is_measurable(result):
             arguments = dict(zip(_ARGUMENTS.get(op, ()), args[1:], strict=False)) | kwargs
             if op == "hardtanh" and (arguments.get("min_val"), arguments.get("max_val")) == (0, 6):
                 op = "relu6"  # torch's own ReLU6 module is a hardtanh from 0 to 6
@@ -162,9 +162,10 @@ class ForwardObserver(TorchFunctionMode):
                     self._on_layer(name, tensor)
 
 
-def _is_measurable(tensor: Tensor) -> bool:
-    """Whether it holds real numbers; inside a `torch.func.vmap` or `grad` there are none that could be taken outside."""
-    return tensor.is_floating_point() and not _is_transformed(tensor)
+def is_measurable(tensor: Tensor) -> bool:
+    """Whether it is a dense tensor of real numbers; those inside of `torch.func.vmap` can't be taken outside."""
+    is_dense = tensor.layout is torch.strided and not tensor.is_nested
+    return is_dense and tensor.is_floating_point() and not _is_transformed(tensor)
 
 
 def _silence_the_compiler() -> None:
@@ -185,7 +186,7 @@ def first_tensor(output: Any) -> Tensor | None:
         tensor([1., 1.])
     """
     if isinstance(output, Tensor):
-        return output if _is_measurable(output) else None
+        return output if is_measurable(output) else None
     if isinstance(output, Mapping):
         output = output.values()
     elif not isinstance(output, (tuple, list)):

@@ -16,7 +16,7 @@ from lightning_gradflow.history import Floats, Point
 from lightning_gradflow.probes.dead_units import SilentUnits
 from lightning_gradflow.probes.flat_side import flat, saturated, units
 from lightning_gradflow.probes.layers import LayerMap
-from lightning_gradflow.probes.observer import ForwardObserver
+from lightning_gradflow.probes.observer import ForwardObserver, is_measurable
 from lightning_gradflow.probes.points import PointNames
 from lightning_gradflow.probes.ranks import PackedSum, world_size
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
@@ -143,7 +143,7 @@ class SignalProbe:
             def on_gradient(gradient: Tensor | None) -> None:
                 # none comes where only another output of the same operation is used; and as long as the forward pass
                 # is on, it comes from the user's own autograd.grad (a gradient penalty), not from the loss
-                if gradient is not None and not self.is_observing:
+                if gradient is not None and is_measurable(gradient) and not self.is_observing:
                     with self._inside_the_run():
                         seen.delta_square.setdefault(self._pass, []).append(_sum_of_squares(gradient))
 
@@ -158,7 +158,6 @@ class SignalProbe:
             Exception: whatever went wrong while the run was being observed.
         """
         self._observer.close()
-        self._release()
         if self._error is not None:
             _combine(self._nothing())
             raise self._error

@@ -79,7 +79,7 @@ def test_multiplying_the_loss_changes_no_verdict(case, scale):
     assert verdict(SaturatedActivation().judge(run(*rows, scale=scale))) == expected
 
 
-@pytest.mark.parametrize("case", TABLE)
+@pytest.mark.parametrize("case", sorted(set(TABLE) - {"not measured between"}))  # then that sample has been measured
 def test_healthy_layers_change_no_verdict(case):
     rows, expected = TABLE[case]
     more = [((*shares, 0.2, 0.3), [*deltas, 1.0, 1.0, 1.0, 1.0]) for shares, deltas in rows]

@@ -15,7 +15,7 @@ def naive_slopes(x, y):
 
 def naive_z(y):
     n = len(y)
-    score = sum((y[j] > y[i]) - (y[j] < y[i]) for i in range(n) for j in range(i + 1, n))
+    score = sum(int(y[j] > y[i]) - int(y[j] < y[i]) for i in range(n) for j in range(i + 1, n))
     variance = n * (n - 1) * (2 * n + 5)
     for value in set(y.tolist()):
         t = y.tolist().count(value)
@@ -112,7 +112,11 @@ def test_what_returns_in_every_season_is_no_fall(phase):
     x = np.arange(32.0)
     seasons = np.arange(32) % 8
     assert steepest_fall(x, 5 * phase * seasons, seasons, z=2.5) == 0
-    assert steepest_fall(x, 5 * phase * seasons, np.zeros(32, dtype=int), z=2.5) < -0.1
+
+
+def test_without_seasons_a_falling_period_looks_like_a_fall():
+    x = np.arange(32.0)
+    assert steepest_fall(x, -5.0 * (np.arange(32) % 8), np.zeros(32, dtype=int), z=2.5) < -0.1
 
 
 def test_too_few_pairs_leave_room_for_any_fall():

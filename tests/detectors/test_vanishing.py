@@ -25,13 +25,13 @@ TABLE = {
     "just beyond the limit": (stack(9), [profile(4.01)], [("warning", "depth", ("fc0", "fc1", "fc2", "fc3", "fc4"))]),
     "just inside the critical": (
         stack(9),
-        [profile(7.99)],
-        [("warning", "depth", ("fc0", "fc1", "fc2", "fc3", "fc4", "fc5", "fc6"))],
+        [profile(7.9)],
+        [("warning", "weight_scale", tuple(f"fc{i}" for i in range(6)))],
     ),
     "just beyond the critical": (
         stack(9),
-        [profile(8.01)],
-        [("critical", "weight_scale", ("fc0", "fc1", "fc2", "fc3", "fc4", "fc5", "fc6")[:7])],
+        [profile(8.1)],
+        [("critical", "weight_scale", tuple(f"fc{i}" for i in range(7)))],
     ),
     "growing": (stack(9), [profile(-9)], []),
     "flat": (stack(9), [profile(0)], []),
@@ -68,7 +68,7 @@ TABLE = {
     "dead rectifiers": (
         stack(6, "relu"),
         [lossy(6, 0.9, 0.05)],
-        [("warning", "dead_units", ("fc0", "fc1", "fc2", "fc3", "fc4")[:4])],
+        [("warning", "dead_units", ("fc0", "fc1", "fc2", "fc3"))],
     ),
     "rectifiers that halve": (stack(20, "relu"), [lossy(20, 0.58, 0.7)], None),
     "small weights": (stack(9, "tanh"), [lossy(9, 0.1, 0.99)], None),

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from functools import cache
+from functools import cache, partial
 
 import lightning as L
 import numpy as np
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from lightning_gradflow import GradFlow, SaturationMonitor
+from lightning_gradflow import GradFlow, GradFlowWarning, SaturationMonitor
 from tests.zoo import quiet_trainer
 from tests.zoo.data import loader
 
@@ -44,7 +44,12 @@ class ConvNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.c1, self.norm, self.c2, self.head = nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 7, 2), nn.Linear(7, 4)
+        self.c1, self.norm, self.c2, self.head = (
+            nn.Conv2d(1, 5, 3),
+            nn.BatchNorm2d(5),
+            nn.Conv2d(5, 7, 2),
+            nn.Linear(7, 4),
+        )
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x):
@@ -58,7 +63,7 @@ class ConvNet(nn.Module):
         c2 = self.c2(r1)
         r2 = F.relu(c2)
         head = self.head(r2.mean((2, 3)))
-        names = {"c1": c1, "norm": norm, "relu": r1, "c2": c2, "c2/relu": r2, "head": head}
+        names = {"c1": c1, "norm": norm, "relu": r1, "c2": c2, "c2/model.relu": r2, "head": head}
         return head, {name: [tensor] for name, tensor in names.items()}
 
 
@@ -78,7 +83,7 @@ class Functional(nn.Module):
         s = torch.sigmoid(a * 6)
         r = F.relu(s - 0.9)
         b = self.b(r * self.scale)
-        return b, {"a": [a], "a/sigmoid": [s], "a/relu": [r], "b": [b]}
+        return b, {"a": [a], "a/sigmoid": [s], "a/relu": [r], "b": [b], "": [b]}
 
 
 class Tied(nn.Module):
@@ -221,7 +226,7 @@ def _layer_numbers(parameters, gradients):
 def _point_numbers(outputs, deltas, silent):
     numbers = {"delta_norm": {}, "output_rms": {}, "saturated_fraction": {}, "dead_fraction": {}}
     for point, tensors in outputs.items():
-        name = f"model.{point.replace('/relu', '/model.relu') if point == 'c2/relu' else point}"
+        name = f"model.{point}".rstrip(".")
         numbers["delta_norm"][name] = math.sqrt(sum(float((d.double() ** 2).sum()) for d in deltas[point]))
         entries = np.concatenate([tensor.double().numpy().ravel() for tensor in tensors])
         numbers["output_rms"][name] = np.sqrt((entries**2).mean())
@@ -271,7 +276,7 @@ def test_the_clipped_run_was_clipped():
 
 def test_points_stand_in_order_of_execution():
     history, _ = _run("functional")
-    assert history.names("delta_norm") == ("model.a", "model.a/sigmoid", "model.a/relu", "model.b")
+    assert history.names("delta_norm") == ("model.a", "model.a/sigmoid", "model.a/relu", "model.b", "model")
 
 
 def test_the_loss_is_the_mean_over_the_accumulated_batches():
@@ -300,7 +305,7 @@ class BreaksBackward(Task):
 
 def test_the_share_of_nonfinite_entries_is_counted():
     flow = _flow()
-    with pytest.warns(UserWarning):
+    with pytest.warns(GradFlowWarning, match="step 0"):
         quiet_trainer(max_steps=1, callbacks=[flow]).fit(BreaksBackward(MLP), _data(1))
     row = dict(zip(flow.history.layers, flow.history["grad_nonfinite_fraction"][0], strict=True))
     assert row == pytest.approx({"model.net.0": 2 / 63, "model.net.2": 0.0, "model.net.4": 0.0})
@@ -329,6 +334,10 @@ class ManualGAN(L.LightningModule):
         return [torch.optim.SGD(part.parameters(), lr=0.5) for part in (self.discriminator, self.generator)]
 
 
+def _with_weights(net, weights, x):
+    return functional_call(net, weights, (x,))
+
+
 def test_under_manual_optimization_each_optimizer_has_its_own_gradients():
     witness, flow = Witness(), _flow()
     L.seed_everything(1, verbose=False)
@@ -340,7 +349,7 @@ def test_under_manual_optimization_each_optimizer_has_its_own_gradients():
         judge, artist = dict(module.discriminator.named_parameters()), dict(module.generator.named_parameters())
         first = torch.autograd.grad(module.losses(x, module.discriminator)[0], judge.values())
         moved = {name: p - 0.5 * g for (name, p), g in zip(judge.items(), first, strict=True)}
-        loss = module.losses(x, lambda images: functional_call(module.discriminator, moved, (images,)))[1]
+        loss = module.losses(x, partial(_with_weights, module.discriminator, moved))[1]
         second = torch.autograd.grad(loss, artist.values())
         naive = {}
         for part, names, gradients in (("discriminator", judge, first), ("generator", artist, second)):

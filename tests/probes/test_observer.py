@@ -1,5 +1,7 @@
 """Layer outputs and activations as they are executed, and nothing left behind."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -189,6 +191,8 @@ def test_integer_and_empty_handed_layers_are_passed_over():
         (nn.utils.rnn.pack_sequence([torch.full((1,), 5.0)]), 5.0),
         ((torch.tensor([1]), "text", None), None),
         (torch.ones(1, dtype=torch.complex64), None),
+        (torch.ones(1).to_sparse(), None),
+        (torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged), None),
         (None, None),
     ],
 )
@@ -256,6 +260,31 @@ def test_the_output_is_bit_identical():
     torch.manual_seed(0)
     _observed(model, lambda: outputs.append(model(x)))
     assert torch.equal(outputs[0], expected)
+
+
+def test_what_goes_on_inside_of_vmap_is_passed_over():
+    model = Calls(
+        lambda self, x: self.b(torch.vmap(lambda v: torch.tanh(self.a(v)))(x)), a=nn.Linear(6, 6), b=nn.Linear(6, 1)
+    )
+    assert _observed(model) == ["b"]
+
+
+def test_an_error_in_the_reports_stays_inside_the_guard():
+    errors = []
+
+    @contextlib.contextmanager
+    def guard():
+        try:
+            yield
+        except ZeroDivisionError as error:
+            errors.append(error)
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    observer = ForwardObserver(LayerMap(model), lambda *_: 1 / 0, lambda *_: 1 / 0, guard)
+    observer.open()
+    model(torch.ones(1, 2))
+    observer.close()
+    assert len(errors) == 2
 
 
 def test_a_compiled_model_is_seen_and_not_compiled_again():

@@ -27,10 +27,13 @@ store = dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, rank == 0, timedelta(sec
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
 answer = {"world_size": world_size()}
 
-total = PackedSum()
-total.update(torch.tensor([1.0, 10.0]) * (rank + 1))
-total.update(torch.tensor([0.5, 0.0]))
-answer["sums"] = total.compute().tolist()
+def sums():
+    total = PackedSum()
+    total.update(torch.tensor([1.0, 10.0]) * (rank + 1))
+    total.update(torch.tensor([0.5, 0.0]))
+    return total.compute().tolist()
+
+answer["sums"] = sums()
 
 def sample(probe, transfer, x):
     probe.start_batch()
@@ -56,6 +59,7 @@ try:
     answer["error"] = None
 except Exception as error:
     answer["error"] = type(error).__name__
+answer["sums after the error"] = sums()
 
 # a batch that is empty on one rank only
 try:
@@ -63,6 +67,7 @@ try:
     answer["empty"] = None
 except Exception as error:
     answer["empty"] = type(error).__name__
+answer["sums after the empty batch"] = sums()
 print(json.dumps(answer))
 dist.destroy_process_group()
 """
@@ -113,12 +118,14 @@ def test_a_unit_is_dead_only_where_it_is_silent_on_every_rank(answers):
     assert answers[0]["signals"]["1"]["dead_fraction"] == pytest.approx(1 / 3)
 
 
-def test_an_error_on_one_rank_ends_the_sample_on_both_instead_of_a_deadlock(answers):
-    assert all(answer["error"] for answer in answers)
+@pytest.mark.parametrize("what", ["error", "empty"])
+def test_what_one_rank_cannot_measure_ends_the_sample_on_both(answers, what):
+    assert all(answer[what] for answer in answers)
 
 
-def test_an_empty_batch_on_one_rank_does_not_leave_the_other_waiting(answers):
-    assert all(answer["empty"] for answer in answers)
+@pytest.mark.parametrize("after", ["sums after the error", "sums after the empty batch"])
+def test_afterwards_no_rank_waits_for_the_other(answers, after):
+    assert [answer[after] for answer in answers] == [[4.0, 30.0]] * 2
 
 
 def test_outside_of_distributed_training_there_is_one_rank():

@@ -38,7 +38,9 @@ def _act(finding, mitigation=None, net=None, history=None, optimizers=()):
 
 def _changed(net):
     fresh = _net()
-    return [name for name in LAYERS if not torch.equal(net.get_submodule(name).weight, fresh.get_submodule(name).weight)]
+    return [
+        name for name in LAYERS if not torch.equal(net.get_submodule(name).weight, fresh.get_submodule(name).weight)
+    ]
 
 
 def test_layers_whose_gradient_vanishes_are_drawn_anew_and_no_others():
@@ -64,7 +66,9 @@ def test_a_run_that_has_learnt_keeps_its_weights():
     assert _changed(net) == []
 
 
-@pytest.mark.parametrize("losses", [np.ones(60), np.linspace(1.0, 0.97, 60), np.full(60, np.nan), np.linspace(1, 2, 60)])
+@pytest.mark.parametrize(
+    "losses", [np.ones(60), np.linspace(1.0, 0.97, 60), np.full(60, np.nan), np.linspace(1, 2, 60)]
+)
 def test_a_run_that_has_learnt_nothing_may_be_drawn_anew(losses):
     assert len(_act(_finding(), history=_history(losses))) == 1
 
