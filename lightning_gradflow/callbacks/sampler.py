@@ -46,18 +46,24 @@ class Sampler:
     def __init__(
         self, model: nn.Module, history: History, *, gradients: bool = True, activations: bool = True, window: int = 4
     ) -> None:
+        self._model = model
         self._history = history
-        self._layers = LayerMap(model)
-        self._transfer = Transfer()
         self._measures_gradients = gradients
-        self._signals = SignalProbe(self._layers, self._transfer, activations, window)
-        self._gradients = GradientProbe(self._layers, self._transfer)
+        self._measures_activations = activations
+        self._window = window
+        self._transfer = Transfer()
+        self._look_at_model()
         self._losses: deque[tuple[int, Tensor]] = deque(maxlen=_MAX_LOSSES)
         self._read: set[int] = set()
         self._backward_came = False
         self.step: int | None = None
         self.batches = 0
-        history.layer_axis.merge(self._layers.names)
+
+    def _look_at_model(self) -> None:
+        self._layers = LayerMap(self._model)
+        self._history.layer_axis.merge(self._layers.names)
+        self._signals = SignalProbe(self._layers, self._transfer, self._measures_activations, self._window)
+        self._gradients = GradientProbe(self._layers, self._transfer)
 
     @property
     def is_open(self) -> bool:
@@ -79,6 +85,8 @@ class Sampler:
         if self.step is None:
             self.step, self.batches = step, 0
             self._read, self._backward_came = set(), False
+            if not self._layers.covers(self._model.parameters()):  # layers were added or replaced in the run
+                self._look_at_model()
             self._gradients = GradientProbe(self._layers, self._transfer)
         self.batches += 1
         self._signals.start_batch()
@@ -120,7 +128,9 @@ class Sampler:
         layers = self._gradients.collect(host)
         self._history.add_points(list(points))
         executed = [point.module for point in self._history.points if point.is_layer]
-        self._history.layer_axis.reorder(self._layers.in_order(executed))
+        present = self._layers.in_order(executed)
+        gone = [name for name in self._history.layers if not self._layers.is_layer(name)]
+        self._history.layer_axis.reorder([*present, *gone])
         values = self._columns({point.name: found for point, found in points.items()}, "points")
         values |= self._columns(layers, "layers")
         norms = [found["grad_norm"] for found in layers.values()]

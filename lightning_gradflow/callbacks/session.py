@@ -174,8 +174,8 @@ class Session:
         if not sampler.had_backward:
             sampler.drop()
             self._border.tell(
-                "lightning_gradflow: a sampled step had no backward pass (did training_step return None?): "
-                "there is nothing to measure in such a step."
+                "lightning_gradflow: a sampled step had no backward pass, so nothing was measured in it. Did "
+                "training_step return None, or call loss.backward() where self.manual_backward(loss) is needed?"
             )
             return
         if loss is None:

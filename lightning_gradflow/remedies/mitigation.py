@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,11 +90,12 @@ class Mitigation:
             return None
         around = activations_around(history.points)
         modules = dict(model.named_modules())
+        tied = _tied(modules.values())
         generator = torch.Generator().manual_seed(finding.step)
         changed: list[nn.Parameter] = []
         layers = []
         for name in around:  # in order of execution, so that a seed gives the same weights in every run
-            if name in finding.layers and name in modules:
+            if name in finding.layers and name in modules and not tied & set(modules[name].parameters(recurse=False)):
                 fresh = reinitialise(modules[name], *around[name], generator)
                 if fresh:
                     layers.append(name)
@@ -116,6 +118,12 @@ class Mitigation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
         self.max_norm, self._taken = state["max_norm"], state["taken"]
+
+
+def _tied(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
+    """Parameters that several modules share: what is right for one is wrong for the other, so they stay."""
+    owners = Counter(p for module in modules for p in module.parameters(recurse=False))
+    return {parameter for parameter, count in owners.items() if count > 1}
 
 
 def _has_learnt(history: History) -> bool:

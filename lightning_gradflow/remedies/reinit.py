@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from lightning_gradflow.history import Point
 
 _RECTIFIERS = frozenset({"relu", "relu6", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "hardswish", "softplus"})
+_SIGMOIDS = frozenset({"sigmoid", "hardsigmoid"})
+_BOUNDED = frozenset({"tanh", "hardtanh", "softsign"}) | _SIGMOIDS
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -37,12 +39,13 @@ def activations_around(points: Sequence[Point]) -> dict[str, tuple[str, str]]:
 def reinitialise(module: nn.Module, before: str, after: str, generator: torch.Generator) -> list[nn.Parameter]:
     """Draws a layer anew so that the signal keeps its size on the way through it and its activation.
 
-    - before ReLU and its kin: He normal, bias 0.
-    - before tanh: orthogonal, bias 0.
-    - before sigmoid: orthogonal, times 4 where the input comes from a sigmoid too, and bias `-weight.sum(1) / 2`. With
-      `sigmoid(x) = (1 + tanh(x / 2)) / 2` a stack of such layers *is* a stack of orthogonal tanh layers. Times 2 and
-      bias 0 where the input comes from elsewhere.
-    - before anything else: Glorot normal, bias 0.
+    - before ReLU and its kin: He normal.
+    - before tanh: orthogonal, times 2 where the input comes from a sigmoid.
+    - before sigmoid: orthogonal, times 4 where the input comes from a sigmoid too, else times 2.
+    - before anything else: Glorot normal.
+
+    The bias is 0, or `-weight.sum(1) / 2` where the input comes from a sigmoid, whose mean is 1/2. With
+    `sigmoid(x) = (1 + tanh(x / 2)) / 2` a stack of such sigmoid layers *is* a stack of orthogonal tanh layers.
 
     Args:
         module: a Linear or convolution layer; anything else is left as it is.
@@ -69,7 +72,7 @@ def reinitialise(module: nn.Module, before: str, after: str, generator: torch.Ge
     fresh = torch.empty(module.weight.shape, dtype=torch.float32)
     if after in _RECTIFIERS:
         nn.init.kaiming_normal_(fresh, nonlinearity="relu", generator=generator)
-    elif after in ("tanh", "hardtanh", "softsign", "sigmoid", "hardsigmoid"):
+    elif after in _BOUNDED:
         nn.init.orthogonal_(fresh, gain=_gain(before, after), generator=generator)
     else:
         nn.init.xavier_normal_(fresh, generator=generator)
@@ -77,16 +80,15 @@ def reinitialise(module: nn.Module, before: str, after: str, generator: torch.Ge
     module.weight.grad = None
     changed = [module.weight]
     if isinstance(module.bias, nn.Parameter) and module.bias.requires_grad:
-        module.bias.copy_(_centring_bias(fresh) if before == "sigmoid" else torch.zeros_like(module.bias))
+        module.bias.copy_(_centring_bias(fresh) if before in _SIGMOIDS else torch.zeros_like(module.bias))
         module.bias.grad = None
         changed.append(module.bias)
     return changed
 
 
 def _gain(before: str, after: str) -> float:
-    if after not in ("sigmoid", "hardsigmoid"):
-        return 2.0 if before == "sigmoid" else 1.0  # a sigmoid moves half as far as a tanh
-    return 4.0 if before == "sigmoid" else 2.0
+    """A sigmoid moves half as far as a tanh, and half as fast."""
+    return (2.0 if before in _SIGMOIDS else 1.0) * (2.0 if after in _SIGMOIDS else 1.0)
 
 
 def _centring_bias(weight: Tensor) -> Tensor:

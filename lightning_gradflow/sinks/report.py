@@ -183,7 +183,8 @@ main { max-width: 1100px; margin: 0 auto; padding: 28px 24px 64px; }
 header { border-left: 6px solid var(--calm); padding: 2px 0 2px 18px; margin-bottom: 28px; }
 header.critical { border-color: var(--critical); } header.warning { border-color: var(--warning); }
 .kicker { margin: 0; color: var(--soft); } h1 { margin: 4px 0; font-size: 26px; line-height: 1.3; }
-h2 { font-size: 19px; margin: 36px 0 10px; } h3 { font-size: 17px; margin: 0 0 6px; } summary { cursor: pointer; font-weight: 600; }
+h2 { font-size: 19px; margin: 36px 0 10px; } h3 { font-size: 17px; margin: 0 0 6px; }
+summary { cursor: pointer; font-weight: 600; }
 article { --tone: var(--info); border: 1px solid var(--line); border-left: 4px solid var(--tone); border-radius: 6px;
   padding: 14px 18px; margin: 12px 0; }
 article.critical { --tone: var(--critical); } article.warning { --tone: var(--warning); }

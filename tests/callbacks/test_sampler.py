@@ -119,3 +119,14 @@ def test_a_frozen_layer_is_not_measured_rather_than_zero():
     model[0].requires_grad_(False)
     history.append(_step(Sampler(model, history), model, optimizer=torch.optim.SGD(model[2].parameters(), lr=0.1)))
     assert np.isnan(history["grad_norm"][0]).tolist() == [True, False]
+
+
+def test_a_layer_that_is_replaced_in_the_run_is_measured():
+    history, model = History(), _model()
+    sampler = Sampler(model, history)
+    history.append(_step(sampler, model))
+    model[2] = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1))
+    history.append(_step(sampler, model, step=1))
+    assert history.layers == ("0", "2.0", "2.1", "2")
+    measured = ~np.isnan(history["grad_norm"])
+    assert measured.tolist() == [[True, False, False, True], [True, True, True, False]]

@@ -139,3 +139,13 @@ def test_a_resumed_run_goes_on_clipping_and_counting():
     second.load_state_dict(first.state_dict())
     assert second.max_norm == 2.0
     assert _act(_finding(), second) == []
+
+
+def test_a_weight_that_two_modules_share_is_left_as_it_is():
+    net = _net()
+    first, second = LAYERS[:2]
+    net.get_submodule(second).weight = net.get_submodule(first).weight
+    before = net.get_submodule(first).weight.detach().clone()
+    actions = _act(_finding(), net=net)
+    assert torch.equal(net.get_submodule(first).weight, before)
+    assert not {first, second} & set(actions[0].layers if actions else ())
