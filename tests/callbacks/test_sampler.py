@@ -111,6 +111,7 @@ def test_stale_gradients_are_not_read():
     sampler = Sampler(model, History())
     sampler.start_batch(0)
     sampler.read_gradients(torch.optim.SGD(model.parameters(), lr=0.1))
+    sampler.drop()
     assert not sampler.has_gradients
 
 
