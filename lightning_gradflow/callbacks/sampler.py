@@ -53,7 +53,7 @@ class Sampler:
         self._window = window
         self._transfer = Transfer()
         self._look_at_model()
-        self._losses: deque[tuple[int, Tensor]] = deque(maxlen=_MAX_LOSSES)
+        self._losses: deque[tuple[int, Tensor, int]] = deque(maxlen=_MAX_LOSSES)
         self._read: set[int] = set()
         self._backward_came = False
         self.step: int | None = None
@@ -109,9 +109,9 @@ class Sampler:
         if self._measures_gradients:
             self._gradients.measure(p for group in optimizer.param_groups for p in group["params"])
 
-    def take_loss(self, step: int, loss: Tensor) -> None:
-        """Keeps a reference to the loss of a batch; nothing is computed."""
-        self._losses.append((step, loss))
+    def take_loss(self, step: int, loss: Tensor, factor: int = 1) -> None:
+        """Keeps a reference to the loss of a batch, to be multiplied by `factor` later; nothing is computed."""
+        self._losses.append((step, loss, factor))
 
     def drop(self) -> None:
         """Gives the present sample up, and leaves nothing behind."""
@@ -153,14 +153,16 @@ class Sampler:
 
     def _fetch_with_losses(self) -> dict[str, Floats]:
         if self._losses:
-            self._transfer.put("losses", torch.stack([loss.detach().float().reshape(()) for _, loss in self._losses]))
+            self._transfer.put(
+                "losses", torch.stack([loss.detach().float().reshape(()) for _, loss, _ in self._losses])
+            )
         return self._transfer.fetch()
 
     def _losses_by_step(self, host: Mapping[str, Floats]) -> Floats:
         """(S,) mean loss of each step since the last row."""
-        steps = np.array([step for step, _ in self._losses], dtype=np.int64)
+        steps = np.array([step for step, _, _ in self._losses], dtype=np.int64)
+        values = host.get("losses", np.empty(0)) * np.array([factor for _, _, factor in self._losses], dtype=np.float64)
         self._losses.clear()
-        values = host.get("losses", np.empty(0))
         return np.array([values[steps == step].mean() for step in np.unique(steps)], dtype=np.float64)
 
     def _columns(self, found: Mapping[str, Mapping[str, float]], axis: str) -> dict[str, Floats]:

@@ -167,8 +167,7 @@ class Session:
         step = trainer_facts.logged_step(trainer)
         if loss is not None:
             # Lightning divides the loss that it shows by the number of accumulated batches
-            factor = trainer.accumulate_grad_batches if module.automatic_optimization else 1
-            sampler.take_loss(step, loss if factor == 1 else loss * factor)
+            sampler.take_loss(step, loss, trainer.accumulate_grad_batches if module.automatic_optimization else 1)
         if not sampler.is_open or not self._is_complete(trainer, module, sampler):
             return
         if not sampler.had_backward:
@@ -203,6 +202,7 @@ class Session:
         found = {
             "val_loss": self._val_loss,
             "lr": trainer_facts.learning_rate(trainer),
+            "normalised_updates": trainer_facts.normalised_updates(trainer),
             "optimizers": float(len(trainer.optimizers)),
             "epoch": float(trainer.current_epoch),
             "steps_per_epoch": trainer_facts.steps_per_epoch(trainer),

@@ -66,6 +66,15 @@ def learning_rate(trainer: Any) -> float:
     return max((float(rate) for rate in rates), default=math.nan)
 
 
+def normalised_updates(trainer: Any) -> float:
+    """1 where every optimizer scales its updates by the size of the gradient, as Adam and its kin do, else 0.
+
+    They are known by their settings: an `eps` beside a second moment, two `betas`, or the `etas` of Rprop.
+    """
+    known = [bool({"eps", "betas", "etas"} & set(optimizer.defaults)) for optimizer in trainer.optimizers]
+    return float(bool(known) and all(known))
+
+
 def run_directory(trainer: Any) -> Path:
     """Where the files of this run lie, by the rule that Lightning's own ModelCheckpoint follows.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
-from lightning_gradflow.detectors.profile import recent_profiles
+from lightning_gradflow.detectors.profile import depth_profile, recent_profiles
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
@@ -74,10 +74,16 @@ class ExplodingGradient:
                 severity=Severity.WARNING,
                 step=profile.step,
                 layers=profile.modules(profile.usable & (profile.delta_norm > 100 * top))[::-1],
-                cause="weight_scale" if gain > _LARGE_WEIGHT_GAIN else "depth",
+                cause=self._cause(history, gain),
                 evidence=evidence,
             )
         ]
+
+    def _cause(self, history: History, gain: float) -> str:
+        first = next(p for i in range(len(history)) if (p := depth_profile(history, i)) is not None)
+        if first.span < self.max_growth / 2:
+            return "learning_rate_too_large"  # it was well at first, and the steps made it so
+        return "weight_scale" if gain > _LARGE_WEIGHT_GAIN else "depth"
 
     def _in_time(self, history: History) -> list[Finding]:
         total, loss = history.scalar("grad_norm_total"), history.scalar("loss")

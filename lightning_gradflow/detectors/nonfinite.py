@@ -8,12 +8,16 @@ import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import History
+from lightning_gradflow.history import Floats, History
+
+_MIN_FINITE = 0.5  # of the losses between two samples: one bad batch among fifty is no fault of the run
 
 
 @dataclass(frozen=True)
 class NonfiniteGradient:
     """Finds NaN or infinity in the gradients, and the first layer in which it began.
+
+    A loss that is not finite in most of the steps since the last sample counts too, finite as the gradients may be.
 
     Forward (`cause="forward"`): the first point, in order of execution, whose output is not finite. Otherwise the loss
     itself (`loss`), or the backward pass (`backward`): the last point whose delta is not finite, for errors travel from
@@ -51,6 +55,8 @@ class NonfiniteGradient:
         scaled = history.scalar("loss_scale")[-1] > 0
         needed = self.scaled_patience if scaled else 1
         broken = np.asarray((fractions > 0).any(axis=1))
+        # a rectifier may turn NaN into zero on the way back: the gradients are finite, and worth nothing
+        broken |= np.array([_mostly_nonfinite(row.losses) for row in history.rows])
         if len(broken) < needed or not broken[-needed:].all():
             return []
         row = history.rows[-1]
@@ -75,3 +81,7 @@ class NonfiniteGradient:
                 evidence={"nonfinite_layers": float((fractions[-1] > 0).sum()), "loss": float(loss)},
             )
         ]
+
+
+def _mostly_nonfinite(losses: Floats) -> bool:
+    return bool(losses.size) and float(np.isfinite(losses).mean()) < _MIN_FINITE

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
-from lightning_gradflow.detectors.dead_units import DeadUnits
+from lightning_gradflow.detectors.dead_units import mostly_dead
+from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.trend import mann_kendall, steepest_fall, theil_sen
-from lightning_gradflow.detectors.vanishing import VanishingGradient
+from lightning_gradflow.detectors.vanishing import is_vanishing
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
 
@@ -20,8 +21,6 @@ Bools = npt.NDArray[np.bool_]
 _BLOCKS = 32
 _GROWTH = 1.5  # from one length of a stretch to the next
 _SURE = 2.5  # z score of "no faster than this", twice running: healthy runs are judged at hundreds of samples
-_CLEAR = 2.0  # z score of a fall since the start
-_BY_FAR = 0.5  # of the very first loss: what has halved it in a handful of steps has learnt
 _FALLS = -1.645  # z of the Mann-Kendall test: a falling trend at 5 %, one-sided
 _SMALL_LR = 0.1  # of the largest one so far: below, the tail of a schedule explains a flat loss
 _LONG_EPOCH = 5  # windows: longer epochs are not waited for
@@ -36,9 +35,10 @@ class LossPlateau:
     epoch is known): it must be below `min_progress`, now and half a stretch ago. The stretch is the last `window`
     steps; where small batches make the loss too noisy to be sure, longer ones are tried, as far as the run goes back.
 
-    Not judged: while the learning rate rises or is below a tenth of its maximum, while the validation loss falls, and
-    with several optimizers, whose losses play against each other. A run that has learnt, and then stands, has
-    converged: that is no finding. Blind where the loss is around zero, for progress has no scale there.
+    Not judged: while the learning rate rises or is below a tenth of its maximum, while the validation loss falls or the
+    training loss clearly rises, and with several optimizers, whose losses play against each other. A run that has
+    learnt, and then stands, has converged: that is no finding. Blind where the loss has both signs, for progress has no
+    scale there.
 
     Args:
         window: steps in the shortest stretch, in [32, inf); two epochs, where they are not long, and 32 values at least
@@ -80,9 +80,7 @@ class LossPlateau:
         learning = _at_full_rate(history, steps)
         if not learning.size or not learning[-1]:
             return []
-        recent = int((steps > steps[-1] - self.window).sum())
-        now = float(np.median(losses[-max(_BLOCKS, recent) :]))
-        if _has_learnt(losses, now, self.min_learnt):
+        if has_learnt(history, self.min_learnt, self.window):
             return []
         steps, losses = steps[learning], losses[learning]
         epoch = float(np.nan_to_num(history.scalar("steps_per_epoch")[-1]))
@@ -90,7 +88,8 @@ class LossPlateau:
         if length is None or self._validation_falls(history):
             return []
         stretch = steps > steps[-1] - length
-        level = abs(float(np.median(losses[stretch])))
+        now = float(np.median(losses[stretch]))
+        level = abs(now)
         moved = theil_sen(steps[stretch], losses[stretch]) * length
         return [
             Finding(
@@ -109,7 +108,8 @@ class LossPlateau:
         while steps[-1] - steps[0] + 1 >= 1.5 * length:
             whole = epoch * math.ceil(length / epoch) if epoch else length
             most = [self._most_progress(steps, losses, steps[-1] - back, whole, epoch) for back in (0.0, length / 2)]
-            if max(most) < self.min_progress:
+            # a loss that surely rises does not stand still: it may be one that is not meant to fall
+            if max(most) < self.min_progress and min(most) > -self.min_progress:
                 return length
             length *= _GROWTH
         return None
@@ -117,7 +117,7 @@ class LossPlateau:
     def _most_progress(self, steps: Floats, losses: Floats, end: float, length: float, epoch: float) -> float:
         """The most relative progress in `window` steps that the noise leaves room for, in the stretch up to `end`."""
         chosen = (steps <= end) & (steps > end - length)
-        if chosen.sum() < _BLOCKS:
+        if chosen.sum() < _BLOCKS or losses[chosen].min() <= 0 <= losses[chosen].max():
             return math.inf
         epochs = round(length / epoch) if epoch else 1
         per_epoch = max(1, _BLOCKS // epochs)
@@ -130,7 +130,7 @@ class LossPlateau:
         seasons = filled % per_epoch if epoch else np.zeros_like(filled)
         at = filled.astype(np.float64) * (length / count)
         fall = -steepest_fall(at, blocks, seasons, _SURE) * self.window
-        return fall / level if level > 0 else math.inf
+        return fall / level
 
     def _validation_falls(self, history: History) -> bool:
         """Whether the validation loss, where it is known at four times or more, still falls."""
@@ -140,17 +140,6 @@ class LossPlateau:
             return False
         slope = theil_sen(np.arange(len(values), dtype=np.float64), values)
         return -slope * (len(values) - 1) > self.min_progress * abs(float(np.median(values)))
-
-
-def _has_learnt(losses: Floats, now: float, min_learnt: float) -> bool:
-    """Whether the loss is clearly below what it was in the first steps."""
-    noise = float(np.median(np.abs(np.diff(losses)))) if len(losses) > 1 else 0.0  # near the standard deviation
-    for count, share in ((1, _BY_FAR), (10, min_learnt), (30, min_learnt), (100, min_learnt)):
-        first = losses[: max(1, min(count, len(losses) // 10))]
-        start = float(np.median(first))
-        if start - now > max(share * abs(start), _CLEAR * 1.25 * noise / math.sqrt(len(first))):
-            return True
-    return False
 
 
 def _at_full_rate(history: History, steps: Floats) -> Bools:
@@ -167,8 +156,8 @@ def _at_full_rate(history: History, steps: Floats) -> Bools:
 
 def _cause(history: History) -> str:
     """What else is wrong at the same time, for a plateau is a consequence."""
-    if VanishingGradient().judge(history):
+    if is_vanishing(history):
         return "vanishing_gradient"
-    if any(finding.severity.is_alarm for finding in DeadUnits().judge(history)):
+    if mostly_dead(history):
         return "dead_units"
     return "unknown"

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
-from lightning_gradflow.detectors.profile import DepthProfile, recent_profiles
+from lightning_gradflow.detectors.profile import DepthProfile, depth_profile, recent_profiles
+from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
 _BOUNDED = frozenset({"sigmoid", "tanh", "hardsigmoid", "hardtanh", "softsign"})
+_BOUNDED_DECAY = 6.0  # decades: what is left of usual gradients is then below Adam's eps of 1e-8
+_PATIENCE = 50  # steps: of the runs that heal most do so in fewer
 _LOST = 0.01  # a layer that gets less than this share of the last layer's signal is named
 _SMALL_WEIGHT_GAIN = 0.3  # half of what the weakest init in common use gives (1 / sqrt(3), torch's own for Linear)
 _SMALL_RELU_GAIN = 0.3  # a healthy ReLU lets half of the units through: sqrt(1 / 2)
@@ -24,15 +27,21 @@ class VanishingGradient:
     The span of the depth profile (see `DepthProfile`) must be at or below `-max_decay` decades in the last two samples,
     or in the first: what is so at initialisation is said at once, a single odd batch later on is not enough.
 
+    How bad it is depends on the optimizer. One that scales each update by the size of the gradient (Adam and its kin)
+    moves the first layers all the same, and many such runs heal within their first hundred steps: between `max_decay`
+    and `critical_decay` they get an info, which becomes a warning when the decay has lasted 50 steps and nothing was
+    learnt. Bounded activations do not heal, since no weight makes their slope larger: there 6 decades are a warning at
+    once. Plain SGD gets the warning at once, and a run that has learnt an info.
+
     The cause is where the loss of signal happens: in the activations (bounded ones: `saturation`; rectifiers:
     `dead_units`) or in the weights (`weight_scale` where their median gain is far below every usual initialisation,
     else `depth`: each layer loses a little, there are just too many of them).
 
     Args:
-        max_decay: decades that the signal may lose from the last to the first layer, in (0, 100). The default of 4
-            lies between healthy networks (2.3 at most) and ones that do not train (8.6 at least).
-        critical_decay: decades from which it is critical, in [max_decay, 100). By default 8: what is left is then below
-            the resolution of float32 beside the last layer.
+        max_decay: decades that the signal may lose from the last to the first layer, in (0, 100). Almost every network
+            that learns stays above the default of 4 decades, and plain stacks that lose more do not learn with SGD.
+        critical_decay: decades from which it is critical whatever the optimizer, in [max_decay, 100). By default 8:
+            what is left is then below the resolution of float32 beside the last layer.
 
     Raises:
         ValueError: if a limit is out of its range.
@@ -58,12 +67,11 @@ class VanishingGradient:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        profiles = recent_profiles(history, 2)
-        if not profiles or profiles[0].step != history.rows[-1].step:
+        if not is_vanishing(history, self.max_decay):
             return []
-        if not all(profile.span <= -self.max_decay for profile in profiles):
+        profile = recent_profiles(history, 1)[0]
+        if profile.step != history.rows[-1].step:
             return []
-        profile = profiles[0]
         weights, activations = profile.gains(of_layers=True), profile.gains(of_layers=False)
         usable = profile.usable
         top = profile.delta_norm[usable][-1]
@@ -82,13 +90,39 @@ class VanishingGradient:
         return [
             Finding(
                 kind=FindingKind.VANISHING_GRADIENT,
-                severity=Severity.CRITICAL if profile.span <= -self.critical_decay else Severity.WARNING,
+                severity=self._severity(profile, history),
                 step=profile.step,
                 layers=profile.modules((usable & (profile.delta_norm < _LOST * top)) | underflowed),
                 cause=_cause(profile),
                 evidence=evidence,
             )
         ]
+
+    def _severity(self, profile: DepthProfile, history: History) -> Severity:
+        if profile.span <= -self.critical_decay:
+            return Severity.CRITICAL
+        if has_learnt(history):
+            return Severity.INFO
+        if not history.scalar("normalised_updates")[-1] > 0:
+            return Severity.WARNING
+        if profile.span <= -_BOUNDED_DECAY and _cause(profile) == "saturation":
+            return Severity.WARNING
+        return Severity.WARNING if self._lasts(history) else Severity.INFO
+
+    def _lasts(self, history: History) -> bool:
+        """Whether the decay has been there in every sample of the last 50 steps, and the run is that old."""
+        last = history.rows[-1].step
+        rows = [i for i, row in enumerate(history.rows) if row.step >= last - _PATIENCE]
+        # the sample before them says that it was there when they began, where none was taken at that very step
+        profiles = [depth_profile(history, i) for i in range(max(0, rows[0] - 1), len(history))]
+        seen = [profile for profile in profiles if profile is not None]
+        return seen[0].step <= last - _PATIENCE and all(profile.span <= -self.max_decay for profile in seen)
+
+
+def is_vanishing(history: History, max_decay: float = 4.0) -> bool:
+    """Whether the signal lost `max_decay` decades or more in the last two samples that have it, or in the only one."""
+    profiles = recent_profiles(history, 2)
+    return bool(profiles) and all(profile.span <= -max_decay for profile in profiles)
 
 
 def _cause(profile: DepthProfile) -> str:

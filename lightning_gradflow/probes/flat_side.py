@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_WIDTHS = ("out_channels", "num_features", "num_channels", "out_features", "embedding_dim", "hidden_size")
 _NEAR = 0.01  # of a bound: there the slope of a sigmoid is below 0.0099, of a tanh below 0.02
 
 
@@ -52,22 +53,29 @@ def flat(op: str, output: Tensor, arguments: Mapping[str, Any]) -> Tensor | None
     return None
 
 
-def units(values: Tensor, layer: nn.Module | None) -> Tensor:
+def units(values: Tensor, layer: nn.Module | None) -> Tensor | None:
     """(..., U, ...) -> (N, U): one column a unit. Channels for convolutions and their norms, else the last axis.
 
     Args:
         values: the output of an activation, or a mask of its shape.
-        layer: the layer that it follows, whose number of channels tells which axis the units are on.
+        layer: the layer that it follows, whose width tells which axis the units are on.
+
+    Returns:
+        None where no axis is one of units: a value for each sample (a hinge in the loss), or no axis as wide as the
+        layer.
 
     Example:
         >>> import torch
         >>> units(torch.zeros(8, 3, 5, 5), nn.Conv2d(1, 3, 2)).shape
         torch.Size([200, 3])
+        >>> units(torch.zeros(8, 8), nn.Linear(2, 3)) is None
+        True
     """
-    channels = next(
-        (getattr(layer, name) for name in ("out_channels", "num_features", "num_channels") if hasattr(layer, name)),
-        None,
-    )
-    if values.dim() > 2 and isinstance(channels, int) and values.shape[1] == channels:
+    if values.dim() < 2:
+        return None
+    width = next((w for name in _WIDTHS if isinstance(w := getattr(layer, name, None), int)), None)
+    if values.dim() > 2 and values.shape[1] == width:
         values = values.movedim(1, -1)
-    return values.reshape(-1, values.shape[-1]) if values.dim() > 0 else values.reshape(1, 1)
+    if width is not None and values.shape[-1] != width:
+        return None
+    return values.reshape(-1, values.shape[-1])

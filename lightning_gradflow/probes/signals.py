@@ -127,9 +127,10 @@ class SignalProbe:
             seen.saturated.append(bounded.sum())
             seen.bounded_count += bounded.numel()
         is_flat = flat(op, output, arguments)
-        if is_flat is not None:
-            last = self._names.last_layer
-            active = ~units(is_flat, self._layers.module(last) if last else None).all(dim=0)
+        last = self._names.last_layer
+        by_unit = units(is_flat, self._layers.module(last) if last else None) if is_flat is not None else None
+        if by_unit is not None:
+            active = ~by_unit.all(dim=0)
             grown = seen.active is not None and seen.active.shape == active.shape
             seen.active = seen.active | active if grown and seen.active is not None else active
 

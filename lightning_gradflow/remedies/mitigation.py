@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Action, Finding, FindingKind
 from lightning_gradflow.history import History
 from lightning_gradflow.remedies.clip import clip, limit_from
@@ -18,8 +18,6 @@ from lightning_gradflow.remedies.reinit import activations_around, reinitialise
 
 REMEDIES = ("clip", "reinit")
 """The remedies there are, for `allow`."""
-
-_MAX_LEARNT = 0.05  # of the starting loss: weights that have learnt more than that are not thrown away
 
 
 class Mitigation:
@@ -86,7 +84,7 @@ class Mitigation:
     def _reinit(
         self, finding: Finding, history: History, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
     ) -> Action | None:
-        if _has_learnt(history):
+        if has_learnt(history):
             return None
         around = activations_around(history.points)
         modules = dict(model.named_modules())
@@ -124,12 +122,3 @@ def _tied(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
     """Parameters that several modules share: what is right for one is wrong for the other, so they stay."""
     owners = Counter(p for module in modules for p in module.parameters(recurse=False))
     return {parameter for parameter, count in owners.items() if count > 1}
-
-
-def _has_learnt(history: History) -> bool:
-    """Whether the loss has left the level it started from."""
-    losses = history.losses[np.isfinite(history.losses)]
-    if len(losses) < 20:
-        return False
-    start, now = float(losses[:5].mean()), float(np.median(losses[-10:]))
-    return start - now > _MAX_LEARNT * abs(start)

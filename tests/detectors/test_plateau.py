@@ -77,6 +77,8 @@ HEALTHY = {
         {"steps_per_epoch": 130.0},
     ),
     "the validation loss falls": (noisy(flat(3000), 0.01), {"val": PRIOR * 0.9 ** (t(3000) / 200)}),
+    "rising": (noisy(PRIOR * (1 + t(1500) / 4000), 0.02), {}),
+    "both signs": (noisy(flat(1500), 0.02) * np.where(t(1500) % 3, 1, -1), {}),
     "too short": (flat(299), {}),
 }
 # losses, what else there is in the rows, the step by which it is found
@@ -86,7 +88,7 @@ SICK = {
     "flat in noise": (noisy(flat(3000), 0.02), {}, 700),
     "flat in much noise": (noisy(flat(4000), 0.1), {}, 2000),
     "falling by 0.3 % in 200 steps": (PRIOR * 0.997 ** (t(1500) / 200), {}, 300),
-    "rising": (noisy(PRIOR * (1 + t(1500) / 4000), 0.02), {}, 400),
+    "rising so slowly that it stands still": (PRIOR * (1 + t(1500) / 40000), {}, 300),
     "flat after warm-up": (flat(), {"lr": warm_up(1500, 500)}, 900),
     "flat under cosine": (flat(), {"lr": cosine(1500)}, 300),
     "negative and flat": (-flat(), {}, 300),

@@ -96,12 +96,18 @@ def test_an_activation_without_flat_side_has_no_dead_units(op):
         ((8, 3, 6, 7), nn.GroupNorm(1, 3), (336, 3)),
         ((8, 6, 7, 3), nn.LayerNorm(3), (336, 3)),
         ((8, 5), None, (8, 5)),
-        ((5,), nn.Linear(1, 5), (1, 5)),
-        ((), None, (1, 1)),
     ],
 )
 def test_units_are_channels_of_convolutions_and_the_last_axis_elsewhere(shape, layer, expected):
     assert units(torch.zeros(shape), layer).shape == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "layer"),
+    [((5,), nn.Linear(1, 5)), ((), None), ((8,), None), ((8, 8), nn.Linear(1, 5)), ((8, 48), nn.Conv2d(1, 3, 1))],
+)
+def test_where_no_axis_is_one_of_units_there_are_none(shape, layer):
+    assert units(torch.zeros(shape), layer) is None
 
 
 def test_a_unit_keeps_its_own_values():
