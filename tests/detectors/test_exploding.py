@@ -105,3 +105,16 @@ def test_layers_that_never_run_change_no_verdict():
 def test_a_limit_out_of_its_range_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be in .*, got {value}"):
         ExplodingGradient(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("rows", "cause"),
+    [
+        ([profile(9)], "weight_scale"),
+        ([profile(1), profile(9), profile(9)], "learning_rate_too_large"),
+        ([profile(3), profile(9), profile(9)], "weight_scale"),
+    ],
+)
+def test_what_was_well_at_first_was_spoilt_by_the_steps(rows, cause):
+    history = measured(stack(9), "delta_norm", *rows)
+    assert [finding.cause for finding in ExplodingGradient().judge(history)] == [cause]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_gradflow.detectors.nonfinite import NonfiniteGradient
-from lightning_gradflow.history import History, Row
+from lightning_gradflow.history import History, Point, Row
 from tests.detectors.runs import stack, verdict
 
 nan, inf = math.nan, math.inf
@@ -89,3 +89,23 @@ def test_layers_that_never_run_change_no_verdict(case):
 def test_a_patience_out_of_its_range_is_refused(value):
     with pytest.raises(ValueError, match=rf"scaled_patience must be in \[1, inf\), got {value}"):
         NonfiniteGradient(scaled_patience=value)
+
+
+@pytest.mark.parametrize(
+    ("losses", "found"),
+    [
+        ([math.inf], True),
+        ([math.nan, math.nan, 1.0], True),
+        ([math.nan, 1.0], False),
+        ([1.0, 1.0, math.nan], False),
+        ([1.0], False),
+        ([], False),
+    ],
+)
+def test_a_loss_that_is_mostly_not_finite_counts_even_where_the_gradients_are(losses, found):
+    history = History()
+    history.layer_axis.merge(["fc"])
+    history.add_points([Point("fc", "fc")])
+    values = {"grad_nonfinite_fraction": np.zeros(1), "output_rms": np.ones(1), "delta_norm": np.ones(1)}
+    history.append(Row(0, values, losses=np.array(losses, dtype=float)))
+    assert len(NonfiniteGradient().judge(history)) == found

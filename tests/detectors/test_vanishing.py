@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_gradflow.detectors.vanishing import VanishingGradient
+from lightning_gradflow.history import History, Row
 from tests.detectors.runs import measured, stack, verdict
 
 nan, inf = math.nan, math.inf
@@ -126,3 +127,72 @@ def test_the_evidence_is_the_span_and_the_gains():
 def test_a_limit_out_of_its_range_is_refused(limits):
     with pytest.raises(ValueError, match=rf"{next(iter(limits))} must be in .*, got {next(iter(limits.values()))!r}"):
         VanishingGradient(**limits)
+
+
+ADAM, SGD = 1.0, 0.0
+
+
+def run(decades, op=None, updates=ADAM, steps=(0,), losses=2.3):
+    """The severities in a run with this decay, or with one decay a step: the newest of each row."""
+    points = stack(9, op)
+    history = History()
+    history.add_points(points)
+    found = []
+    previous = -1
+    for i, step in enumerate(steps):
+        decay = decades[i] if isinstance(decades, list) else decades
+        known = np.broadcast_to(losses, max(steps) + 1)[previous + 1 : step + 1]
+        previous = step
+        history.append(
+            Row(
+                step,
+                {"delta_norm": profile(decay, len(points))},
+                {} if updates is None else {"normalised_updates": updates},
+                losses=known,
+            )
+        )
+        found.append(next((str(f.severity) for f in VanishingGradient().judge(history)), ""))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("decades", "op", "updates", "expected"),
+    [
+        (5, "relu", SGD, "warning"),
+        (5, "relu", ADAM, "info"),
+        (5, "relu", None, "warning"),  # an optimizer that is not known may be plain
+        (7.9, "relu", ADAM, "info"),
+        (8.1, "relu", ADAM, "critical"),
+        (8.1, "relu", SGD, "critical"),
+    ],
+)
+def test_an_optimizer_that_scales_its_updates_is_given_time(decades, op, updates, expected):
+    assert run(decades, op, updates) == [expected]
+
+
+def test_what_does_not_heal_in_50_steps_is_a_warning():
+    steps = (0, 1, 2, 4, 8, 16, 32, 50, 60)
+    assert run(5, "relu", ADAM, steps) == [*["info"] * 7, "warning", "warning"]
+
+
+def test_what_heals_was_never_an_alarm():
+    assert run([5, 5, 5, 3, 3], "relu", ADAM, (0, 10, 20, 30, 60)) == ["info", "info", "info", "", ""]
+
+
+def test_what_comes_back_has_50_steps_again():
+    assert run([5, 3, 5, 5, 5, 5], "relu", ADAM, (0, 10, 20, 30, 60, 71))[2:] == ["", "info", "info", "warning"]
+
+
+def test_a_run_that_learns_gets_an_info():
+    losses = np.linspace(2.3, 1.0, 101)
+    assert run(5, "relu", SGD, (0, 50, 100), losses) == ["warning", "info", "info"]
+
+
+def test_bounded_activations_do_not_heal():
+    sigmoids = lossy(9, 0.95, 0.2)  # 5.8 decades
+    worse = lossy(9, 0.95, 0.18)  # 6.1 decades
+    for deltas, expected in [(sigmoids, "info"), (worse, "warning")]:
+        history = History()
+        history.add_points(stack(9, "sigmoid"))
+        history.append(Row(0, {"delta_norm": deltas}, {"normalised_updates": ADAM}))
+        assert [str(finding.severity) for finding in VanishingGradient().judge(history)] == [expected]
