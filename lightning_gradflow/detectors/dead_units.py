@@ -10,8 +10,9 @@ import numpy.typing as npt
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import History
+from lightning_gradflow.history import Floats, History
 
+_CUT_SAMPLES = 3  # at the edge of death a unit fires in one batch and not in the next
 _PATIENCE = 50  # steps: units that are dead at the start often come to life as the layers around them learn
 
 
@@ -85,14 +86,15 @@ def mostly_dead(history: History, max_dead: float = 0.9) -> bool:
 
 
 def _cuts(history: History, dead: npt.NDArray[np.bool_]) -> bool:
-    """Whether the gradient is exactly zero everywhere before one of the activations `dead` (P,), and not behind it."""
-    deltas = history["delta_norm"][-1]
-    known = ~np.isnan(deltas)
-    for i in np.flatnonzero(dead & known & (np.nan_to_num(deltas) > 0)):
-        before = deltas[:i][known[:i]]
-        if before.size and not before.any():
-            return True
-    return False
+    """Whether in each recent sample no gradient got past one of the activations `dead` (P,): exact zeros before it."""
+    deltas = history["delta_norm"][-_CUT_SAMPLES:]
+    zero_before = np.array([[_nothing_but_zeros(row[:i]) for i in range(len(row))] for row in deltas], dtype=bool)
+    return bool((dead & (zero_before & (np.nan_to_num(deltas) > 0)).all(axis=0)).any())
+
+
+def _nothing_but_zeros(deltas: Floats) -> bool:
+    known = deltas[~np.isnan(deltas)]
+    return known.size > 0 and not known.any()
 
 
 def _stands(history: History) -> bool:

@@ -19,6 +19,7 @@ from lightning_gradflow.history import Floats, History
 Bools = npt.NDArray[np.bool_]
 
 _BLOCKS = 32
+_SHIFTED = 0.01  # of the starting loss
 _GROWTH = 1.5  # from one length of a stretch to the next
 _SURE = 2.5  # z score of "no faster than this", twice running: healthy runs are judged at hundreds of samples
 _FALLS = -1.645  # z of the Mann-Kendall test: a falling trend at 5 %, one-sided
@@ -34,6 +35,9 @@ class LossPlateau:
     progress that the noise leaves room for (`steepest_fall`, so only the same phase of an epoch is compared where the
     epoch is known): it must be below `min_progress`, now and half a stretch ago. The stretch is the last `window`
     steps; where small batches make the loss too noisy to be sure, longer ones are tried, as far as the run goes back.
+
+    It is a warning where another sign explains it, or where less than 1 % of the starting loss is gone. A loss that
+    has clearly fallen by more, and stands, may have a large constant in it or little to learn from: that is info.
 
     Not judged: while the learning rate rises or is below a tenth of its maximum, while the validation loss falls or the
     training loss clearly rises, and with several optimizers, whose losses play against each other. A run that has
@@ -91,12 +95,14 @@ class LossPlateau:
         now = float(np.median(losses[stretch]))
         level = abs(now)
         moved = theil_sen(steps[stretch], losses[stretch]) * length
+        cause = _cause(history)
+        was_shifted = has_learnt(history, _SHIFTED, self.window)
         return [
             Finding(
                 kind=FindingKind.LOSS_PLATEAU,
-                severity=Severity.WARNING,
+                severity=Severity.WARNING if cause != "unknown" or not was_shifted else Severity.INFO,
                 step=history.rows[-1].step,
-                cause=_cause(history),
+                cause=cause,
                 evidence={"progress": -moved / level if level > 0 else 0.0, "steps": length, "loss": now},
             )
         ]

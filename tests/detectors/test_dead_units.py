@@ -111,3 +111,13 @@ def test_dead_units_are_an_alarm_where_there_was_time_to_learn_and_nothing_was_l
 def test_a_limit_out_of_its_range_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be in .*, got {value}"):
         DeadUnits(**{name: value})
+
+
+def test_a_cut_must_last_three_samples_to_be_an_alarm():
+    history = History()
+    history.add_points(POINTS)
+    found = []
+    for step, deltas in enumerate([LIVE, CUT, CUT, CUT]):
+        history.append(Row(step, {"dead_fraction": row(0, 1, 0), "delta_norm": np.array(deltas, dtype=float)}))
+        found += [finding.severity.value for finding in DeadUnits().judge(history)]
+    assert found == ["info", "info", "info", "warning"]

@@ -227,3 +227,24 @@ def test_an_empty_history_has_no_finding():
 def test_a_limit_out_of_its_range_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be in .*, got {value}"):
         LossPlateau(**{name: value})
+
+
+def severities(losses, **how):
+    history, found = History(), []
+    for row in rows_of(losses, **how):
+        history.append(row)
+        found += [finding.severity.value for finding in LossPlateau().judge(history)]
+    return set(found)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        (flat(600), {"warning"}),
+        (flat(600) + 0.015 * np.exp(-t(600) / 30), {"warning"}),  # 0.7 % are gone
+        (flat(600) + 0.08 * np.exp(-t(600) / 30), {"info"}),  # 3.4 % are gone
+        (flat(600) + 0.3 * np.exp(-t(600) / 30), set()),  # 12 % are gone
+    ],
+)
+def test_a_loss_that_has_clearly_moved_before_it_stood_is_an_info(losses, expected):
+    assert severities(losses) == expected
