@@ -33,6 +33,17 @@ class Border:
     def __init__(self) -> None:
         self._off: set[str] = set()
         self._told: set[str] = set()
+        self._tells = True
+
+    def reset(self, *, tells: bool = True) -> None:
+        """A new fit starts: what failed in the last one is tried again.
+
+        Args:
+            tells: whether this process warns; of several ranks only the first one does.
+        """
+        self._off.clear()
+        self._told.clear()
+        self._tells = tells
 
     def is_off(self, part: str) -> bool:
         """Whether a part was switched off."""
@@ -59,6 +70,14 @@ class Border:
 
     def tell(self, message: str) -> None:
         """Warns, once for each message."""
-        if message not in self._told:
+        if self._tells and message not in self._told:
             self._told.add(message)
-            warnings.warn(message, GradFlowWarning, stacklevel=2)
+            warn(message, GradFlowWarning)
+
+
+def warn(message: str, category: type[GradFlowWarning]) -> None:
+    """Warns past Python's memory of what it has shown: a second fit that finds the same has to say so again.
+
+    No line of ours is named, for no line of ours is wrong; filters work as ever.
+    """
+    warnings.warn_explicit(message, category, filename="lightning_gradflow", lineno=0, registry={})

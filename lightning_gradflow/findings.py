@@ -136,7 +136,7 @@ class Finding:
     layers: tuple[str, ...] = ()
     cause: str = "unknown"
     message: str = ""
-    evidence: Mapping[str, float] = field(default_factory=dict)
+    evidence: Mapping[str, float] = field(default_factory=dict, hash=False)
     suggestions: tuple[Suggestion, ...] = field(default=(), compare=False)
     resolved_step: int | None = None
 
@@ -191,8 +191,8 @@ class Action:
     kind: str
     layers: tuple[str, ...] = ()
     reason: str = ""
-    before: Mapping[str, float] = field(default_factory=dict)
-    after: Mapping[str, float] = field(default_factory=dict)
+    before: Mapping[str, float] = field(default_factory=dict, hash=False)
+    after: Mapping[str, float] = field(default_factory=dict, hash=False)
     outcome: str = "applied"
 
     def to_dict(self) -> dict[str, Any]:
@@ -216,8 +216,9 @@ class Action:
 class Ledger:
     """Turns what detectors say at every sample into intervals: opened, ongoing, resolved.
 
-    A kind has at most one open finding. It is opened once, stays open while detectors repeat it, is closed and opened
-    anew when it becomes more severe, and is resolved after `patience` samples without it.
+    A kind has at most one open finding. It is opened once, stays open while detectors repeat it, and is closed and
+    opened anew when it becomes more severe. After `patience` samples without it, or with nothing as severe, it is
+    resolved.
 
     Args:
         patience: samples in a row without the finding before it counts as resolved, in [1, inf). The default of 3
@@ -258,12 +259,13 @@ class Ledger:
         index = self._open.get(finding.kind)
         return index is None or finding.severity.rank > self._findings[index].severity.rank
 
-    def update(self, step: int, found: Iterable[Finding]) -> list[Finding]:
+    def update(self, step: int, found: Iterable[Finding], is_sample: bool = True) -> list[Finding]:
         """Takes what was found at `step` and returns what was opened by it.
 
         Args:
             step: the optimizer step of the sample.
             found: what the detectors said; of several findings of a kind the most severe counts.
+            is_sample: whether everything was measured, so that what was not found is not there.
 
         Returns:
             The findings that were opened, most severe first.
@@ -279,7 +281,10 @@ class Ledger:
             self._open[finding.kind] = len(self._findings)
             self._findings.append(finding)
         for kind in tuple(self._open):
-            self._missed[kind] = 0 if kind in worst else self._missed.get(kind, 0) + 1
+            if not is_sample and kind not in worst:
+                continue
+            repeated = kind in worst and worst[kind].severity.rank >= self._findings[self._open[kind]].severity.rank
+            self._missed[kind] = 0 if repeated else self._missed.get(kind, 0) + 1
             if self._missed[kind] >= self._patience:
                 self._resolve(kind, step)
         return sorted(opened, key=lambda f: -f.severity.rank)

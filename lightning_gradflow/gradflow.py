@@ -42,7 +42,7 @@ class GradFlow(Monitor):
     def __init__(
         self,
         every_n_steps: int | None = None,
-        mitigate: Mode | None = None,
+        mitigate: Mode = "suggest",
         gradients: GradNormLogger | None = None,
         saturation: SaturationMonitor | None = None,
         plateau: PlateauDetector | None = None,
@@ -51,13 +51,13 @@ class GradFlow(Monitor):
         console: bool = True,
     ) -> None:
         super().__init__(every_n_steps)
-        if mitigate is not None and mitigator is not None and mitigate != mitigator.mode:
+        if mitigator is not None and mitigate not in ("suggest", mitigator.mode):
             raise ValueError(f"mitigate must agree with the mode of mitigator ({mitigator.mode!r}), got {mitigate!r}")
         self._children: tuple[Monitor, ...] = (
             gradients or GradNormLogger(),
             saturation or SaturationMonitor(),
             plateau or PlateauDetector(),
-            mitigator or AutoMitigator("suggest" if mitigate is None else mitigate),
+            mitigator or AutoMitigator(mitigate),
         )
         self.report = report
         self.console = console

@@ -31,7 +31,7 @@ METRICS: dict[str, Metric] = {
     "grad_max_abs": Metric("layers", "norm", "largest absolute gradient entry"),
     "grad_zero_fraction": Metric("layers", "fraction", "share of gradient entries that are exactly zero"),
     "grad_nonfinite_fraction": Metric("layers", "fraction", "share of gradient entries that are NaN or infinite"),
-    "weight_norm": Metric("layers", "norm", "L2 norm of the layer's parameters"),
+    "weight_norm": Metric("layers", "norm", "L2 norm of those parameters of the layer that have a gradient"),
     "delta_norm": Metric("points", "norm", "L2 norm of the loss gradient at the output"),
     "backward_pass": Metric("points", "index", "which backward pass of the step delta_norm was taken from"),
     "output_rms": Metric("points", "norm", "root mean square of the output"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lightning_gradflow import advice
-from lightning_gradflow.border import Border
+from lightning_gradflow.border import Border, warn
 from lightning_gradflow.detectors.base import Detector
 from lightning_gradflow.findings import WARNINGS, Action, Finding, Ledger, Suggestion
 from lightning_gradflow.history import History, Row
@@ -63,13 +62,14 @@ class Recorder:
         """What there is to see now."""
         return View(self.history, self.findings, tuple(self.actions), self._step, self._progress, self.model)
 
-    def add(self, row: Row, step: int, progress: float = float("nan")) -> list[Finding]:
+    def add(self, row: Row, step: int, progress: float = float("nan"), *, is_sample: bool = True) -> list[Finding]:
         """Takes the newest row, judges, and shows what came of it.
 
         Args:
             row: one sampled step.
             step: the step to log it under.
             progress: share of the planned steps that is done, in [0, 1], or NaN.
+            is_sample: whether everything was measured; False for a row of losses alone.
 
         Returns:
             The findings that were opened by it, most severe first.
@@ -77,7 +77,8 @@ class Recorder:
         self.history.append(row)
         self._step, self._progress, self._ended = step, progress, False
         found = [finding for part, detector in self._named_detectors for finding in self._judge(part, detector)]
-        opened = self.ledger.update(row.step, [self._explain(f) if self.ledger.is_news(f) else f for f in found])
+        told = [self._explain(finding) if self.ledger.is_news(finding) else finding for finding in found]
+        opened = self.ledger.update(row.step, told, is_sample)
         for part, sink in self._named_sinks():
             self._show(part, sink, "on_row", self.view)
             for finding in opened:
@@ -117,7 +118,7 @@ class Recorder:
                 text = f"step {finding.step}: {finding.message}"
                 if finding.suggestions:
                     text += f" What to do: {finding.suggestions[0].title}."
-                warnings.warn(text, WARNINGS[finding.kind], stacklevel=2)
+                warn(text, WARNINGS[finding.kind])
 
     def state_dict(self) -> dict[str, Any]:
         """History, findings and actions, so that a resumed run continues them."""

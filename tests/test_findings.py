@@ -119,10 +119,27 @@ def test_a_more_severe_finding_closes_the_milder_one_and_is_opened_anew():
     assert [finding.severity for finding in ledger.open] == [CRITICAL]
 
 
-def test_a_milder_finding_keeps_the_more_severe_one_open():
-    ledger, opened = replayed([found(CRITICAL)], *[[found(INFO)]] * 5)
-    assert sum(len(new) for new in opened) == 1
-    assert [finding.severity for finding in ledger.open] == [CRITICAL]
+def test_an_alarm_that_has_become_milder_steps_down_after_patience():
+    ledger, opened = replayed([found(CRITICAL)], *[[found(INFO)]] * 5, patience=3)
+    assert [len(new) for new in opened] == [1, 0, 0, 0, 1, 0]
+    assert [finding.severity for finding in ledger.open] == [INFO]
+    assert ledger.findings[0].resolved_step is not None
+
+
+def test_an_alarm_that_is_milder_for_once_stays():
+    ledger, _ = replayed([found(CRITICAL)], [found(INFO)], [found(INFO)], [found(CRITICAL)], [found(INFO)], patience=3)
+    assert [finding.severity for finding in ledger.findings] == [CRITICAL]
+
+
+def test_what_was_not_measured_is_not_missed():
+    ledger = Ledger(patience=1)
+    ledger.update(0, [found(CRITICAL)])
+    ledger.update(1, [], is_sample=False)
+    assert ledger.open
+
+
+def test_a_finding_can_stand_in_a_set():
+    assert len({found(CRITICAL), found(CRITICAL)}) == 1
 
 
 @pytest.mark.parametrize("patience", [1, 3])

@@ -53,7 +53,7 @@ class AutoMitigator(Monitor):
             raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
         if isinstance(allow, str) or not set(allow) <= set(REMEDIES):
             raise ValueError(f"allow must hold only remedies of {REMEDIES}, got {allow!r}")
-        check_range("max_actions", max_actions, 0, float("inf"), open_low=False)
+        check_range("max_actions", max_actions, 0, float("inf"), open_low=False, whole=True)
         self.mode = mode
         self.allow = tuple(allow)
         self.max_actions = max_actions

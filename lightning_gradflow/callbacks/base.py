@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lightning_gradflow.callbacks import trainer_facts
 from lightning_gradflow.callbacks.session import Session
-from lightning_gradflow.callbacks.state import from_checkpoint, to_checkpoint
-from lightning_gradflow.detectors.base import Detector
+from lightning_gradflow.detectors.base import Detector, check_range
 from lightning_gradflow.findings import Action, Finding, GradFlowWarning
 from lightning_gradflow.history import History
 from lightning_gradflow.remedies.mitigation import Mitigation
@@ -40,10 +39,8 @@ class Monitor(Callback):
     val_loss: str | None = None
 
     def __init__(self, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and (isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int)):
-            raise ValueError(f"every_n_steps must be a whole number in [1, inf) or None, got {every_n_steps!r}")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be in [1, inf) or None, got {every_n_steps!r}")
+        if every_n_steps is not None:
+            check_range("every_n_steps", every_n_steps, 1, float("inf"), open_low=False, whole=True)
         self.every_n_steps = every_n_steps
         self._session: Session | None = None
         self._leads = False
@@ -119,8 +116,10 @@ class Monitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at model, optimizers and loggers."""
-        if self._leads and self._session is not None and self._restored is not None:
-            self._session.run("load_state_dict", from_checkpoint(self._restored))
+        if self._leads and self._session is not None:
+            self._session.renew(trainer)
+            if self._restored is not None:
+                self._session.run("load_state_dict", self._restored)
         self._restored = None
         self._drive("begin", trainer, pl_module)
 
@@ -182,8 +181,7 @@ class Monitor(Callback):
         """History, findings and actions; only the driving callback of a set has a state."""
         if not self._leads or self._session is None:
             return {}
-        state: dict[str, Any] = to_checkpoint(self._session.state_dict())
-        return state
+        return self._session.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remembers the state until the fit starts."""

@@ -25,7 +25,7 @@ class GradNormLogger(Monitor):
         >>> GradNormLogger(every_n_steps=0)
         Traceback (most recent call last):
         ...
-        ValueError: every_n_steps must be in [1, inf) or None, got 0
+        ValueError: every_n_steps must be a whole number in [1, inf), got 0
     """
 
     measures_gradients = True

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 _WORDS = ("loss", "nll", "cross_entropy", "objective", "cost", "elbo", "energy", "mse", "perplexity")
+_NO_LOSS = frozenset(
+    {"acc", "accuracy", "top1", "top5", "f1", "auc", "auroc", "precision", "recall", "iou", "dice", "bleu", "rouge"}
+    | {"r2", "lr", "step", "epoch", "time", "norm", "grad", "psnr", "ssim", "map", "score", "reward", "return"}
+)
 _VALIDATION = ("val", "valid", "validation", "eval", "dev")
 
 
@@ -27,8 +32,8 @@ def find_loss(names: Iterable[str], *, validation: bool) -> str | None:
     """The name that a training or a validation loss was logged under, or None.
 
     Among the names that speak of validation (or do not), the first that has a word for a loss in it, the shortest
-    first: `val_loss` comes before `val_loss_of_the_auxiliary_head`. Where there is but one such name, it is taken
-    whatever it says.
+    first: `val_loss` comes before `val_loss_of_the_auxiliary_head`. Where none has, and there is but one that does not
+    speak of something else (an accuracy, a learning rate), that one is taken.
 
     Args:
         names: the names that are logged.
@@ -50,9 +55,13 @@ def find_loss(names: Iterable[str], *, validation: bool) -> str | None:
         for name in candidates:
             if word in name.lower():
                 return name
-    return candidates[0] if len(candidates) == 1 else None
+    others = [name for name in candidates if not _NO_LOSS & set(_words(name))]
+    return others[0] if len(others) == 1 else None
 
 
 def _is_validation(name: str) -> bool:
-    words = name.lower().replace("/", " ").replace("_", " ").replace("-", " ").replace(".", " ").split()
-    return any(word in _VALIDATION for word in words)
+    return any(word in _VALIDATION for word in _words(name))
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z0-9]+", name.lower())

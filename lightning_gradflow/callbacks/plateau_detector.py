@@ -26,7 +26,7 @@ class PlateauDetector(Monitor):
         >>> PlateauDetector(window=8)
         Traceback (most recent call last):
         ...
-        ValueError: window must be in [32, inf), got 8
+        ValueError: window must be a whole number in [32, inf), got 8
     """
 
     measures_activations = True

@@ -113,6 +113,10 @@ class Sampler:
         """Keeps a reference to the loss of a batch, to be multiplied by `factor` later; nothing is computed."""
         self._losses.append((step, loss, factor))
 
+    def end_batch(self) -> None:
+        """A batch is over and the step is not: validation may come before the next."""
+        self._signals.before_backward()
+
     def drop(self) -> None:
         """Gives the present sample up, and leaves nothing behind."""
         self._signals.drop()

@@ -41,7 +41,7 @@ class SaturationMonitor(Monitor):
     ) -> None:
         super().__init__(every_n_steps)
         check_range("max_dead", max_dead, 0, 1, open_high=False)
-        check_range("window", window, 1, float("inf"), open_low=False)
+        check_range("window", window, 1, float("inf"), open_low=False, whole=True)
         self.dead_window = window
         self._detectors: list[Detector] = [
             DeadUnits(max_dead, noted_dead=min(0.5, max_dead)),

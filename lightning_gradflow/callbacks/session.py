@@ -16,6 +16,7 @@ from lightning_gradflow.border import Border
 from lightning_gradflow.callbacks import trainer_facts
 from lightning_gradflow.callbacks.losses import find_loss, returned_loss
 from lightning_gradflow.callbacks.sampler import Sampler, is_due
+from lightning_gradflow.callbacks.state import from_checkpoint, to_checkpoint
 from lightning_gradflow.detectors.base import Detector
 from lightning_gradflow.recorder import Recorder
 from lightning_gradflow.remedies.mitigation import Mitigation
@@ -48,7 +49,7 @@ class Session:
         self._mitigation: Mitigation | None = None
         self._sampler: Sampler | None = None
         self._interval = 1
-        self._validation = MeanMetric()
+        self._validation = MeanMetric(nan_strategy="disable")
         self._val_loss = math.nan
         self._start_anew()
 
@@ -61,6 +62,10 @@ class Session:
         """Whether it was made for this Trainer and these callbacks, so that a second fit continues it."""
         return self._trainer() is trainer and self._monitors == list(monitors)
 
+    def renew(self, trainer: Trainer) -> None:
+        """Another fit is about to start: what failed in the last one is tried again."""
+        self._border.reset(tells=trainer.is_global_zero)
+
     def run(self, hook: str, *args: Any) -> None:
         """Calls one of the methods below, inside the border; after an error nothing is left behind."""
         self._border.run(MONITOR, getattr(self, hook), *args, default=None)
@@ -72,10 +77,13 @@ class Session:
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """The fit is about to start: models, optimizers and loggers stand."""
-        strategy = trainer_facts.unsupported_strategy(trainer)
-        if strategy is not None:
-            self._border.switch_off(MONITOR, f"gradients are sharded under {strategy}, which is not supported yet")
+        unsupported = trainer_facts.unsupported(trainer)
+        if unsupported is not None:
+            self._border.switch_off(MONITOR, unsupported)
             return
+        if self._mitigation is not None and trainer.world_size > 1:
+            self._mitigation = None
+            self._border.switch_off("the mitigator", "its decisions are not shared between ranks yet")
         step = trainer_facts.logged_step(trainer)
         if len(self.recorder.history) and step <= self.recorder.history.steps[-1]:
             self._start_anew()
@@ -122,7 +130,7 @@ class Session:
         step = trainer_facts.logged_step(trainer)
         row = sampler.rest(step - 1, self._scalars(trainer))
         if row is not None and (not len(self.recorder.history) or row.step > self.recorder.history.steps[-1]):
-            self.recorder.add(row, step, trainer_facts.progress(trainer, row.step))
+            self.recorder.add(row, step, trainer_facts.progress(trainer, row.step), is_sample=False)
         self.recorder.end()
 
     # -- one step -----------------------------------------------------------------------------------------------
@@ -168,7 +176,10 @@ class Session:
         if loss is not None:
             # Lightning divides the loss that it shows by the number of accumulated batches
             sampler.take_loss(step, loss, trainer.accumulate_grad_batches if module.automatic_optimization else 1)
-        if not sampler.is_open or not self._is_complete(trainer, module, sampler):
+        if not sampler.is_open:
+            return
+        sampler.end_batch()
+        if not self._is_complete(trainer, module, sampler):
             return
         if not sampler.had_backward:
             sampler.drop()
@@ -227,9 +238,9 @@ class Session:
         metrics = trainer.callback_metrics
         name = self._named("val_loss") or find_loss(metrics, validation=True)
         if name is not None and name in metrics:
-            self._val_loss = float(metrics[name])
+            self._val_loss = _measured(float(metrics[name]))
         elif self._validation.update_called:
-            self._val_loss = float(self._validation.compute())
+            self._val_loss = _measured(float(self._validation.compute()))
         self._validation.reset()
 
     # -- checkpoints --------------------------------------------------------------------------------------------
@@ -237,10 +248,17 @@ class Session:
     def state_dict(self) -> dict[str, Any]:
         """The history, findings and actions, in types that a checkpoint loads with `weights_only=True`."""
         mitigation = self._mitigation.state_dict() if self._mitigation is not None else None
-        return {"recorder": self.recorder.state_dict(), "mitigation": mitigation}
+        state: dict[str, Any] = to_checkpoint({"recorder": self.recorder.state_dict(), "mitigation": mitigation})
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
+        state = from_checkpoint(state)
         self.recorder.load_state_dict(state["recorder"])
         if self._mitigation is not None and state["mitigation"] is not None:
             self._mitigation.load_state_dict(state["mitigation"])
+
+
+def _measured(value: float) -> float:
+    """NaN means not measured: a loss that is no number is infinite."""
+    return value if math.isfinite(value) else math.inf

@@ -9,10 +9,15 @@ from typing import Any
 _NOT_MEASURED_UNDER = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy", "XLAFSDPStrategy")
 
 
-def unsupported_strategy(trainer: Any) -> str | None:
-    """The name of a strategy under which the numbers would be wrong, because parameters are sharded, or None."""
-    names = [kind.__name__ for kind in type(trainer.strategy).__mro__]
-    return next((name for name in names if name in _NOT_MEASURED_UNDER), None)
+def unsupported(trainer: Any) -> str | None:
+    """Why the numbers would be wrong in this training, or None."""
+    for name in (kind.__name__ for kind in type(trainer.strategy).__mro__):
+        if name in _NOT_MEASURED_UNDER:
+            return f"gradients are sharded under {name}, which is not supported yet"
+    # private; seen in torch 2.6 to 2.13
+    if loss_scale(trainer) > 0 and any(getattr(o, "_step_supports_amp_scaling", False) for o in trainer.optimizers):
+        return "a fused optimizer takes gradients that a gradient scaler has scaled, which is not supported yet"
+    return None
 
 
 def callbacks(trainer: Any) -> list[Any]:

@@ -17,7 +17,14 @@ class Detector(Protocol):
 
 
 def check_range(
-    name: str, value: object, low: float, high: float, *, open_low: bool = True, open_high: bool = True
+    name: str,
+    value: object,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = True,
+    open_high: bool = True,
+    whole: bool = False,
 ) -> None:
     """Raises a `ValueError` that names the argument, its range and what came, if `value` is outside the range.
 
@@ -28,7 +35,8 @@ def check_range(
         ...
         ValueError: max_decay must be in (0, 100), got -1
     """
-    inside = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    inside = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low <= value <= high
     if not inside or (open_low and value == low) or (open_high and value == high):
         brackets = ("(" if open_low else "["), (")" if open_high else "]")
-        raise ValueError(f"{name} must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}, got {value!r}")
+        number = "a whole number in " if whole else "in "
+        raise ValueError(f"{name} must be {number}{brackets[0]}{low:g}, {high:g}{brackets[1]}, got {value!r}")

@@ -45,7 +45,7 @@ class NonfiniteGradient:
     scaled_patience: int = 5
 
     def __post_init__(self) -> None:
-        check_range("scaled_patience", self.scaled_patience, 1, float("inf"), open_low=False)
+        check_range("scaled_patience", self.scaled_patience, 1, float("inf"), open_low=False, whole=True)
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""

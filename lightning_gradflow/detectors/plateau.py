@@ -70,7 +70,7 @@ class LossPlateau:
     min_learnt: float = 0.05
 
     def __post_init__(self) -> None:
-        check_range("window", self.window, _BLOCKS, float("inf"), open_low=False)
+        check_range("window", self.window, _BLOCKS, float("inf"), open_low=False, whole=True)
         check_range("min_progress", self.min_progress, 0, 1)
         check_range("min_learnt", self.min_learnt, 0, 1)
 

@@ -11,6 +11,8 @@ import numpy.typing as npt
 from lightning_gradflow.detectors.trend import theil_sen
 from lightning_gradflow.history import Floats, History, Point
 
+_MIN_FOR_STEPS = 6  # points: in fewer one step may be all the depth there is
+
 
 @dataclass(frozen=True)
 class DepthProfile:
@@ -72,7 +74,8 @@ def depth_profile(history: History, row: int = -1) -> DepthProfile | None:
     """The depth profile of a row, from the backward pass that went through the most points.
 
     With several backward passes in a step (manual optimization) norms of different losses must not be compared.
-    With two or three usable points the span is simply the ratio of the first to the last.
+    With two or three usable points the span is simply the ratio of the first to the last. From six on, a single step
+    that is larger than all the others counts as the next one: a branch beside the others makes one step, depth many.
 
     Args:
         history: where to read.
@@ -109,8 +112,23 @@ def depth_profile(history: History, row: int = -1) -> DepthProfile | None:
     elif n < 4:
         slope = float(logs[0] - logs[-1]) / (n - 1)
     else:
-        slope = -theil_sen(np.arange(n, dtype=np.float64), logs)
+        slope = -theil_sen(np.arange(n, dtype=np.float64), _without_lone_step(logs))
     return DepthProfile(source.step, points, deltas, slope, slope * (n - 1))
+
+
+def _without_lone_step(logs: Floats) -> Floats:
+    """The same series with its largest step made as small as the second largest, from six points on.
+
+    Order of execution is not depth where branches run beside each other: an auxiliary head with a small weight, called
+    first, puts a step into the profile on both sides of which the signal is well. A decay has many steps.
+    """
+    if len(logs) < _MIN_FOR_STEPS:
+        return logs
+    steps = np.diff(logs)
+    sizes = np.sort(np.abs(steps))
+    largest = np.argmax(np.abs(steps))
+    steps[largest] = math.copysign(sizes[-2], steps[largest])
+    return np.concatenate([logs[:1], logs[0] + np.cumsum(steps)])
 
 
 def _column(values: Floats, order: npt.NDArray[np.int64]) -> Floats:

@@ -49,7 +49,7 @@ class SaturatedActivation:
     def __post_init__(self) -> None:
         check_range("max_saturated", self.max_saturated, 0, 1, open_high=False)
         check_range("min_gain", self.min_gain, 0, 1)
-        check_range("samples", self.samples, 1, float("inf"), open_low=False)
+        check_range("samples", self.samples, 1, float("inf"), open_low=False, whole=True)
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""

@@ -99,10 +99,10 @@ class VanishingGradient:
         ]
 
     def _severity(self, profile: DepthProfile, history: History) -> Severity:
-        if profile.span <= -self.critical_decay:
-            return Severity.CRITICAL
         if has_learnt(history):
             return Severity.INFO
+        if profile.span <= -self.critical_decay:
+            return Severity.CRITICAL
         if not history.scalar("normalised_updates")[-1] > 0:
             return Severity.WARNING
         if profile.span <= -_BOUNDED_DECAY and _cause(profile) == "saturation":

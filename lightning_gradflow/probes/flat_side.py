@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_WIDTHS = ("out_channels", "num_features", "num_channels", "out_features", "embedding_dim", "hidden_size")
+_CHANNELS = ("out_channels", "num_features", "num_channels")
+_WIDTHS = ("out_features", "embedding_dim", "hidden_size")
 _NEAR = 0.01  # of a bound: there the slope of a sigmoid is below 0.0099, of a tanh below 0.02
 
 
@@ -73,9 +74,14 @@ def units(values: Tensor, layer: nn.Module | None) -> Tensor | None:
     """
     if values.dim() < 2:
         return None
-    width = next((w for name in _WIDTHS if isinstance(w := getattr(layer, name, None), int)), None)
-    if values.dim() > 2 and values.shape[1] == width:
+    channels = _first_width(layer, _CHANNELS)
+    if values.dim() > 2 and values.shape[1] == channels:
         values = values.movedim(1, -1)
+    width = channels if channels is not None else _first_width(layer, _WIDTHS)
     if width is not None and values.shape[-1] != width:
         return None
     return values.reshape(-1, values.shape[-1])
+
+
+def _first_width(layer: nn.Module | None, names: tuple[str, ...]) -> int | None:
+    return next((width for name in names if isinstance(width := getattr(layer, name, None), int)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -127,7 +128,7 @@ class GradientProbe:
 def _exponents(gradient: Tensor) -> Tensor:
     """(HISTOGRAM_BINS + 2,) counts of binary exponents of sampled entries, then of zeros, then of non-finite ones."""
     flat = gradient.flatten()
-    sample = flat[:: max(1, -(-flat.numel() // _SAMPLED_ENTRIES))]
+    sample = flat[:: _stride(flat.numel())]
     sample = sample if sample.dtype == torch.float64 else sample.float()
     # frexp gives 0.5 <= mantissa < 1, so that floor(log2 |x|) is its exponent minus one
     bins = (torch.frexp(sample).exponent - 1 - MIN_EXPONENT).clamp(0, HISTOGRAM_BINS - 1)
@@ -135,6 +136,14 @@ def _exponents(gradient: Tensor) -> Tensor:
     bins = torch.where(torch.isfinite(sample), bins, HISTOGRAM_BINS + 1)
     counts = torch.zeros(HISTOGRAM_BINS + 2, dtype=torch.int64, device=flat.device)
     return counts.index_add_(0, bins, torch.ones_like(bins, dtype=torch.int64))
+
+
+def _stride(numel: int) -> int:
+    """The least stride for at most 4096 entries that shares no factor with `numel`: else it would read few columns."""
+    stride = max(1, -(-numel // _SAMPLED_ENTRIES))
+    while math.gcd(stride, numel) > 1:
+        stride += 1
+    return stride
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ import pytest
 from lightning_gradflow import AutoMitigator, GradFlow, GradNormLogger, PlateauDetector, SaturationMonitor
 
 BAD = [
-    (GradFlow, {"every_n_steps": 0}, r"every_n_steps must be in \[1, inf\) or None, got 0"),
-    (GradFlow, {"every_n_steps": -3}, r"every_n_steps must be in \[1, inf\) or None, got -3"),
-    (GradFlow, {"every_n_steps": 2.5}, r"every_n_steps must be a whole number in \[1, inf\) or None, got 2.5"),
-    (GradFlow, {"every_n_steps": True}, r"every_n_steps must be a whole number in \[1, inf\) or None, got True"),
+    (GradFlow, {"every_n_steps": 0}, r"every_n_steps must be a whole number in \[1, inf\), got 0"),
+    (GradFlow, {"every_n_steps": -3}, r"every_n_steps must be a whole number in \[1, inf\), got -3"),
+    (GradFlow, {"every_n_steps": 2.5}, r"every_n_steps must be a whole number in \[1, inf\), got 2.5"),
+    (GradFlow, {"every_n_steps": True}, r"every_n_steps must be a whole number in \[1, inf\), got True"),
     (GradFlow, {"mitigate": "always"}, r"mode must be one of \('off', 'suggest', 'apply'\), got 'always'"),
     (
         GradFlow,
@@ -21,13 +21,13 @@ BAD = [
     (GradNormLogger, {"max_growth": "4"}, r"max_growth must be in \(0, 100\), got '4'"),
     (SaturationMonitor, {"max_saturated": 1.01}, r"max_saturated must be in \(0, 1\], got 1.01"),
     (SaturationMonitor, {"max_dead": 0}, r"max_dead must be in \(0, 1\], got 0"),
-    (SaturationMonitor, {"window": 0}, r"window must be in \[1, inf\), got 0"),
-    (PlateauDetector, {"window": 31}, r"window must be in \[32, inf\), got 31"),
+    (SaturationMonitor, {"window": 0}, r"window must be a whole number in \[1, inf\), got 0"),
+    (PlateauDetector, {"window": 31}, r"window must be a whole number in \[32, inf\), got 31"),
     (PlateauDetector, {"min_progress": 1}, r"min_progress must be in \(0, 1\), got 1"),
     (AutoMitigator, {"mode": None}, r"mode must be one of \('off', 'suggest', 'apply'\), got None"),
     (AutoMitigator, {"allow": ("clip", "pray")}, r"allow must hold only remedies of \('clip', 'reinit'\), got .*pray"),
     (AutoMitigator, {"allow": "clip"}, r"allow must hold only remedies of .* got 'clip'"),
-    (AutoMitigator, {"max_actions": -1}, r"max_actions must be in \[0, inf\), got -1"),
+    (AutoMitigator, {"max_actions": -1}, r"max_actions must be a whole number in \[0, inf\), got -1"),
 ]
 
 

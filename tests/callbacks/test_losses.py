@@ -17,6 +17,9 @@ from lightning_gradflow.callbacks.losses import find_loss, returned_loss
         (["train_loss_step", "train_loss_epoch", "train_loss"], "train_loss", None),
         (["train_aux_loss", "train_loss"], "train_loss", None),
         (["acc", "f1"], None, None),
+        (["train_acc", "val_acc"], None, None),
+        (["val/top5"], None, None),
+        (["val_acc", "val_x"], None, "val_x"),
         (["anything"], "anything", None),
         (["val_anything"], None, "val_anything"),
         (["interval"], "interval", None),  # the letters of val inside a word say nothing

@@ -87,7 +87,7 @@ def test_layers_that_never_run_change_no_verdict(case):
 
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_patience_out_of_its_range_is_refused(value):
-    with pytest.raises(ValueError, match=rf"scaled_patience must be in \[1, inf\), got {value}"):
+    with pytest.raises(ValueError, match=rf"scaled_patience must be a whole number in \[1, inf\), got {value}"):
         NonfiniteGradient(scaled_patience=value)
 
 

@@ -225,7 +225,7 @@ def test_an_empty_history_has_no_finding():
     ("name", "value"), [("window", 31), ("min_progress", 0), ("min_progress", 1), ("min_learnt", 1)]
 )
 def test_a_limit_out_of_its_range_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be in .*, got {value}"):
+    with pytest.raises(ValueError, match=f"{name} must be .*in .*, got {value}"):
         LossPlateau(**{name: value})
 
 

@@ -83,3 +83,12 @@ def test_recent_profiles_skip_rows_without_one_newest_first():
     history = measured(stack(2), "delta_norm", [1.0, 1.0], [nan, nan], [1.0, 1.0], [1.0, 1.0])
     assert [profile.step for profile in recent_profiles(history, 3)] == [3, 2, 0]
     assert [profile.step for profile in recent_profiles(history, 2)] == [3, 2]
+
+
+def test_a_branch_beside_the_others_is_no_depth():
+    history = measured(stack(9), "delta_norm", [1e-6, 1e-6, 1e-6, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    assert abs(depth_profile(history).span) < 0.1
+
+
+def test_a_decay_in_equal_steps_keeps_all_of_them():
+    assert depth_profile(measured(stack(9), "delta_norm", np.logspace(-8, 0, 9))).span == pytest.approx(-8)

@@ -103,5 +103,5 @@ def test_an_activation_behind_the_last_layer_is_left_out():
     ("name", "value"), [("max_saturated", 0), ("max_saturated", 2), ("min_gain", 1), ("samples", 0)]
 )
 def test_a_limit_out_of_its_range_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be in .*, got {value}"):
+    with pytest.raises(ValueError, match=f"{name} must be .*in .*, got {value}"):
         SaturatedActivation(**{name: value})

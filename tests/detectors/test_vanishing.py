@@ -72,7 +72,7 @@ TABLE = {
         [("warning", "dead_units", ("fc0", "fc1", "fc2", "fc3"))],
     ),
     "rectifiers that halve": (stack(20, "relu"), [lossy(20, 0.58, 0.7)], None),
-    "small weights": (stack(9, "tanh"), [lossy(9, 0.1, 0.99)], None),
+    "small weights": (stack(9, "tanh"), [lossy(9, 0.09, 0.99)], None),
 }
 CAUSES = {"rectifiers that halve": "depth", "small weights": "weight_scale"}
 

@@ -1,6 +1,7 @@
 """Fits that start, stop, die, go on and are copied."""
 
 import copy
+import math
 import pickle
 import warnings
 
@@ -216,3 +217,88 @@ def test_a_loss_can_be_named():
     quiet_trainer(max_epochs=2, callbacks=[flow]).fit(Named("train_loss", "val_loss"), data, data)
     assert set(flow.history.losses) == {7.0}
     assert np.nanmax(flow.history.scalar("val_loss")) == 9.0
+
+
+class _Unnamed(_Losses):
+    """Logs an accuracy and returns its loss."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", 0.5)
+        return super().validation_step(batch, batch_idx)
+
+
+def test_an_accuracy_is_not_taken_for_the_loss():
+    flow = _flow()
+    data = torch.utils.data.DataLoader(torch.zeros(8, 2), batch_size=2)
+    quiet_trainer(max_epochs=2, callbacks=[flow]).fit(_Unnamed(), data, data)
+    assert np.nanmin(flow.history.scalar("val_loss")) >= 2
+
+
+def test_a_validation_loss_that_is_no_number_is_infinite_and_not_left_out():
+    class Broken(_Losses):
+        def validation_step(self, batch, batch_idx):
+            return super().validation_step(batch, batch_idx) * (math.nan if batch_idx == 1 else 1)
+
+    flow = _flow()
+    data = torch.utils.data.DataLoader(torch.zeros(8, 2), batch_size=2)
+    quiet_trainer(max_epochs=2, callbacks=[flow]).fit(Broken(), data, data)
+    assert np.isposinf(flow.history.scalar("val_loss")).any()
+
+
+def test_validation_between_the_batches_of_a_sample_is_not_observed():
+    hooks = []
+
+    class Watches(_Losses):
+        def __init__(self):
+            super().__init__(automatic=False)
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(self.layer(batch).square().mean())
+            if batch_idx % 4 == 3:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+        def validation_step(self, batch, batch_idx):
+            hooks.append(len(torch.nn.modules.module._global_forward_hooks))
+
+    data = torch.utils.data.DataLoader(torch.ones(16, 2), batch_size=2)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[_flow(every_n_steps=1)], val_check_interval=1)
+    trainer.fit(Watches(), data, data)
+    assert len(hooks) > 8
+    assert set(hooks) == {0}
+
+
+def test_what_failed_in_one_fit_is_tried_again_in_the_next(monkeypatch):
+    monkeypatch.delenv("LIGHTNING_GRADFLOW_RAISE")
+    flow = _flow()
+    with monkeypatch.context() as broken:
+        broken.setattr("lightning_gradflow.callbacks.sampler.Sampler.start_batch", lambda *_: 1 / 0)
+        with pytest.warns(GradFlowWarning, match="the monitor is switched off"):
+            trainer = _fit(flow, 5)
+    assert len(flow.history) == 0
+    trainer.fit_loop.epoch_loop.max_steps = 10
+    trainer.fit(trainer.lightning_module, _data())
+    assert len(flow.history) > 0
+
+
+def test_each_fit_that_vanishes_says_so():
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("default")
+            _fit(_flow(), 3, case="sigmoid_30")
+        assert [warning.category for warning in told].count(VanishingGradientWarning) == 1
+
+
+def test_a_fused_optimizer_under_a_scaler_is_refused_by_name():
+    from lightning.pytorch.plugins import MixedPrecision
+
+    class Fused(_Losses):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1, fused=True)
+
+    data = torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=2)
+    flow = _flow()
+    scaled = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    with pytest.warns(GradFlowWarning, match="fused optimizer"):
+        quiet_trainer(max_steps=2, callbacks=[flow], plugins=[scaled]).fit(Fused(), data, data)
+    assert len(flow.history) == 0

@@ -96,6 +96,7 @@ def test_an_activation_without_flat_side_has_no_dead_units(op):
         ((8, 3, 6, 7), nn.GroupNorm(1, 3), (336, 3)),
         ((8, 6, 7, 3), nn.LayerNorm(3), (336, 3)),
         ((8, 5), None, (8, 5)),
+        ((8, 5, 5), nn.Linear(1, 5), (40, 5)),
     ],
 )
 def test_units_are_channels_of_convolutions_and_the_last_axis_elsewhere(shape, layer, expected):
@@ -113,3 +114,8 @@ def test_where_no_axis_is_one_of_units_there_are_none(shape, layer):
 def test_a_unit_keeps_its_own_values():
     values = torch.arange(24.0).reshape(2, 3, 2, 2)
     assert set(units(values, nn.Conv2d(1, 3, 1))[:, 1].tolist()) == set(values[:, 1].flatten().tolist())
+
+
+def test_time_is_no_unit_where_there_are_as_many_steps_as_units():
+    values = torch.arange(5.0).expand(8, 5, 5)
+    assert units(values, nn.Linear(1, 5))[:, 2].unique().tolist() == [2.0]

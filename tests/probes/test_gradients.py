@@ -188,3 +188,16 @@ def test_reading_leaves_the_gradients_as_they_were():
     before = [p.grad.clone() for p in model.parameters()]
     _measure(model)
     assert all(map(torch.equal, before, (p.grad for p in model.parameters())))
+
+
+def test_the_entries_of_a_histogram_come_from_all_columns():
+    weight = nn.Parameter(torch.ones(4096, 64))
+    weight.grad = torch.ones(4096, 64)
+    weight.grad[:, 0] = 0  # an input that is always zero: 1.6 % of the entries
+    layer = nn.Module()
+    layer.weight = weight
+    transfer = Transfer()
+    probe = GradientProbe(LayerMap(layer), transfer)
+    probe.measure([weight])
+    counts = probe.histograms(transfer.fetch(), ["(root)"])["grad_hist_early"]
+    assert counts[HISTOGRAM_BINS] / counts.sum() == pytest.approx(1 / 64, abs=0.002)

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from .adapters import Experts, FrozenTrunk, pretrained, with_lora
 from .case import Case, seeded
 from .data import bags_of_words, breast_cancer, characters, diabetes, digit_pairs, digits, digits_val, noisy_digits
-from .stacks import UnusedHead, highway, mlp, residual_mlp
-from .task import ADAM, Task, ThawingTask, ValidatedTask, reconstruction_loss, sequence_loss
+from .stacks import TwoHeads, UnusedHead, highway, mlp, residual_mlp
+from .task import ADAM, Task, ThawingTask, ValidatedTask, WeakHeadTask, reconstruction_loss, sequence_loss
 from .text import GPT, WordBag
 from .vision import GAN, Autoencoder, ResNet, RowLSTM, RowTransformer, energy_distance, pooled_convnet
 
@@ -39,6 +39,7 @@ _PLAIN = [
     Case("tanh_4_default_init", seeded(lambda: Task(mlp(4, nn.Tanh), SGD)), digits, 120),
     Case("adamw_weight_decay", seeded(lambda: Task(mlp(4, nn.ReLU), ADAMW, log=True)), digits, 120),
     Case("unused_head", seeded(lambda: Task(UnusedHead())), digits, 120),
+    Case("weak_head_first", seeded(lambda: WeakHeadTask(TwoHeads())), digits, 120),
     Case("layer_scale", seeded(lambda: Task(residual_mlp(8, gamma=1e-6))), digits, 120),
     Case("highway_20", seeded(lambda: Task(highway(20))), digits, 100),
     Case("idle_experts", seeded(lambda: Task(Experts())), digits, 120),

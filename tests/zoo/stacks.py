@@ -144,3 +144,16 @@ class UnusedHead(nn.Module):
         """Use one head of the two."""
         output: Tensor = self.head(torch.relu(self.trunk(x)))
         return output
+
+
+class TwoHeads(nn.Module):
+    """A network with an auxiliary network beside it, which is called first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = mlp(2, nn.ReLU)
+        self.main = mlp(3, nn.ReLU)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The auxiliary scores, then those that count."""
+        return self.auxiliary(x), self.main(x)

@@ -79,6 +79,16 @@ class ValidatedTask(Task):
         self.log("val_loss", self.loss(self(batch[0]), batch[1]) * self.scale)
 
 
+class WeakHeadTask(Task):
+    """A task whose auxiliary loss has a small weight, as regularisers have."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the main loss and a millionth of the auxiliary one."""
+        auxiliary, main = self.net(batch[0])
+        loss: Tensor = self.loss(main, batch[1]) + 1e-6 * self.loss(auxiliary, batch[1])
+        return loss
+
+
 class ThawingTask(Task):
     """A task whose first layer is frozen until ``thaw_at`` optimizer steps have been made."""
 
