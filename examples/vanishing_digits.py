@@ -128,8 +128,6 @@ def main() -> None:
         print(f"Finding: {finding.kind} ({finding.severity}) at step {finding.step}, cause: {finding.cause}")
     if not flow.findings:
         print("Finding: none")
-    if flow.report_path is not None:
-        print(f"Report: {flow.report_path}")
     if isinstance(trainer.logger, WandbLogger):
         run = trainer.logger.experiment
         print(f"Weights & Biases: {Path(run.dir).parent if run.offline else run.url}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from lightning_gradflow.callbacks.auto_mitigator import AutoMitigator, Mode
 from lightning_gradflow.callbacks.base import Monitor
@@ -51,6 +52,20 @@ class GradFlow(Monitor):
         console: bool = True,
     ) -> None:
         super().__init__(every_n_steps)
+        if mitigate not in get_args(Mode):
+            raise ValueError(f"mitigate must be one of {get_args(Mode)}, got {mitigate!r}")
+        children = (
+            ("gradients", gradients, GradNormLogger),
+            ("saturation", saturation, SaturationMonitor),
+            ("plateau", plateau, PlateauDetector),
+            ("mitigator", mitigator, AutoMitigator),
+        )
+        for name, child, kind in children:
+            if child is not None and not isinstance(child, kind):
+                raise ValueError(f"{name} must be a {kind.__name__} or None, got {child!r}")
+        for name, switch in (("report", report), ("console", console)):
+            if not isinstance(switch, bool):
+                raise ValueError(f"{name} must be True or False, got {switch!r}")
         if mitigator is not None and mitigate not in ("suggest", mitigator.mode):
             raise ValueError(f"mitigate must agree with the mode of mitigator ({mitigator.mode!r}), got {mitigate!r}")
         self._children: tuple[Monitor, ...] = (

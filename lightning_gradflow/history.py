@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -217,8 +217,24 @@ class History:
         if len(self._rows) > self._max_rows:
             recent = len(self._rows) - self._max_rows // 2
             self._rows = [*_thin_rows(self._rows[:recent], self._max_rows // 4), *self._rows[recent:]]
-        n = len(row.losses)
-        self._losses += [[row.step - n + 1 + i, float(loss), 1.0] for i, loss in enumerate(row.losses)]
+        self._add_losses(row.step, row.losses)
+
+    def close(self, step: int, losses: Floats, val_loss: float = math.nan) -> None:
+        """Takes what came after the newest row and was not sampled: it makes no row of its own.
+
+        Args:
+            step: the last step.
+            losses: (n,) training loss of each step since the newest row, oldest first.
+            val_loss: the last validation loss, or NaN where none came.
+        """
+        self._add_losses(step, losses)
+        if self._rows and not math.isnan(val_loss):
+            newest = self._rows[-1]
+            self._rows[-1] = replace(newest, scalars={**newest.scalars, "val_loss": val_loss})
+
+    def _add_losses(self, step: int, losses: Floats) -> None:
+        n = len(losses)
+        self._losses += [[step - n + 1 + i, float(loss), 1.0] for i, loss in enumerate(losses)]
         if len(self._losses) > 8 * self._max_rows:
             first, recent = self._max_rows // 4, len(self._losses) - 4 * self._max_rows
             old = _thin_losses(self._losses[first:recent], 2 * self._max_rows)

@@ -11,7 +11,7 @@ from lightning_gradflow import advice
 from lightning_gradflow.border import Border, warn
 from lightning_gradflow.detectors.base import Detector
 from lightning_gradflow.findings import WARNINGS, Action, Finding, Ledger, Suggestion
-from lightning_gradflow.history import History, Row
+from lightning_gradflow.history import Floats, History, Row
 from lightning_gradflow.sinks.base import Sink, View
 
 _MAX_WARNINGS = 20  # per run: whoever has not looked by then is not helped by more
@@ -62,29 +62,49 @@ class Recorder:
         """What there is to see now."""
         return View(self.history, self.findings, tuple(self.actions), self._step, self._progress, self.model)
 
-    def add(self, row: Row, step: int, progress: float = float("nan"), *, is_sample: bool = True) -> list[Finding]:
+    def add(self, row: Row, step: int, progress: float = float("nan")) -> list[Finding]:
         """Takes the newest row, judges, and shows what came of it.
 
         Args:
             row: one sampled step.
             step: the step to log it under.
             progress: share of the planned steps that is done, in [0, 1], or NaN.
-            is_sample: whether everything was measured; False for a row of losses alone.
 
         Returns:
             The findings that were opened by it, most severe first.
         """
         self.history.append(row)
         self._step, self._progress, self._ended = step, progress, False
-        found = [finding for part, detector in self._named_detectors for finding in self._judge(part, detector)]
-        told = [self._explain(finding) if self.ledger.is_news(finding) else finding for finding in found]
-        opened = self.ledger.update(row.step, told, is_sample)
+        opened = self._open(is_sample=True)
         for part, sink in self._named_sinks():
             self._show(part, sink, "on_row", self.view)
+        self._tell(opened)
+        return opened
+
+    def close(self, step: int, losses: Floats, val_loss: float, progress: float) -> None:
+        """Takes the losses that came after the newest row, and judges once more: a plateau is in them.
+
+        Args:
+            step: the last step.
+            losses: (n,) training loss of each step since the newest row.
+            val_loss: the last validation loss, or NaN.
+            progress: share of the planned steps that is done, in [0, 1], or NaN.
+        """
+        self.history.close(step, losses, val_loss)
+        if self.history.rows:
+            self._progress = progress
+            self._tell(self._open(is_sample=False))
+
+    def _open(self, *, is_sample: bool) -> list[Finding]:
+        found = [finding for part, detector in self._named_detectors for finding in self._judge(part, detector)]
+        told = [self._explain(finding) if self.ledger.is_news(finding) else finding for finding in found]
+        return self.ledger.update(self.history.rows[-1].step, told, is_sample)
+
+    def _tell(self, opened: Sequence[Finding]) -> None:
+        for part, sink in self._named_sinks():
             for finding in opened:
                 self._show(part, sink, "on_finding", finding, self.view)
         self._warn(opened)
-        return opened
 
     def end(self) -> None:
         """The fit is over, or died: the sinks show the whole, once."""

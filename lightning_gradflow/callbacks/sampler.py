@@ -148,12 +148,9 @@ class Sampler:
             losses=losses,
         )
 
-    def rest(self, step: int, scalars: Mapping[str, float]) -> Row | None:
-        """A last row with the losses since the last sample, or None where there are none."""
-        if not self._losses:
-            return None
-        losses = self._losses_by_step(self._fetch_with_losses())
-        return Row(step=step, scalars={**_without_nan(scalars), **_mean_loss(losses)}, losses=losses)
+    def rest(self) -> Floats:
+        """(n,) the losses of the steps since the last sample."""
+        return self._losses_by_step(self._fetch_with_losses())
 
     def _fetch_with_losses(self) -> dict[str, Floats]:
         if self._losses:

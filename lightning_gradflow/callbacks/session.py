@@ -110,10 +110,12 @@ class Session:
         if trainer_facts.is_dry_run(trainer):
             return []
         sinks: list[Any] = list(make_sinks(trainer.loggers))
-        if any(monitor.console for monitor in self._monitors):
-            sinks.append(ConsoleSink())
+        report = None
         if any(monitor.report for monitor in self._monitors):
-            sinks.append(ReportSink(lambda: trainer_facts.run_directory(trainer)))
+            report = ReportSink(lambda: trainer_facts.run_directory(trainer))
+            sinks.append(report)
+        if any(monitor.console for monitor in self._monitors):
+            sinks.append(ConsoleSink(report))
         return sinks
 
     @property
@@ -127,10 +129,8 @@ class Session:
             return
         sampler, self._sampler = self._sampler, None
         sampler.drop()
-        step = trainer_facts.logged_step(trainer)
-        row = sampler.rest(step - 1, self._scalars(trainer))
-        if row is not None and (not len(self.recorder.history) or row.step > self.recorder.history.steps[-1]):
-            self.recorder.add(row, step, trainer_facts.progress(trainer, row.step), is_sample=False)
+        step = trainer_facts.logged_step(trainer) - 1
+        self.recorder.close(step, sampler.rest(), self._val_loss, trainer_facts.progress(trainer, step))
         self.recorder.end()
 
     # -- one step -----------------------------------------------------------------------------------------------

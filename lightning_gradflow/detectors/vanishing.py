@@ -15,6 +15,7 @@ from lightning_gradflow.history import History
 _BOUNDED = frozenset({"sigmoid", "tanh", "hardsigmoid", "hardtanh", "softsign"})
 _BOUNDED_DECAY = 6.0  # decades: what is left of usual gradients is then below Adam's eps of 1e-8
 _PATIENCE = 50  # steps: of the runs that heal most do so in fewer
+_ONE_PLACE = 0.5  # of all that is lost: then this place is the cause, whatever the others do
 _LOST = 0.01  # a layer that gets less than this share of the last layer's signal is named
 _SMALL_WEIGHT_GAIN = 0.3  # half of what the weakest init in common use gives (1 / sqrt(3), torch's own for Linear)
 _SMALL_RELU_GAIN = 0.3  # a healthy ReLU lets half of the units through: sqrt(1 / 2)
@@ -126,23 +127,25 @@ def is_vanishing(history: History, max_decay: float = 4.0) -> bool:
 
 
 def _cause(profile: DepthProfile) -> str:
-    """Where most of the decay happens: activations or weights."""
-    lost: dict[str, float] = {"weights": 0.0, "bounded": 0.0, "rectifier": 0.0}
-    gains: list[float] = []
+    """Where most of the decay happens: in one place, in the activations, or in the weights."""
     usable = profile.usable
+    kinds: list[str] = []
+    lost: list[float] = []
     for i in np.flatnonzero(usable[1:] & usable[:-1]) + 1:
-        gain = profile.delta_norm[i - 1] / profile.delta_norm[i]
         point = profile.points[i]
-        kind = "weights" if point.is_layer else "bounded" if point.op in _BOUNDED else "rectifier"
-        lost[kind] -= float(np.log(gain))
-        if point.is_layer:
-            gains.append(float(gain))
-    worst = max(lost, key=lambda kind: lost[kind])
+        kinds.append("weights" if point.is_layer else "bounded" if point.op in _BOUNDED else "rectifier")
+        lost.append(float(np.log(profile.delta_norm[i] / profile.delta_norm[i - 1])))
+    if not lost:
+        return "unknown"
+    by_kind = {kind: sum(x for x, k in zip(lost, kinds, strict=True) if k == kind) for kind in set(kinds)}
+    most = int(np.argmax(lost))
+    is_one_place = lost[most] >= _ONE_PLACE * sum(x for x in lost if x > 0)
+    worst = kinds[most] if is_one_place else max(sorted(by_kind), key=lambda kind: by_kind[kind])
     if worst == "bounded":
         return "saturation"
-    rectifiers = [p.op for p in profile.points if not p.is_layer and p.op not in _BOUNDED]
-    if worst == "rectifier" and lost["rectifier"] > -np.log(_SMALL_RELU_GAIN) * len(rectifiers):
+    if worst == "rectifier" and (is_one_place or by_kind[worst] > -np.log(_SMALL_RELU_GAIN) * kinds.count(worst)):
         return "dead_units"
-    if not gains:
+    gains = np.exp(-np.array([x for x, kind in zip(lost, kinds, strict=True) if kind == "weights"]))
+    if not gains.size:
         return "unknown"
-    return "weight_scale" if float(np.median(gains)) < _SMALL_WEIGHT_GAIN else "depth"
+    return "weight_scale" if is_one_place or float(np.median(gains)) < _SMALL_WEIGHT_GAIN else "depth"

@@ -13,6 +13,7 @@ from lightning_gradflow.findings import Finding, Suggestion
 from lightning_gradflow.history import History
 from lightning_gradflow.sinks import words
 from lightning_gradflow.sinks.base import Sink, View
+from lightning_gradflow.sinks.report import ReportSink
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,15 +24,25 @@ _COLOURS = {"info": "blue", "warning": "yellow", "critical": "red"}
 
 
 class ConsoleSink(Sink):
-    """Prints the summary to stdout at the end of the fit."""
+    """Prints the summary to stdout at the end of the fit.
+
+    Args:
+        report: whose page is named, if it was written before.
+    """
 
     name = "console"
+
+    def __init__(self, report: ReportSink | None = None) -> None:
+        self._report = report
 
     def on_end(self, view: View) -> None:
         """Prints, in colour where the terminal takes it."""
         from rich.console import Console
 
-        _print(Console(highlight=False), view)
+        console = Console(highlight=False)
+        _print(console, view)
+        if self._report is not None and self._report.written is not None:
+            console.print(f"\nReport: {self._report.written}", soft_wrap=True, markup=False)
 
 
 def summary(view: View, width: int = 100) -> str:
@@ -167,7 +178,7 @@ def _print(console: Console, view: View) -> None:
         if len(shown) < len(lines):
             console.print(f"The {len(shown)} layers that stand out most; {len(lines) - len(shown)} more are left out.")
     told: set[Suggestion] = set()
-    for finding in words.worst_first(view.findings):
+    for finding in words.shown(view.findings):
         _print_finding(console, finding, told)
     if view.actions:
         console.print(Text(f"\nWhat was changed ({len(view.actions)})", style="bold"))
@@ -212,14 +223,16 @@ def _print_finding(console: Console, finding: Finding, told: set[Suggestion]) ->
     console.print(Text(head, style=f"bold {_COLOURS[finding.severity.value]}" if finding.is_open else "dim"))
     console.print(Text(words.message(finding)))
     fresh = [s for s in finding.suggestions if s not in told] if finding.is_open else []
-    if finding.is_open and finding.suggestions and not fresh:
-        console.print(Text("What to do: as above.", style="bold"))
-    for suggestion in fresh[:1]:
+    as_above = finding.is_open and bool(finding.suggestions) and finding.suggestions[0] in told
+    if as_above:
+        console.print(Text(f"What to do: as above ({finding.suggestions[0].title})", style="bold"))
+    best = [] if as_above else fresh[:1]
+    for suggestion in best:
         console.print(Text(f"What to do: {suggestion.title}", style="bold"))
         source = f" ({suggestion.reference})" if suggestion.reference else ""
         console.print(Text(f"{suggestion.reason}{source}"))
         for line in suggestion.code.splitlines():
             console.print(Text(f"    {line}", style="cyan"), soft_wrap=True)
-    for suggestion in fresh[1:]:
+    for suggestion in fresh[len(best) :]:
         console.print(Text(f"Or: {suggestion.title}"))
     told.update(fresh)

@@ -90,7 +90,7 @@ def _findings(view: View) -> str:
     if not view.findings:
         return ""
     told: set[Suggestion] = set()
-    return "<h2>Findings</h2>" + "".join(_finding(finding, told) for finding in words.worst_first(view.findings))
+    return "<h2>Findings</h2>" + "".join(_finding(finding, told) for finding in words.shown(view.findings))
 
 
 def _finding(finding: Finding, told: set[Suggestion]) -> str:
@@ -105,8 +105,8 @@ def _finding(finding: Finding, told: set[Suggestion]) -> str:
     state = severity if finding.is_open else "resolved"
     fresh = [suggestion for suggestion in finding.suggestions if suggestion not in told]
     todo = "".join(_suggestion(s, unfolded=not told and i == 0) for i, s in enumerate(fresh))
-    if finding.suggestions and not fresh:
-        todo = '<p class="when">What to do: as above.</p>'
+    if finding.suggestions and finding.suggestions[0] in told:
+        todo = f"<p>What to do: as above ({escape(finding.suggestions[0].title)}).</p>{todo}"
     told.update(fresh)
     return (
         f'<article class="{state}"><h3>{escape(words.kind(finding))} <span class="badge">{severity}</span>'

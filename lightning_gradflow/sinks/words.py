@@ -16,13 +16,30 @@ def worst_first(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: (not finding.is_open, -finding.severity.rank, finding.step))
 
 
+def shown(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings to show, worst first: not those that went over into another of their kind, more or less severe.
+
+    Example:
+        >>> from lightning_gradflow.findings import FindingKind, Severity
+        >>> kind = FindingKind.LOSS_PLATEAU
+        >>> early = Finding(kind, Severity.INFO, step=20, resolved_step=50)
+        >>> [finding.step for finding in shown([early, Finding(kind, Severity.WARNING, step=50)])]
+        [50]
+    """
+    findings = list(findings)
+    opened = {(finding.kind, finding.step) for finding in findings}
+    return worst_first(f for f in findings if (f.kind, f.resolved_step) not in opened)
+
+
 def verdict(view: View) -> str:
     """The state of the run in one sentence: its worst open finding, or that there is none.
 
     Example:
-        >>> from lightning_gradflow.history import History, Row
+        >>> import numpy as np
+        >>> from lightning_gradflow.history import History, Point, Row
         >>> history = History()
-        >>> history.append(Row(step=0))
+        >>> history.add_points([Point("fc", "fc")])
+        >>> history.append(Row(0, {"delta_norm": np.ones(1)}))
         >>> verdict(View(history, (), (), step=0, progress=0.0, model="Net"))
         'No sign of trouble in the gradients.'
     """
@@ -30,7 +47,7 @@ def verdict(view: View) -> str:
     still_open = worst_first(finding for finding in alarms if finding.is_open)
     if still_open:
         return first_sentence(message(still_open[0]))
-    if not len(view.history):
+    if not any("delta_norm" in row.values or "grad_norm" in row.values for row in view.history.rows):
         return "Nothing was measured: the run ended before its first sampled step."
     if alarms:
         return f"No sign of trouble in the gradients any more: {_count(len(alarms), 'earlier finding')} resolved."

@@ -9,7 +9,11 @@ BAD = [
     (GradFlow, {"every_n_steps": -3}, r"every_n_steps must be a whole number in \[1, inf\), got -3"),
     (GradFlow, {"every_n_steps": 2.5}, r"every_n_steps must be a whole number in \[1, inf\), got 2.5"),
     (GradFlow, {"every_n_steps": True}, r"every_n_steps must be a whole number in \[1, inf\), got True"),
-    (GradFlow, {"mitigate": "always"}, r"mode must be one of \('off', 'suggest', 'apply'\), got 'always'"),
+    (GradFlow, {"saturation": True}, r"saturation must be a SaturationMonitor or None, got True"),
+    (GradFlow, {"plateau": PlateauDetector}, r"plateau must be a PlateauDetector or None, got <class"),
+    (GradFlow, {"gradients": PlateauDetector()}, r"gradients must be a GradNormLogger or None, got <"),
+    (GradFlow, {"report": "out.html"}, r"report must be True or False, got 'out.html'"),
+    (GradFlow, {"mitigate": "always"}, r"mitigate must be one of \('off', 'suggest', 'apply'\), got 'always'"),
     (
         GradFlow,
         {"mitigate": "off", "mitigator": AutoMitigator("apply")},

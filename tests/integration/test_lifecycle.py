@@ -68,7 +68,8 @@ def test_a_second_fit_with_another_trainer_starts_a_new_history():
     flow = _flow()
     _fit(flow, 12)
     _fit(flow, 7)
-    assert flow.history.steps.tolist() == [0, 1, 2, 4, 5, 6]
+    assert flow.history.steps.tolist() == [0, 1, 2, 4, 5]
+    assert len(flow.history.losses) == 7  # those after the last sample are not lost
 
 
 def test_a_second_fit_of_the_same_trainer_goes_on():
