@@ -196,3 +196,18 @@ def test_bounded_activations_do_not_heal():
         history.add_points(stack(9, "sigmoid"))
         history.append(Row(0, {"delta_norm": deltas}, {"normalised_updates": ADAM}))
         assert [str(finding.severity) for finding in VanishingGradient().judge(history)] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("op", "at", "cause"),
+    [("tanh", 3, "saturation"), ("relu", 3, "dead_units"), ("relu", 2, "weight_scale")],
+)
+def test_one_place_that_loses_most_is_the_cause(op, at, cause):
+    # points fc0 act0 fc1 act1 fc2 ...: a point at `at` passes a millionth on, the layers lose a little each
+    points = stack(4, op)
+    deltas = np.cumprod([1.0, *[1e-6 if i == at else 0.4 for i in range(len(points) - 1, 0, -1)]])[::-1]
+    history = History()
+    history.add_points(points[:5])
+    history.append(Row(0, {"delta_norm": deltas[:5]}))
+    (finding,) = VanishingGradient().judge(history)
+    assert finding.cause == cause
