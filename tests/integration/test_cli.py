@@ -28,7 +28,7 @@ trainer:
 def test_gradflow_and_its_children_can_be_written_in_yaml(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "config.yaml")])
-    cli = LightningCLI(BoringModel, run=False, save_config_callback=None)
+    cli = LightningCLI(BoringModel, run=False, save_config_callback=None, seed_everything_default=0)
     (flow,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, GradFlow)]
     assert (flow.every_n_steps, flow.report) == (7, False)
     detectors = [detector for part in flow.parts() for detector in part.detectors(alone=False)]
