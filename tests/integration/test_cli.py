@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 
@@ -25,6 +26,8 @@ trainer:
 """
 
 
+# what Lightning 2.6 calls jsonargparse by
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 def test_gradflow_and_its_children_can_be_written_in_yaml(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "config.yaml")])
