@@ -5,11 +5,10 @@ Each takes a `Site` and returns its suggestions, none where it does not apply.
 
 from __future__ import annotations
 
+from lightning_gradflow.activations import BOUNDED, RECTIFIERS
 from lightning_gradflow.advice.site import PASTE, Site, get, literal, quote
 from lightning_gradflow.findings import Suggestion
 
-RECTIFIERS = ("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "prelu", "celu", "softplus", "hardswish")
-BOUNDED = ("sigmoid", "tanh", "hardsigmoid", "hardtanh", "softsign")
 _CONVOLUTIONS = "nn.Conv1d, nn.Conv2d, nn.Conv3d"
 _WEIGHTED = f"(nn.Linear, {_CONVOLUTIONS})"
 

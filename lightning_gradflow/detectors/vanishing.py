@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_gradflow.activations import BOUNDED
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.profile import DepthProfile, depth_profile, recent_profiles
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
-_BOUNDED = frozenset({"sigmoid", "tanh", "hardsigmoid", "hardtanh", "softsign"})
 _BOUNDED_DECAY = 6.0  # decades: what is left of usual gradients is then below Adam's eps of 1e-8
 _PATIENCE = 50  # steps: of the runs that heal most do so in fewer
 _ONE_PLACE = 0.5  # of all that is lost: then this place is the cause, whatever the others do
@@ -133,7 +133,7 @@ def _cause(profile: DepthProfile) -> str:
     lost: list[float] = []
     for i in np.flatnonzero(usable[1:] & usable[:-1]) + 1:
         point = profile.points[i]
-        kinds.append("weights" if point.is_layer else "bounded" if point.op in _BOUNDED else "rectifier")
+        kinds.append("weights" if point.is_layer else "bounded" if point.op in BOUNDED else "rectifier")
         lost.append(float(np.log(profile.delta_norm[i] / profile.delta_norm[i - 1])))
     if not lost:
         return "unknown"

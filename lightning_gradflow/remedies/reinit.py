@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_gradflow.activations import BOUNDED, RECTIFIERS, SIGMOIDS
 from lightning_gradflow.history import Point
 
-_RECTIFIERS = frozenset({"relu", "relu6", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "hardswish", "softplus"})
-_SIGMOIDS = frozenset({"sigmoid", "hardsigmoid"})
-_BOUNDED = frozenset({"tanh", "hardtanh", "softsign"}) | _SIGMOIDS
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -70,9 +68,9 @@ def reinitialise(module: nn.Module, before: str, after: str, generator: torch.Ge
     if not isinstance(module, _KINDS) or not isinstance(module.weight, nn.Parameter) or not module.weight.requires_grad:
         return []
     fresh = torch.empty(module.weight.shape, dtype=torch.float32)
-    if after in _RECTIFIERS:
+    if after in RECTIFIERS:
         nn.init.kaiming_normal_(fresh, nonlinearity="relu", generator=generator)
-    elif after in _BOUNDED:
+    elif after in BOUNDED:
         nn.init.orthogonal_(fresh, gain=_gain(before, after), generator=generator)
     else:
         nn.init.xavier_normal_(fresh, generator=generator)
@@ -80,7 +78,7 @@ def reinitialise(module: nn.Module, before: str, after: str, generator: torch.Ge
     module.weight.grad = None
     changed = [module.weight]
     if isinstance(module.bias, nn.Parameter) and module.bias.requires_grad:
-        module.bias.copy_(_centring_bias(fresh) if before in _SIGMOIDS else torch.zeros_like(module.bias))
+        module.bias.copy_(_centring_bias(fresh) if before in SIGMOIDS else torch.zeros_like(module.bias))
         module.bias.grad = None
         changed.append(module.bias)
     return changed
@@ -88,7 +86,7 @@ def reinitialise(module: nn.Module, before: str, after: str, generator: torch.Ge
 
 def _gain(before: str, after: str) -> float:
     """A sigmoid moves half as far as a tanh, and half as fast."""
-    return (2.0 if before in _SIGMOIDS else 1.0) * (2.0 if after in _SIGMOIDS else 1.0)
+    return (2.0 if before in SIGMOIDS else 1.0) * (2.0 if after in SIGMOIDS else 1.0)
 
 
 def _centring_bias(weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 PACKAGE = "lightning_gradflow"
 
 RANKS = {
+    "activations": 0,
     "metrics": 0,
     "history": 1,
     "findings": 1,
@@ -27,7 +28,7 @@ RANKS = {
 }
 """Every room; a room may import from itself and from rooms of a lower rank."""
 
-PURE = {"metrics", "history", "findings", "detectors", "advice", "border"}
+PURE = {"activations", "metrics", "history", "findings", "detectors", "advice", "border"}
 """Numpy and the standard library alone, in functions too."""
 
 KNOW_TORCH = {"probes", "remedies", "recorder", "callbacks", "gradflow", "__init__"}
