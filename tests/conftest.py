@@ -1,9 +1,14 @@
 """What holds for every test."""
 
+import os
+
+# small tensors: threads only get in each other's way, those of programs that the tests start too
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
-torch.set_num_threads(1)  # small tensors: threads only get in each other's way
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

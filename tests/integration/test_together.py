@@ -18,7 +18,7 @@ KINDS = {
     PlateauDetector: {FindingKind.LOSS_PLATEAU},
     AutoMitigator: set(),
 }
-SETS = [kinds for n in (1, 2, 3, 4) for kinds in itertools.combinations(KINDS, n)]
+SETS = [kinds for n in (1, 2, 4) for kinds in itertools.combinations(KINDS, n)]
 
 
 def _findings(callbacks, case="relu_24_default_init", **kwargs):

@@ -1,5 +1,6 @@
 """Whole trainings with labels: sick ones are found at once, and healthy ones raise no alarm."""
 
+import functools
 import warnings
 
 import pytest
@@ -10,7 +11,9 @@ from tests.zoo import HEALTHY, SICK
 SEEDS = (0, 1, 2)
 
 
-def _watch(case, seed):
+@functools.cache
+def _watch(name, seed):
+    case = (SICK | HEALTHY)[name]
     flow = GradFlow(every_n_steps=10, report=False, console=False)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", GradFlowWarning)
@@ -21,7 +24,7 @@ def _watch(case, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", SICK)
 def test_a_vanishing_gradient_is_named_by_step_2(name, seed):
-    flow, told = _watch(SICK[name], seed)
+    flow, told = _watch(name, seed)
     found = [finding for finding in flow.findings if finding.kind is FindingKind.VANISHING_GRADIENT]
     assert found
     assert found[0].step <= 2
@@ -32,7 +35,7 @@ def test_a_vanishing_gradient_is_named_by_step_2(name, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_training_raises_no_alarm(name, seed):
-    flow, told = _watch(HEALTHY[name], seed)
+    flow, told = _watch(name, seed)
     assert [finding for finding in flow.findings if finding.severity.is_alarm] == []
     assert told == []
 
@@ -48,13 +51,13 @@ CAUSES = {
 
 @pytest.mark.parametrize(("name", "cause"), CAUSES.items())
 def test_the_cause_of_a_vanishing_gradient_is_where_the_signal_is_lost(name, cause):
-    flow, _ = _watch(SICK[name], seed=0)
+    flow, _ = _watch(name, seed=0)
     assert flow.findings[0].cause == cause
 
 
 def test_the_layers_of_a_vanishing_gradient_start_with_the_first_one_executed():
-    plain, _ = _watch(SICK["sigmoid_10"], seed=0)
-    backwards, _ = _watch(SICK["sigmoid_reversed"], seed=0)
+    plain, _ = _watch("sigmoid_10", seed=0)
+    backwards, _ = _watch("sigmoid_reversed", seed=0)
     for flow in (plain, backwards):
         executed = [point.module for point in flow.history.points if point.is_layer]
         assert flow.findings[0].layers[0] == executed[0]
@@ -64,6 +67,6 @@ def test_the_layers_of_a_vanishing_gradient_start_with_the_first_one_executed():
 def test_the_size_of_the_loss_changes_no_verdict():
     verdicts = []
     for name in ("sigmoid_10", "sigmoid_10_loss_1e-6", "sigmoid_10_loss_1e6_sum"):
-        flow, _ = _watch(SICK[name], seed=0)
+        flow, _ = _watch(name, seed=0)
         verdicts.append([(f.kind, f.severity, f.step, f.cause, f.layers) for f in flow.findings])
     assert verdicts[0] == verdicts[1] == verdicts[2]
