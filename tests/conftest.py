@@ -4,6 +4,8 @@ import os
 
 # small tensors: threads only get in each other's way, those of programs that the tests start too
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# W&B reads this once in a process, and writes its log of the console late, to wherever the process then is
+os.environ["WANDB_CONSOLE"] = "off"
 
 import pytest
 import torch

@@ -16,7 +16,6 @@ FIRST, *REST = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE |
 def _away(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_CONSOLE", "off")  # its log is written late, to a path relative to where we are then
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path))
