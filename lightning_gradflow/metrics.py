@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,3 +51,13 @@ MIN_EXPONENT, MAX_EXPONENT = -64, 32
 """
 HISTOGRAM_BINS = MAX_EXPONENT - MIN_EXPONENT
 """Number of exponent bins; a stored histogram has two more entries: exact zeros, then non-finite entries."""
+
+
+def measured(value: float) -> float:
+    """A number that was measured: NaN would say that it was not, so what is not finite becomes infinite.
+
+    Example:
+        >>> measured(0.5), measured(float("nan"))
+        (0.5, inf)
+    """
+    return float(value) if math.isfinite(value) else math.inf

@@ -33,7 +33,7 @@ def test_the_sigmoid_network_is_told_to_vanish_by_step_2_and_its_page_is_written
 
 
 def test_the_healthy_network_has_no_finding(tmp_path):
-    out = _run(tmp_path, "--epochs", "2", "--healthy", "--logger", "none")
+    out = _run(tmp_path, "--epochs", "4", "--healthy", "--logger", "none")
     assert "Finding: none" in out
     assert "No sign of trouble in the gradients." in out
 

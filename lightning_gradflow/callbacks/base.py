@@ -32,7 +32,7 @@ class Monitor(Callback):
 
     measures_gradients = False
     measures_activations = False
-    dead_window = 4
+    dead_window: int | None = None
     console = False
     report = False
     train_loss: str | None = None

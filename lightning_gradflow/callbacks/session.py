@@ -18,6 +18,7 @@ from lightning_gradflow.callbacks.losses import find_loss, returned_loss
 from lightning_gradflow.callbacks.sampler import Sampler, is_due
 from lightning_gradflow.callbacks.state import from_checkpoint, to_checkpoint
 from lightning_gradflow.detectors.base import Detector
+from lightning_gradflow.metrics import measured
 from lightning_gradflow.recorder import Recorder
 from lightning_gradflow.remedies.mitigation import Mitigation
 from lightning_gradflow.sinks import ConsoleSink, ReportSink, make_sinks
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_gradflow.callbacks.base import Monitor
 
 MONITOR = "the monitor"
+_DEAD_WINDOW = 4  # samples, as SaturationMonitor has it, where none is among the monitors
 _MAX_BATCHES = 16  # that a sample of manual optimization waits for an optimizer to step
 
 
@@ -95,7 +97,7 @@ class Session:
             self.recorder.history,
             gradients=any(part.measures_gradients for part in self._parts),
             activations=any(part.measures_activations for part in self._parts),
-            window=min(part.dead_window for part in self._parts),
+            window=next((part.dead_window for part in self._parts if part.dead_window is not None), _DEAD_WINDOW),
         )
         self._validation = self._validation.to(module.device)
         self.recorder.tells = trainer.is_global_zero
@@ -238,9 +240,9 @@ class Session:
         metrics = trainer.callback_metrics
         name = self._named("val_loss") or find_loss(metrics, validation=True)
         if name is not None and name in metrics:
-            self._val_loss = _measured(float(metrics[name]))
+            self._val_loss = measured(float(metrics[name]))
         elif self._validation.update_called:
-            self._val_loss = _measured(float(self._validation.compute()))
+            self._val_loss = measured(float(self._validation.compute()))
         self._validation.reset()
 
     # -- checkpoints --------------------------------------------------------------------------------------------
@@ -257,8 +259,3 @@ class Session:
         self.recorder.load_state_dict(state["recorder"])
         if self._mitigation is not None and state["mitigation"] is not None:
             self._mitigation.load_state_dict(state["mitigation"])
-
-
-def _measured(value: float) -> float:
-    """NaN means not measured: a loss that is no number is infinite."""
-    return value if math.isfinite(value) else math.inf

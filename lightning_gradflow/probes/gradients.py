@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradflow.history import Floats, Ints
-from lightning_gradflow.metrics import HISTOGRAM_BINS, MIN_EXPONENT
+from lightning_gradflow.metrics import HISTOGRAM_BINS, MIN_EXPONENT, measured
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
@@ -96,15 +96,15 @@ class GradientProbe:
         for layer in dict.fromkeys(self._owners):
             mine = owners == layer
             total = float(numel[mine].sum())
-            norm = _measured(float(np.sqrt(np.square(columns["norm"][mine]).sum())))
+            norm = measured(float(np.sqrt(np.square(columns["norm"][mine]).sum())))
             found[layer] = {
                 "grad_norm": norm,
                 "grad_rms": norm / float(np.sqrt(total)),
-                "grad_mean_abs": _measured(float(columns["sum"][mine].sum()) / total),
-                "grad_max_abs": _measured(float(columns["max"][mine].max())),
+                "grad_mean_abs": measured(float(columns["sum"][mine].sum()) / total),
+                "grad_max_abs": measured(float(columns["max"][mine].max())),
                 "grad_zero_fraction": 1.0 - float(columns["nonzero"][mine].sum()) / total,
                 "grad_nonfinite_fraction": float(columns["nonfinite"][mine].sum()) / total,
-                "weight_norm": _measured(float(np.sqrt(np.square(columns["weight"][mine]).sum()))),
+                "weight_norm": measured(float(np.sqrt(np.square(columns["weight"][mine]).sum()))),
             }
         return found
 
@@ -156,8 +156,3 @@ def _dense(gradient: Tensor) -> Tensor:
 
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _measured(value: float) -> float:
-    """NaN means not measured: what was measured and is not a number is infinite."""
-    return value if np.isfinite(value) else float("inf")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradflow.history import Floats, Point
+from lightning_gradflow.metrics import measured
 from lightning_gradflow.probes.dead_units import SilentUnits
 from lightning_gradflow.probes.flat_side import flat, saturated, units
 from lightning_gradflow.probes.layers import LayerMap
@@ -215,13 +216,13 @@ class SignalProbe:
         for i, (point, was) in enumerate(seen.items()):
             values = found[point] = {}
             if counts[i]:
-                values["output_rms"] = _measured(np.sqrt(host["signals/output_square"][i] / counts[i]))
+                values["output_rms"] = measured(np.sqrt(host["signals/output_square"][i] / counts[i]))
             if bounded[i]:
                 values["saturated_fraction"] = float(host["signals/saturated"][i] / bounded[i])
             if was.active is not None:
                 values["dead_fraction"] = float(next(dead))
             if chosen[i] >= 0:
-                values["delta_norm"] = _measured(deltas[chosen[i], i])
+                values["delta_norm"] = measured(deltas[chosen[i], i])
                 values["backward_pass"] = float(chosen[i])
         return found
 
@@ -246,8 +247,3 @@ def _choose_pass(measured: Any) -> list[int]:
     """
     order = np.argsort(-measured.sum(axis=1), kind="stable")
     return [next((int(k) for k in order if measured[k, i]), -1) for i in range(measured.shape[1])]
-
-
-def _measured(value: float) -> float:
-    """NaN means not measured: what was measured and is not a number is infinite."""
-    return float(value) if np.isfinite(value) else float("inf")

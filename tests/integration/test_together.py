@@ -18,7 +18,7 @@ KINDS = {
     PlateauDetector: {FindingKind.LOSS_PLATEAU},
     AutoMitigator: set(),
 }
-SETS = [kinds for n in (1, 2, 4) for kinds in itertools.combinations(KINDS, n)]
+SETS = [kinds for n in (1, 2, 3, 4) for kinds in itertools.combinations(KINDS, n)]
 
 
 def _findings(callbacks, case="relu_24_default_init", **kwargs):
@@ -84,3 +84,10 @@ def test_the_interval_is_that_of_the_logger_unless_it_is_given():
     flow = GradFlow(report=False, console=False)
     HEALTHY["relu_mlp"].fit(0, callbacks=[flow], max_steps=41, log_every_n_steps=20)
     assert flow.history.steps.tolist() == [0, 1, 2, 4, 8, 16, 20, 40]
+
+
+def test_the_window_of_the_saturation_monitor_counts_beside_the_others():
+    flow = GradFlow(every_n_steps=1, saturation=SaturationMonitor(window=7), report=False, console=False)
+    HEALTHY["relu_mlp"].fit(0, callbacks=[flow], max_steps=10)
+    known = [row.step for row in flow.history.rows if not all(v != v for v in row.values["dead_fraction"])]
+    assert known[0] == 6  # the seventh sample
