@@ -60,17 +60,25 @@ class Border:
         except Exception as error:
             if os.environ.get(RAISE_VARIABLE) == "1":
                 raise
-            self.switch_off(part, f"{type(error).__name__}: {error}")
+            # whichever rank it happened on: the others only learn that it happened
+            elsewhere = getattr(error, "is_told_elsewhere", False)
+            self.switch_off(part, f"{type(error).__name__}: {error}", everywhere=not elsewhere)
             return default
 
-    def switch_off(self, part: str, reason: str) -> None:
-        """Switches a part off and says so."""
-        self._off.add(part)
-        self.tell(f"lightning_gradflow: {part} is switched off ({reason}). Training goes on as it is.")
+    def switch_off(self, part: str, reason: str, *, everywhere: bool = False) -> None:
+        """Switches a part off and says so.
 
-    def tell(self, message: str) -> None:
+        Args:
+            part: which.
+            reason: why.
+            everywhere: whether it is said by this process, even if it is not the one that speaks for all.
+        """
+        self._off.add(part)
+        self.tell(f"lightning_gradflow: {part} is switched off ({reason}). Training goes on as it is.", everywhere)
+
+    def tell(self, message: str, everywhere: bool = False) -> None:
         """Warns, once for each message."""
-        if self._tells and message not in self._told:
+        if (self._tells or everywhere) and message not in self._told:
             self._told.add(message)
             warn(message, GradFlowWarning)
 

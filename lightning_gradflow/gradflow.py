@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_gradflow.callbacks.auto_mitigator import AutoMitigator, Mode
 from lightning_gradflow.callbacks.base import Monitor
 from lightning_gradflow.callbacks.grad_norm_logger import GradNormLogger
 from lightning_gradflow.callbacks.plateau_detector import PlateauDetector
 from lightning_gradflow.callbacks.saturation_monitor import SaturationMonitor
+
+AUTOMATIC_STATE = "lightning_gradflow"
+"""Where in a checkpoint the state of a GradFlow lies that came from the environment.
+
+Not among the states of callbacks: Lightning would ask to add one that the user never wrote.
+"""
 
 
 class GradFlow(Monitor):
@@ -85,3 +93,7 @@ class GradFlow(Monitor):
     def report_path(self) -> Path | None:
         """Where the page of the last fit lies; None before its end, on other ranks, and where none was written."""
         return self._session.report_path if self._session is not None else None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Goes on from a run that was watched through the environment; a state of its own comes later and counts."""
+        self._restored = checkpoint.get(AUTOMATIC_STATE)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,10 @@ from lightning_gradflow.metrics import HISTOGRAM_BINS, METRICS
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Name = TypeVar("Name", bound=Hashable)
+
+MAX_CALLS = 64
+"""Calls of a point that a row keeps: of a longer loop as many, evenly spread, the first and the last among them."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Row:
         scalars: such as `loss`, `lr`, `grad_norm_total`, `epoch`.
         histograms: histogram name -> (HISTOGRAM_BINS + 2,) counts.
         losses: training loss of each step since the row before, oldest first; (n,) with n >= 0.
+        calls: name of a point that ran more than once in a forward pass -> (K,) delta norm of each call, in order of
+            execution, K at most 64.
     """
 
     step: int
@@ -54,9 +60,10 @@ class Row:
     scalars: Mapping[str, float] = field(default_factory=dict)
     histograms: Mapping[str, Ints] = field(default_factory=dict)
     losses: Floats = field(default_factory=lambda: np.empty(0))
+    calls: Mapping[str, Floats] = field(default_factory=dict)
 
 
-class Axis:
+class Axis(Generic[Name]):
     """Names that only grow in number and keep their identity (0, 1, 2, ...), with a separate order to show them in.
 
     A branch of the network that runs for the first time late gets the next identity, and stands in the order after
@@ -69,16 +76,16 @@ class Axis:
         (('a', 'b', 'c'), 2)
     """
 
-    def __init__(self, names: Iterable[str] = ()) -> None:
-        self._identity: dict[str, int] = {}
-        self._order: list[str] = []
+    def __init__(self, names: Iterable[Name] = ()) -> None:
+        self._identity: dict[Name, int] = {}
+        self._order: list[Name] = []
         self.merge(list(names))
 
     def __len__(self) -> int:
         return len(self._order)
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> tuple[Name, ...]:
         """The names in order."""
         return tuple(self._order)
 
@@ -87,13 +94,13 @@ class Axis:
         """(N,) identity of each name, in order."""
         return np.array([self._identity[name] for name in self._order], dtype=np.int64)
 
-    def identity(self, name: str) -> int:
+    def identity(self, name: Name) -> int:
         """The fixed number of a name."""
         return self._identity[name]
 
-    def merge(self, sequence: Sequence[str]) -> None:
+    def merge(self, sequence: Sequence[Name]) -> None:
         """Takes in the names of `sequence` that are new, each after the one that precedes it there."""
-        before: str | None = None
+        before: Name | None = None
         for name in sequence:
             if name not in self._identity:
                 self._identity[name] = len(self._identity)
@@ -101,9 +108,9 @@ class Axis:
                 self._order.insert(at, name)
             before = name
 
-    def reorder(self, sequence: Sequence[str]) -> None:
+    def reorder(self, sequence: Sequence[Name]) -> None:
         """Shows the names in the order of `sequence`, which must hold each of them once; identities stay."""
-        if sorted(sequence) != sorted(self._order):
+        if len(sequence) != len(self._order) or set(sequence) != set(self._order):
             raise ValueError("sequence must hold each name of the axis once")
         self._order = list(sequence)
 
@@ -132,8 +139,8 @@ class History:
             raise ValueError(f"max_rows must be in [8, inf), got {max_rows!r}")
         self._max_rows = max_rows
         self._rows: list[Row] = []
-        self.layer_axis = Axis()
-        self.point_axis = Axis()
+        self.layer_axis: Axis[str] = Axis()
+        self.point_axis: Axis[str] = Axis()
         self._points: dict[str, Point] = {}
         self._losses: list[list[float]] = []
 
@@ -173,6 +180,18 @@ class History:
             if values is not None:
                 table[i, : len(values)] = values
         return table[:, axis.order]
+
+    def calls(self, point: str) -> Floats:
+        """(R, K) delta norm of each call of a point, in order of execution; NaN where there was no such call.
+
+        It is the time axis of a cell in a loop, and tells the uses of a shared layer apart. A point that ran once has
+        none (K = 0). Of a loop of more than 64 turns, which `self["calls"]` tells, 64 are kept, evenly spread.
+        """
+        kept = [row.calls.get(point, np.empty(0)) for row in self._rows]
+        table = np.full((len(kept), max((len(calls) for calls in kept), default=0)), np.nan)
+        for i, calls in enumerate(kept):
+            table[i, : len(calls)] = calls
+        return table
 
     def scalar(self, name: str) -> Floats:
         """(R,) values of a scalar; NaN where a row has none."""
@@ -240,7 +259,7 @@ class History:
             old = _thin_losses(self._losses[first:recent], 2 * self._max_rows)
             self._losses = [*self._losses[:first], *old, *self._losses[recent:]]
 
-    def _axis(self, metric: str) -> Axis:
+    def _axis(self, metric: str) -> Axis[str]:
         if metric not in METRICS:
             raise KeyError(f"metric must be one of {sorted(METRICS)}, got {metric!r}")
         return self.layer_axis if METRICS[metric].axis == "layers" else self.point_axis
@@ -259,6 +278,7 @@ class History:
                     "scalars": dict(row.scalars),
                     "histograms": dict(row.histograms),
                     "losses": row.losses,
+                    "calls": dict(row.calls),
                 }
                 for row in self._rows
             ],
@@ -280,6 +300,7 @@ class History:
                 scalars=dict(row["scalars"]),
                 histograms={name: np.asarray(counts, dtype=np.int64) for name, counts in row["histograms"].items()},
                 losses=np.asarray(row["losses"], dtype=np.float64),
+                calls={name: np.asarray(calls, dtype=np.float64) for name, calls in row["calls"].items()},
             )
             for row in state["rows"]
         ]

@@ -16,12 +16,13 @@ class Metric:
     Args:
         axis: `"layers"` (one column for each module that owns parameters) or `"points"` (one column for each
             layer output and each activation, in order of execution).
-        unit: `"norm"` (non-negative, any scale), `"fraction"` (in [0, 1]) or `"index"` (whole numbers from 0).
+        unit: `"norm"` (non-negative, any scale), `"fraction"` (in [0, 1]), `"index"` (whole numbers from 0) or
+            `"log2"` (a logarithm of any sign; -inf where what was measured is zero).
         meaning: what it tells, in a line.
     """
 
     axis: AxisName
-    unit: Literal["norm", "fraction", "index"]
+    unit: Literal["norm", "fraction", "index", "log2"]
     meaning: str
 
 
@@ -33,7 +34,13 @@ METRICS: dict[str, Metric] = {
     "grad_zero_fraction": Metric("layers", "fraction", "share of gradient entries that are exactly zero"),
     "grad_nonfinite_fraction": Metric("layers", "fraction", "share of gradient entries that are NaN or infinite"),
     "weight_norm": Metric("layers", "norm", "L2 norm of those parameters of the layer that have a gradient"),
-    "delta_norm": Metric("points", "norm", "L2 norm of the loss gradient at the output"),
+    "update_norm": Metric("layers", "norm", "L2 norm of what the optimizer's step changed in those parameters"),
+    "update_ratio": Metric("layers", "norm", "update_norm / weight_norm"),
+    "delta_norm": Metric("points", "norm", "L2 norm of the loss gradient at the output, over all calls"),
+    "calls": Metric("points", "index", "how often a point that ran more than once ran in a forward pass"),
+    "delta_headroom": Metric(
+        "points", "log2", "rms of the loss gradient as held / smallest positive number of its dtype"
+    ),
     "backward_pass": Metric("points", "index", "which backward pass of the step delta_norm was taken from"),
     "output_rms": Metric("points", "norm", "root mean square of the output"),
     "saturated_fraction": Metric("points", "fraction", "share of outputs of a bounded activation near its bound"),

@@ -91,6 +91,12 @@ def test_an_order_must_hold_each_name_once(sequence):
         Axis(["a", "b"]).reorder(sequence)
 
 
+def test_names_of_an_axis_may_be_of_any_kind_that_can_be_looked_up():
+    axis = Axis([("delta", 0), ("delta", 2)])
+    axis.merge([("delta", 0), ("delta", 1)])
+    assert axis.names == (("delta", 0), ("delta", 1), ("delta", 2))
+
+
 # -- tables
 
 
@@ -132,6 +138,31 @@ def test_an_empty_history_has_empty_tables():
 
 def test_a_point_is_a_layer_unless_it_has_an_operation():
     assert [point.is_layer for point in grown_late().points] == [True, True, False, True]
+
+
+def _called():
+    """A history of a loop of two turns, of none, and of three."""
+    history = History()
+    history.append(Row(0, calls={"cell": np.array([1.0, 2.0])}))
+    history.append(Row(1))
+    history.append(Row(2, calls={"cell": np.array([nan, inf, 3.0])}))
+    return history
+
+
+def test_calls_are_nan_where_there_was_no_such_call():
+    np.testing.assert_array_equal(_called().calls("cell"), [[1.0, 2.0, nan], [nan] * 3, [nan, inf, 3.0]])
+
+
+def test_a_point_that_ran_once_has_no_calls():
+    assert _called().calls("head").shape == (3, 0)
+
+
+def test_an_empty_history_has_no_calls():
+    assert History().calls("cell").shape == (0, 0)
+
+
+def test_a_row_has_no_calls_unless_it_is_given_some():
+    assert Row(0).calls == {}
 
 
 # -- bounds
@@ -256,7 +287,7 @@ def test_a_refused_row_leaves_nothing_behind(bad):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("make", [History, grown_late, made_up.history, lambda: long_history(200, 8)])
+@pytest.mark.parametrize("make", [History, grown_late, _called, made_up.history, lambda: long_history(200, 8)])
 def test_a_loaded_history_is_the_one_that_was_saved(make, way):
     saved, loaded = make(), History(8)
     loaded.load_state_dict(WAYS[way](saved.state_dict()))
@@ -267,6 +298,7 @@ def test_a_loaded_history_is_the_one_that_was_saved(make, way):
     for metric in METRICS:
         np.testing.assert_array_equal(loaded[metric], saved[metric])
     np.testing.assert_array_equal(loaded.histogram("grad_hist_early"), saved.histogram("grad_hist_early"))
+    np.testing.assert_array_equal(loaded.calls("cell"), saved.calls("cell"))
     for a, b in zip(loaded.rows, saved.rows, strict=True):
         assert a.scalars == b.scalars
         np.testing.assert_array_equal(a.losses, b.losses)

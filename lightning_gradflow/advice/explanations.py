@@ -67,8 +67,9 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "It is lost through time: the recurrence multiplies it by less than one at each time step",
     ),
     (FindingKind.VANISHING_GRADIENT, "underflow"): (
-        "It is too small for the number format and is rounded to zero",
-        "points with a gradient of exactly zero: {underflowed_points}",
+        "It falls below the smallest number of its format, such as 6e-8 in fp16, and is rounded to zero",
+        "nothing is left at {lost_share} of the {points} points",
+        "where it comes from the loss it is {times} times that number",
     ),
     (FindingKind.VANISHING_GRADIENT, "dead_units"): (
         "Most of it is lost in rectifiers with units that pass nothing on",
@@ -126,7 +127,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
 UNKNOWN = "The measurements do not tell why"
 """Why, for every cause that is not in the table."""
 
-_PERCENT = frozenset({"dead_fraction", "saturated_fraction", "progress"})
+_PERCENT = frozenset({"dead_fraction", "lost_share", "saturated_fraction", "progress"})
 _COUNT = frozenset({"points", "layers", "underflowed_points", "nonfinite_layers", "activations", "steps"})
 _MOST_NAMES = 3
 
@@ -206,6 +207,8 @@ def _fields(finding: Finding) -> dict[str, str]:
     if not math.isnan(slope := evidence.get("slope", math.nan)):
         # the slope is taken towards the first layer: below zero it shrinks on the way
         evidence["per_point"] = 10.0 ** max(min(slope, 300.0), -300.0)
+    if not math.isnan(bits := evidence.get("headroom", math.nan)):
+        evidence["times"] = 2.0 ** max(min(bits, 1000.0), -1000.0)
     fields = {"layers": names(finding.layers), "first": finding.layers[0] if finding.layers else "the model"}
     for key, value in evidence.items():
         if math.isnan(value) and key != "loss":

@@ -126,6 +126,34 @@ def wider_format(site: Site) -> list[Suggestion]:
     ]
 
 
+def scale_gradients(site: Site) -> list[Suggestion]:
+    """Mixed precision with a gradient scaler."""
+    del site  # the same for every model
+    return [
+        Suggestion(
+            "Train in 16-mixed, where Lightning scales the gradients",
+            'import lightning as L\n\ntrainer = L.Trainer(precision="16-mixed")',
+            "A gradient scaler multiplies the loss, so that small gradients stay above the smallest number of fp16, "
+            "and divides them again before the step; the weights stay in float32. With 16-true nothing does that.",
+            "Micikevicius et al. 2018, Mixed precision training",
+        )
+    ]
+
+
+def scale_loss(site: Site) -> list[Suggestion]:
+    """A constant factor for the loss."""
+    rate = "" if math.isnan(site.lr) else f"  # it was {site.lr:.3g}"
+    return [
+        Suggestion(
+            "If it has to be fp16 without a scaler, multiply the loss by a constant",
+            f"# in training_step; Adam does not mind, with SGD set lr = lr / 1024{rate}\nloss = 1024 * loss",
+            "It lifts all gradients by the same factor. A sum over pixels or tokens in the place of a mean does the "
+            "same. Take a power of two, which costs no precision, and stay a factor of 100 below an overflow.",
+            "Micikevicius et al. 2018, Mixed precision training",
+        )
+    ]
+
+
 def watch_layer(site: Site) -> list[Suggestion]:
     """A hook that stops at the first value that is not finite."""
     layer = (*site.named, "")[0]

@@ -18,6 +18,11 @@ from lightning_gradflow.history import History
 from lightning_gradflow.remedies.mitigation import Mitigation
 from lightning_gradflow.sinks import summary
 
+_NO_FIT = (
+    "No fit in this process yet. Under ddp_spawn and ddp_fork the fit runs in processes of its own: "
+    "see gradflow_report.html, or load a checkpoint."
+)
+
 
 class Monitor(Callback):
     """Base of the callbacks: any set of them in one Trainer shares one session, which the first of them drives.
@@ -37,6 +42,8 @@ class Monitor(Callback):
     report = False
     train_loss: str | None = None
     val_loss: str | None = None
+    stands_back = False
+    """Whether it leaves a Trainer to the monitors that were put there on purpose, where there are any."""
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None:
@@ -84,7 +91,7 @@ class Monitor(Callback):
 
     def summary(self) -> str:
         """The verdict, the layers and what to do, as text."""
-        return summary(self._session.recorder.view) if self._session is not None else "No fit yet."
+        return summary(self._session.recorder.view) if self._session is not None else _NO_FIT
 
     # -- Lightning's hooks --------------------------------------------------------------------------------------
 
@@ -94,8 +101,13 @@ class Monitor(Callback):
         Raises:
             ValueError: if two callbacks of the Trainer do the same thing.
         """
-        group = [callback for callback in trainer_facts.callbacks(trainer) if isinstance(callback, Monitor)]
-        if stage != "fit" or self not in group:
+        present = [callback for callback in trainer_facts.callbacks(trainer) if isinstance(callback, Monitor)]
+        if stage != "fit" or self not in present:
+            return
+        # Lightning extends the very list it was given: a list used twice holds the last Trainer's callback too
+        group = [monitor for monitor in present if not monitor.stands_back] or present[-1:]
+        if self not in group:
+            self._leads = False
             return
         kinds = [type(part).__name__ for monitor in group for part in monitor.parts()]
         doubled = sorted({kind for kind in kinds if kinds.count(kind) > 1})
@@ -110,6 +122,15 @@ class Monitor(Callback):
             for monitor in group:
                 monitor._session, monitor._leads = session, monitor is self
 
+    def _restore(self) -> None:
+        """Goes on with the state of the checkpoint, whichever callback of the set drove the run that wrote it."""
+        if self._leads and self._session is not None:
+            states = [monitor._restored for monitor in self._session.monitors if monitor._restored is not None]
+            if states:
+                self._session.run("load_state_dict", states[0])
+            for monitor in self._session.monitors:
+                monitor._restored = None
+
     def _drive(self, hook: str, *args: Any) -> None:
         if self._leads and self._session is not None:
             self._session.run(hook, *args)
@@ -118,9 +139,7 @@ class Monitor(Callback):
         """Looks at model, optimizers and loggers."""
         if self._leads and self._session is not None:
             self._session.renew(trainer)
-            if self._restored is not None:
-                self._session.run("load_state_dict", self._restored)
-        self._restored = None
+        self._restore()
         self._drive("begin", trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -139,7 +158,7 @@ class Monitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Reads the gradients: accumulated, all-reduced, and not yet clipped."""
-        self._drive("before_optimizer_step", optimizer)
+        self._drive("before_optimizer_step", trainer, pl_module, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -163,9 +182,13 @@ class Monitor(Callback):
         """Takes the validation loss that was logged."""
         self._drive("validation_end", trainer)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops to observe where the user's on_train_batch_start has cut the epoch short."""
+        self._drive("epoch_end")
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows what was found."""
-        self._drive("end", trainer)
+        self._drive("end_together", trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Shows what was found until the run died, and leaves nothing behind."""
@@ -175,7 +198,9 @@ class Monitor(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves nothing behind, whatever happened."""
         if stage == "fit":
+            self._restore()  # a run that had nothing left to do never came to on_train_start
             self._drive("end", trainer)
+        self._restored = None  # of a checkpoint that was validated, not continued
 
     def state_dict(self) -> dict[str, Any]:
         """History, findings and actions; only the driving callback of a set has a state."""
@@ -185,8 +210,9 @@ class Monitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remembers the state until the fit starts."""
-        self._restored = state_dict or None
+        if self._session is None or not self._session.is_running:  # else a search in the middle of a fit
+            self._restored = state_dict or None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, is a callback as it was configured: it belongs to no Trainer."""
-        return {**self.__dict__, "_session": None, "_leads": False}
+        return {**self.__dict__, "_session": None, "_leads": False, "_restored": None}

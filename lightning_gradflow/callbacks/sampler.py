@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_gradflow.history import Floats, History, Row
-from lightning_gradflow.metrics import METRICS
+from lightning_gradflow.history import MAX_CALLS, Floats, History, Row
+from lightning_gradflow.metrics import METRICS, measured
 from lightning_gradflow.probes.gradients import GradientProbe
 from lightning_gradflow.probes.layers import LayerMap
+from lightning_gradflow.probes.ranks import RankFailedError, Topology
 from lightning_gradflow.probes.signals import SignalProbe
 from lightning_gradflow.probes.transfer import Transfer
 
 _MAX_LOSSES = 1024  # references held between two samples; half a megabyte at most on a GPU
-
-
-def is_due(step: int, interval: int) -> bool:
-    """Whether a step is sampled: 0, 1, 2, 4, 8, ... up to the interval, then every `interval` steps.
-
-    Example:
-        >>> [step for step in range(40) if is_due(step, 12)]
-        [0, 1, 2, 4, 8, 12, 24, 36]
-    """
-    if step < interval:
-        return step & (step - 1) == 0
-    return step % interval == 0
+_CLIP_WINDOW = 50  # samples that the share of clipped steps is taken over
+_CLIPPED = 0.9999  # of the norm: what is left after clipping is below it; rounding alone never is
 
 
 class Sampler:
     """Turns what the probes measure in one step into a row. Between samples it keeps references to losses, no more.
+
+    Every rank of a distributed run takes part in each sample. One that cannot measure any more is muted: it keeps the
+    schedule, tells the others with the next sample, and so does not let them wait.
 
     Args:
         model: whose layers are measured.
@@ -41,23 +37,42 @@ class Sampler:
         gradients: whether parameter gradients are read.
         activations: whether saturation and dead units are measured.
         window: samples in a row in which a unit must be silent to count as dead.
+        topology: the ranks that train together.
+        device: where they meet, which need not be where the parameters wait (offloading); by default where the first
+            parameter is.
     """
 
     def __init__(
-        self, model: nn.Module, history: History, *, gradients: bool = True, activations: bool = True, window: int = 4
+        self,
+        model: nn.Module,
+        history: History,
+        *,
+        gradients: bool = True,
+        activations: bool = True,
+        window: int = 4,
+        topology: Topology | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._model = model
         self._history = history
         self._measures_gradients = gradients
         self._measures_activations = activations
         self._window = window
-        self._transfer = Transfer()
+        self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._transfer = Transfer(topology, self.device)
         self._look_at_model()
-        self._losses: deque[tuple[int, Tensor, int]] = deque(maxlen=_MAX_LOSSES)
-        self._read: set[int] = set()
-        self._backward_came = False
+        self._losses: deque[tuple[int, Tensor, float]] = deque(maxlen=_MAX_LOSSES)
+        self._read: list[int] = []
+        self._closures: dict[int, int] = {}
+        self._scale: Tensor | None = None
+        self._multiplier = 1.0
+        self.backwards = self._backwards_before = 0
+        self.is_muted = False
+        self.is_agreed = True
+        self.others_know = False  # that this rank, or another one, has failed
         self.step: int | None = None
-        self.batches = 0
+        self._in_batch = False
+        self.waited = 0  # batches since the sample was opened
 
     def _look_at_model(self) -> None:
         self._layers = LayerMap(self._model)
@@ -71,98 +86,259 @@ class Sampler:
         return self.step is not None
 
     @property
-    def has_gradients(self) -> bool:
-        """Whether the gradients of an optimizer were read in this sample."""
-        return bool(self._read)
+    def is_alone(self) -> bool:
+        """Whether no other rank takes part."""
+        return self._transfer.is_alone
 
     @property
     def had_backward(self) -> bool:
-        """Whether a backward pass came since the sample was opened."""
-        return self._backward_came
+        """Whether a backward pass came since the step began."""
+        return self.backwards > 0
+
+    @property
+    def batch_had_backward(self) -> bool:
+        """Whether a backward pass came since the present batch began."""
+        return self.backwards > self._backwards_before
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether an optimizer has stepped in this sample."""
+        return bool(self._read)
+
+    @property
+    def stepped(self) -> tuple[int, ...]:
+        """The identities of the optimizers that have stepped in this sample."""
+        return tuple(self._read)
+
+    def mute(self) -> None:
+        """Measures no more, and leaves nothing behind; the other ranks learn of it with the next sample."""
+        self._signals.drop()
+        self._transfer.drop()
+        self.is_muted = True
+
+    # -- in the course of a step ----------------------------------------------------------------------------------
+
+    def start_muted(self, step: int) -> None:
+        """A sampled step starts on a rank that has failed: at its end the others are met."""
+        self.waited = 0 if self.step is None else self.waited
+        self.waited += 1
+        if self.step is None:
+            self.step, self._read, self._closures, self.backwards = step, [], {}, 0
 
     def start_batch(self, step: int) -> None:
-        """The sampled step starts, or goes on with another batch."""
+        """The sampled step starts, or goes on with another batch; one without a backward pass is left behind."""
         if self.step is None:
-            self.step, self.batches = step, 0
-            self._read, self._backward_came = set(), False
-            if not self._layers.covers(self._model.parameters()):  # layers were added or replaced in the run
-                self._look_at_model()
-            self._gradients = GradientProbe(self._layers, self._transfer)
-        self.batches += 1
-        self._signals.start_batch()
+            self.waited = 0
+        self.waited += 1
+        if self.step is None or (step > self.step and not self.had_backward and not self._read):
+            self.step = step
+            self._read, self._closures = [], {}
+            self.backwards = 0
+            self._scale, self._multiplier = None, 1.0
+            if not self.is_muted:
+                self._signals.drop()
+                if not self._layers.covers(self._model):  # layers were added or replaced in the run
+                    self._look_at_model()
+                self._gradients = GradientProbe(self._layers, self._transfer)
+        self._in_batch = True
+        self._backwards_before = self.backwards
+        if not self.is_muted:
+            self._signals.start_batch()
 
     def before_backward(self) -> None:
         """A forward pass is over."""
-        self._signals.before_backward()
+        if not self.is_muted:
+            self._signals.before_backward()
 
     def after_backward(self, more_to_come: bool) -> None:
         """A backward pass is over; in manual optimization another forward pass of the same batch may follow."""
-        self._backward_came = True
+        self.backwards += 1
+        if self.is_muted:
+            return
+        self._signals.after_backward()
         if more_to_come:
             self._signals.next_forward()
 
-    def read_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Reads the gradients an optimizer is about to use: once a step, and only if a backward pass made them."""
-        if id(optimizer) in self._read or not self._backward_came:
-            return
-        self._read.add(id(optimizer))
-        if self._measures_gradients:
-            self._gradients.measure(p for group in optimizer.param_groups for p in group["params"])
+    def is_first_reading(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer is about to step for the first time in this sample.
 
-    def take_loss(self, step: int, loss: Tensor, factor: int = 1) -> None:
+        One that asks for the gradients again in the same step, as L-BFGS does, is read once.
+        """
+        key = id(optimizer)
+        self._closures[key] = self._closures.get(key, 0) + 1
+        if key in self._read:
+            return False
+        self._read.append(key)
+        return True
+
+    def read_gradients(self, optimizer: torch.optim.Optimizer, scale: Tensor | None, factor: float, raw: bool) -> None:
+        """Reads the gradients that an optimizer is about to use.
+
+        Args:
+            optimizer: the one that is about to step.
+            scale: the factor of the gradient scaler that this backward pass was made with.
+            factor: turns the accumulated gradient into that of the mean loss over the batches that there were.
+            raw: whether the gradients still carry the scale.
+        """
+        self._scale, self._multiplier = scale, factor
+        if self.is_muted or not self._measures_gradients:
+            return
+        self._layers.find_owners(self._model)
+        multiplier: Tensor | float = factor
+        if raw and scale is not None:
+            multiplier = factor / scale.to(torch.float64 if self.device.type != "mps" else torch.float32)
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        self._gradients.measure(self._read.index(id(optimizer)), parameters, multiplier)
+
+    def after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Reads what the step of an optimizer changed."""
+        if self.is_muted or not self._measures_gradients or id(optimizer) not in self._read:
+            return
+        self._gradients.after_step(
+            self._read.index(id(optimizer)), gradients_changed=self._closures.get(id(optimizer), 1) > 1
+        )
+
+    def take_loss(self, step: int, loss: Tensor, factor: float = 1) -> None:
         """Keeps a reference to the loss of a batch, to be multiplied by `factor` later; nothing is computed."""
         self._losses.append((step, loss, factor))
 
-    def end_batch(self) -> None:
-        """A batch is over and the step is not: validation may come before the next."""
-        self._signals.before_backward()
+    def end_batch(self, *, needs_backward: bool = False) -> None:
+        """A batch is over and the step may not be: validation may come before the next.
+
+        Args:
+            needs_backward: whether one for which no backward pass was seen has no part in the step.
+        """
+        in_vain = needs_backward and not self.batch_had_backward
+        self._in_batch = False
+        if self.is_muted:
+            return
+        self._signals.after_backward()
+        if in_vain:
+            self._signals.forget_batch()
+
+    def abandon_step(self) -> None:
+        """No step will be made of the batches so far; the sample waits for the next."""
+        self.backwards = self._backwards_before = 0
+
+    def skip_batch(self) -> None:
+        """The batch that was started is skipped, if there is one; the sample waits for the next."""
+        if self._in_batch:
+            self.end_batch()
 
     def drop(self) -> None:
         """Gives the present sample up, and leaves nothing behind."""
         self._signals.drop()
+        self._transfer.drop()
         self.step = None
 
-    def finish(self, scalars: Mapping[str, float]) -> Row:
-        """The row of the present sample; `scalars` are taken into it. One copy from the device."""
+    # -- after it ---------------------------------------------------------------------------------------------------
+
+    def finish(self, scalars: Mapping[str, float], validation: Tensor | None = None, decision: int = 0) -> Row:
+        """The row of the present sample. One collective where there are several ranks, one copy from the device.
+
+        Args:
+            scalars: taken into the row as they are.
+            validation: (2,) sum and number of the validation losses since the last row.
+            decision: stands for what is about to be done; `is_agreed` then tells whether all ranks are about to do it.
+
+        Raises:
+            RankFailedError: if another rank could not measure.
+        """
         step = self.step if self.step is not None else 0
         self.step = None
-        self._signals.finish()
-        host = self._fetch_with_losses()
-        points = self._signals.collect(host)
-        layers = self._gradients.collect(host)
-        self._history.add_points(list(points))
+        meetings = self._transfer.meetings
+        try:
+            self._signals.finish()
+            self._gradients.finish()
+            if self._scale is not None:
+                self._transfer.put("loss scale", self._scale.reshape(1))
+            self._transfer.share_numbers("decision", [float(decision)])
+            host = self._fetch_with_losses(validation)
+            self.is_agreed = host["decision"][0] == decision * self._transfer.topology.ranks
+        except Exception:
+            if self._transfer.meetings == meetings:  # the others are waiting
+                self.report_failure()
+            raise
+        scale = float(host["loss scale"][0]) if "loss scale" in host else math.nan
+        signals = self._signals.collect(host, self._multiplier / (1.0 if math.isnan(scale) else scale))
+        layers = self._gradients.collect(host, scaled=not math.isnan(scale))
+        self._history.add_points(list(signals.points))
         executed = [point.module for point in self._history.points if point.is_layer]
         present = self._layers.in_order(executed)
         gone = [name for name in self._history.layers if not self._layers.is_layer(name)]
         self._history.layer_axis.reorder([*present, *gone])
-        values = self._columns({point.name: found for point, found in points.items()}, "points")
+        values = self._columns({point.name: found for point, found in signals.points.items()}, "points")
         values |= self._columns(layers, "layers")
-        norms = [found["grad_norm"] for found in layers.values()]
-        totals = {"grad_norm_total": float(np.sqrt(np.square(norms).sum()))} if norms else {}
-        losses = self._losses_by_step(host)
+        losses = self._losses_by_step(host, self._transfer.topology.ranks)
+        found = {**scalars, **self._totals(layers, host, scale), "loss": _mean_loss(losses), "val_loss": _mean(host)}
+        found["delta_floor"] = signals.floor
         return Row(
             step=step,
             values=values,
-            scalars={**_without_nan(scalars), **totals, **_mean_loss(losses)},
+            scalars={name: value for name, value in found.items() if not math.isnan(value)},
             histograms=self._gradients.histograms(host, self._history.layers),
             losses=losses,
+            calls={name: _evenly(calls) for name, calls in signals.calls.items()},
         )
 
-    def rest(self) -> Floats:
-        """(n,) the losses of the steps since the last sample."""
-        return self._losses_by_step(self._fetch_with_losses())
+    def _totals(
+        self, layers: Mapping[str, Mapping[str, float]], host: Mapping[Hashable, Floats], scale: float
+    ) -> dict[str, float]:
+        totals = {"loss_scale": scale}
+        if layers:
+            norms = np.array([found["grad_norm"] for found in layers.values()])
+            totals["grad_norm_total"] = float(np.sqrt(np.square(norms).sum()))
+            totals["clip_factor"] = self._gradients.clip_factor(host, self._multiplier)
+            before = self._history.scalar("clip_factor")[1 - _CLIP_WINDOW :]
+            factors = np.append(before, totals["clip_factor"])
+            factors = factors[np.isfinite(factors)]
+            totals["clipped_fraction"] = float((factors < _CLIPPED).mean()) if factors.size else math.nan
+        if layers and not math.isnan(scale):
+            broken = any(found["grad_nonfinite_fraction"] > 0 for found in layers.values())
+            totals["step_skipped"] = float(broken)
+        return totals
 
-    def _fetch_with_losses(self) -> dict[str, Floats]:
-        if self._losses:
-            self._transfer.put(
-                "losses", torch.stack([loss.detach().float().reshape(()) for _, loss, _ in self._losses])
-            )
-        return self._transfer.fetch()
+    def report_failure(self) -> None:
+        """Takes part in the collective of this sample with nothing but the news that this rank has failed."""
+        self._transfer.drop()
+        self.step, self.others_know = None, True
+        if not self.is_alone:
+            with contextlib.suppress(RankFailedError):
+                self._transfer.fetch(failed=True)
 
-    def _losses_by_step(self, host: Mapping[str, Floats]) -> Floats:
-        """(S,) mean loss of each step since the last row."""
+    def rest(self, validation: Tensor | None = None, *, together: bool = True) -> tuple[Floats, float]:
+        """(n,) the losses of the steps since the last sample, and the mean of the validation losses since then.
+
+        Args:
+            validation: as for `finish`.
+            together: whether all ranks are here; after an error they may not be.
+        """
+        host = self._fetch_with_losses(validation, together=together)
+        return self._losses_by_step(host, 1 if not together else self._transfer.topology.ranks), _mean(host)
+
+    def _fetch_with_losses(self, validation: Tensor | None, *, together: bool = True) -> dict[Hashable, Floats]:
+        share = self._transfer.share if together else self._transfer.put
+        if self._losses or not self.is_alone:
+            # ranks agree on lengths: one that never changes is agreed on once
+            length = len(self._losses) if self.is_alone or not together else _MAX_LOSSES
+            values = [loss.detach().reshape(()).to(self.device, torch.float64) for _, loss, _ in self._losses]
+            padding = torch.zeros(length - len(values), dtype=torch.float64, device=self.device)
+            share("losses", torch.cat([torch.stack(values), padding]) if values else padding)
+        if validation is not None:
+            share("validation", validation)
+        if not together:
+            return self._transfer.fetch_own()
+        try:
+            return self._transfer.fetch()
+        except RankFailedError:
+            self.others_know = True
+            raise
+
+    def _losses_by_step(self, host: Mapping[Hashable, Floats], ranks: int) -> Floats:
+        """(S,) mean loss of each step since the last row, over so many ranks."""
         steps = np.array([step for step, _, _ in self._losses], dtype=np.int64)
-        values = host.get("losses", np.empty(0)) * np.array([factor for _, _, factor in self._losses], dtype=np.float64)
+        factors = np.array([factor for _, _, factor in self._losses], dtype=np.float64)
+        values = host.get("losses", np.empty(0))[: len(steps)] * factors / ranks
         self._losses.clear()
         return np.array([values[steps == step].mean() for step in np.unique(steps)], dtype=np.float64)
 
@@ -176,14 +352,38 @@ class Sampler:
                 column[names.identity(name)] = value
         return {metric: columns[metric] for metric in METRICS if metric in columns}
 
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
-def _without_nan(scalars: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in scalars.items() if not math.isnan(value)}
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if nothing had happened: the losses since the last row, silent units."""
+        # what a checkpoint holds comes from one rank, whose losses alone are not those of the run
+        pending = self._losses if self.is_alone else ()
+        losses = [loss.detach().reshape(()).to(self.device, torch.float64) for _, loss, _ in pending]
+        values = torch.stack(losses).tolist() if losses else []
+        return {
+            "losses": [[step, x, factor] for (step, _, factor), x in zip(pending, values, strict=True)],
+            "silent": self._signals.silent.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` gave."""
+        for step, loss, factor in state["losses"]:
+            self._losses.append((int(step), torch.tensor(loss, dtype=torch.float64), factor))
+        self._signals.silent.load_state_dict(state["silent"])
 
 
-def _mean_loss(losses: Iterable[float]) -> dict[str, float]:
+def _mean(host: Mapping[Hashable, Floats]) -> float:
+    total, number = host.get("validation", np.zeros(2))
+    return measured(total / number) if number else math.nan
+
+
+def _mean_loss(losses: Floats) -> float:
     """Non-finite losses were measured: their mean is infinite, not missing."""
-    values = np.array(list(losses))
-    if not values.size:
-        return {}
-    return {"loss": float(values.mean()) if np.isfinite(values).all() else math.inf}
+    return measured(float(losses.mean())) if losses.size else math.nan
+
+
+def _evenly(calls: Floats) -> Floats:
+    if len(calls) <= MAX_CALLS:
+        return calls
+    chosen: Floats = calls[np.rint(np.linspace(0, len(calls) - 1, MAX_CALLS)).astype(np.int64)]
+    return chosen

@@ -6,18 +6,41 @@ import math
 from pathlib import Path
 from typing import Any
 
-_NOT_MEASURED_UNDER = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy", "XLAFSDPStrategy")
+import torch
+from torch import Tensor
+
+from lightning_gradflow.probes.ranks import Topology
+
+_OFF_UNDER = ("XLAStrategy", "XLAFSDPStrategy", "SingleDeviceXLAStrategy")
+_NO_GRADIENTS_UNDER = ("FSDPStrategy", "DeepSpeedStrategy")
 
 
 def unsupported(trainer: Any) -> str | None:
-    """Why the numbers would be wrong in this training, or None."""
-    for name in (kind.__name__ for kind in type(trainer.strategy).__mro__):
-        if name in _NOT_MEASURED_UNDER:
-            return f"gradients are sharded under {name}, which is not supported yet"
-    # private; seen in torch 2.6 to 2.13
-    if loss_scale(trainer) > 0 and any(getattr(o, "_step_supports_amp_scaling", False) for o in trainer.optimizers):
-        return "a fused optimizer takes gradients that a gradient scaler has scaled, which is not supported yet"
-    return None
+    """Why nothing can be measured in this training, or None."""
+    name = _strategy(trainer, _OFF_UNDER)
+    return f"tensors are lazy under {name}, and to read them would compile the model anew" if name else None
+
+
+def without_gradients(trainer: Any) -> str | None:
+    """Why gradients of parameters cannot be measured in this training, while the rest can, or None."""
+    name = _strategy(trainer, _NO_GRADIENTS_UNDER)
+    return f"{name} keeps them in flat shards that belong to no layer; ModelParallelStrategy does not" if name else None
+
+
+def _strategy(trainer: Any, names: tuple[str, ...]) -> str | None:
+    return next((kind.__name__ for kind in type(trainer.strategy).__mro__ if kind.__name__ in names), None)
+
+
+def topology(trainer: Any) -> Topology:
+    """How the ranks of the Trainer divide the work."""
+    ranks = int(trainer.world_size)
+    if ranks == 1:
+        return Topology()
+    # how many distinct batches there are is what Lightning gives to its DistributedSampler
+    sampled = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+    data = int(sampled.get("num_replicas", ranks))
+    model = ranks // data
+    return Topology(data, model, trainer.strategy.device_mesh["tensor_parallel"].get_local_rank() if model > 1 else 0)
 
 
 def callbacks(trainer: Any) -> list[Any]:
@@ -45,9 +68,33 @@ def window_is_complete(trainer: Any) -> bool:
     return not trainer.fit_loop._should_accumulate()  # private; seen in 2.5.0 to 2.6.6
 
 
-def loss_scale(trainer: Any) -> float:
-    """1 where a gradient scaler is at work, else NaN."""
-    return 1.0 if getattr(trainer.precision_plugin, "scaler", None) is not None else math.nan
+def skips_backward(trainer: Any) -> bool:
+    """Whether this epoch makes no backward pass: the one in which weight averaging renews the BatchNorm statistics."""
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))  # private; seen in 2.5.0 to 2.6.6
+
+
+def loss_scale(trainer: Any, device: torch.device) -> Tensor | None:
+    """The factor of the gradient scaler, as a scalar on the device; None without one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return None
+    # its own way to hand the factor out makes a copy to the host
+    scale: Tensor = scaler.scale(torch.ones((), device=device))
+    return scale
+
+
+def makes_no_step(trainer: Any, batch_had_backward: bool) -> bool:
+    """Whether the optimizer is not called although its hook was: so under a scaler after a batch without a loss.
+
+    The gradients of the batches before it in the window still carry the scale then, and are thrown away.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and trainer.lightning_module.automatic_optimization and not batch_had_backward
+
+
+def takes_scaled_gradients(optimizer: Any) -> bool:
+    """Whether an optimizer takes the gradients as the scaler left them, which fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))  # private; seen in torch 2.6 to 2.13
 
 
 def steps_per_epoch(trainer: Any) -> float:

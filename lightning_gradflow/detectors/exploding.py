@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
-from lightning_gradflow.detectors.profile import depth_profile, recent_profiles
+from lightning_gradflow.detectors.profile import depth_profile, is_skipped, recent_profiles
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
@@ -21,7 +21,8 @@ class ExplodingGradient:
 
     With depth: the span of the depth profile is at or above `max_growth` decades in the last two samples, or in the
     first. In time: the total gradient norm of the last two samples is above `max_jump` times the median of all before,
-    and the loss is above all that it was: big gradients alone, with a loss that falls, are left alone.
+    and the loss is above all that it was: big gradients alone, with a loss that falls, are left alone. Steps that a
+    gradient scaler skipped do not count: there the gradient was infinite because of the scale.
 
     Args:
         max_growth: decades that the signal may gain from the last to the first layer, in (0, 100). The default of 4 is
@@ -80,14 +81,18 @@ class ExplodingGradient:
         ]
 
     def _cause(self, history: History, gain: float) -> str:
-        first = next(p for i in range(len(history)) if (p := depth_profile(history, i)) is not None)
+        first = next(
+            p
+            for i, row in enumerate(history.rows)
+            if not is_skipped(row) and (p := depth_profile(history, i)) is not None
+        )
         if first.span < self.max_growth / 2:
             return "learning_rate_too_large"  # it was well at first, and the steps made it so
         return "weight_scale" if gain > _LARGE_WEIGHT_GAIN else "depth"
 
     def _in_time(self, history: History) -> list[Finding]:
         total, loss = history.scalar("grad_norm_total"), history.scalar("loss")
-        known = np.isfinite(total)
+        known = np.isfinite(total) & ~np.array([is_skipped(row) for row in history.rows], dtype=bool)
         total, loss = total[known], loss[known]
         if len(total) < _MIN_PAST + 2 or not known[-1]:
             return []

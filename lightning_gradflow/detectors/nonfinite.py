@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,13 +24,18 @@ class NonfiniteGradient:
     itself (`loss`), or the backward pass (`backward`): the last point whose delta is not finite, for errors travel from
     the loss towards the first layer.
 
+    Under a gradient scaler a backward pass that overflows is no finding: the step is skipped and the scale halved, and
+    the next may pass. It is one if the last two samples were not finite although the scale is below `min_scale`. What
+    is not finite in the forward pass or the loss was so before the scale came in, and is found at once.
+
     Args:
-        scaled_patience: samples in a row that must be non-finite where a gradient scaler is at work, in [1, inf). A
-            scaler meets infinity on purpose and skips the step. The default of 5 allows it to halve its scale often
-            enough to come from 65536 to where most networks are, since the first samples are dense.
+        min_scale: scale of a gradient scaler below which a backward pass that is still not finite is found, in
+            (0, inf). By default 1: below, the gradients would overflow without a scaler too, or there is a NaN that
+            no scale mends. From the usual start of 65536 that is after 17 skipped steps, so it is told at step 32, or
+            at the second sample where it begins later. A larger limit would find what the scaler is about to mend.
 
     Raises:
-        ValueError: if `scaled_patience` is out of its range.
+        ValueError: if `min_scale` is out of its range.
 
     Example:
         >>> from lightning_gradflow.history import Point, Row
@@ -42,22 +48,20 @@ class NonfiniteGradient:
         [('forward', ('fc2',))]
     """
 
-    scaled_patience: int = 5
+    min_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_range("scaled_patience", self.scaled_patience, 1, float("inf"), open_low=False, whole=True)
+        check_range("min_scale", self.min_scale, 0, float("inf"))
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
         fractions = history["grad_nonfinite_fraction"]
         if not fractions.size:
             return []
-        scaled = history.scalar("loss_scale")[-1] > 0
-        needed = self.scaled_patience if scaled else 1
         broken = np.asarray((fractions > 0).any(axis=1))
         # a rectifier may turn NaN into zero on the way back: the gradients are finite, and worth nothing
         broken |= np.array([_mostly_nonfinite(row.losses) for row in history.rows])
-        if len(broken) < needed or not broken[-needed:].all():
+        if not broken[-1]:
             return []
         row = history.rows[-1]
         outputs, deltas = history["output_rms"][-1], history["delta_norm"][-1]
@@ -71,6 +75,8 @@ class NonfiniteGradient:
             began = [modules[i] for i in np.flatnonzero(np.isposinf(deltas))[::-1]]
             gradients = [history.layers[i] for i in np.flatnonzero(fractions[-1] > 0)[::-1]]
             cause, layers = "backward", [*began, *gradients]
+            if self._may_pass(history, bool(broken[-2:-1].any())):
+                return []
         return [
             Finding(
                 kind=FindingKind.NONFINITE_GRADIENT,
@@ -81,6 +87,14 @@ class NonfiniteGradient:
                 evidence={"nonfinite_layers": float((fractions[-1] > 0).sum()), "loss": float(loss)},
             )
         ]
+
+    def _may_pass(self, history: History, was_broken: bool) -> bool:
+        """Whether a gradient scaler left the step out and may still find a scale at which the next one passes."""
+        row = history.rows[-1]
+        scale = row.scalars.get("loss_scale", math.nan)
+        if math.isnan(scale) or row.scalars.get("step_skipped") == 0 or _mostly_nonfinite(row.losses):
+            return False  # no scaler, or one that let the step through, or a loss that it cannot mend
+        return scale >= self.min_scale or not was_broken
 
 
 def _mostly_nonfinite(losses: Floats) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_gradflow.detectors.trend import theil_sen
-from lightning_gradflow.history import Floats, History, Point
+from lightning_gradflow.history import Floats, History, Point, Row
 
 _MIN_FOR_STEPS = 6  # points: in fewer one step may be all the depth there is
 
@@ -26,6 +26,8 @@ class DepthProfile:
         span: `slope * (number of usable points - 1)`, in decades: negative where the signal dies on its way to
             the first layer, positive where it grows, near 0 where it arrives. Being a ratio it does not
             depend on the size of the loss.
+        headroom: (P,) bits between each delta, as the backward pass held it, and the smallest number of its format;
+            NaN where it was not measured.
     """
 
     step: int
@@ -33,6 +35,7 @@ class DepthProfile:
     delta_norm: Floats
     slope: float
     span: float
+    headroom: Floats
 
     @property
     def usable(self) -> npt.NDArray[np.bool_]:
@@ -59,15 +62,23 @@ class DepthProfile:
 
 
 def recent_profiles(history: History, count: int) -> list[DepthProfile]:
-    """The profiles of the last `count` rows that have one, newest first; fewer where there are fewer."""
+    """The profiles of the last `count` rows that have one, newest first; fewer where there are fewer.
+
+    A step that a gradient scaler skipped tells nothing: it overflowed on the way, at a scale that no other step has.
+    """
     found: list[DepthProfile] = []
     for row in range(len(history) - 1, -1, -1):
-        profile = depth_profile(history, row)
+        profile = None if is_skipped(history.rows[row]) else depth_profile(history, row)
         if profile is not None:
             found.append(profile)
         if len(found) == count:
             break
     return found
+
+
+def is_skipped(row: Row) -> bool:
+    """Whether a gradient scaler met infinity in this step and left it out, which is what it is there for."""
+    return row.scalars.get("step_skipped") == 1
 
 
 def depth_profile(history: History, row: int = -1) -> DepthProfile | None:
@@ -96,8 +107,8 @@ def depth_profile(history: History, row: int = -1) -> DepthProfile | None:
         return None
     source = history.rows[row]
     order = history.point_axis.order
-    deltas = _column(source.values["delta_norm"], order)
-    passes = _column(source.values.get("backward_pass", np.zeros(len(order))), order)
+    deltas = in_order(source.values["delta_norm"], order)
+    passes = in_order(source.values.get("backward_pass", np.zeros(len(order))), order)
     measured = ~np.isnan(deltas)
     if not measured.any():
         return None
@@ -105,6 +116,7 @@ def depth_profile(history: History, row: int = -1) -> DepthProfile | None:
     chosen = measured & (passes == numbers[np.argmax(counts)])
     points = tuple(point for point, keep in zip(history.points, chosen, strict=True) if keep)
     deltas = deltas[chosen]
+    headroom = in_order(source.values.get("delta_headroom", np.empty(0)), order)[chosen]
     logs = np.log10(deltas[np.isfinite(deltas) & (deltas > 0)])
     n = len(logs)
     if n < 2:
@@ -113,7 +125,7 @@ def depth_profile(history: History, row: int = -1) -> DepthProfile | None:
         slope = float(logs[0] - logs[-1]) / (n - 1)
     else:
         slope = -theil_sen(np.arange(n, dtype=np.float64), _without_lone_step(logs))
-    return DepthProfile(source.step, points, deltas, slope, slope * (n - 1))
+    return DepthProfile(source.step, points, deltas, slope, slope * (n - 1), headroom)
 
 
 def _without_lone_step(logs: Floats) -> Floats:
@@ -131,7 +143,7 @@ def _without_lone_step(logs: Floats) -> Floats:
     return np.concatenate([logs[:1], logs[0] + np.cumsum(steps)])
 
 
-def _column(values: Floats, order: npt.NDArray[np.int64]) -> Floats:
+def in_order(values: Floats, order: npt.NDArray[np.int64]) -> Floats:
     """Values by identity -> values in order, NaN for names younger than the row."""
     padded = np.full(len(order), np.nan)
     padded[: len(values)] = values

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_gradflow.history import Ints
 
 
 class SilentUnits:
@@ -17,7 +23,7 @@ class SilentUnits:
 
     Example:
         >>> silent = SilentUnits(window=2)
-        >>> [silent.update("relu", torch.tensor([True, False])).item() for _ in range(3)]
+        >>> [silent.update("relu", np.array([True, False])) for _ in range(3)]
         [nan, 0.5, 0.5]
     """
 
@@ -26,23 +32,32 @@ class SilentUnits:
             raise ValueError(f"window must be in [1, inf), got {window!r}")
         self._window = window
         self._samples: dict[str, int] = {}
-        self._silent: dict[str, Tensor] = {}
+        self._silent: dict[str, Ints] = {}
 
-    def update(self, name: str, active: Tensor) -> Tensor:
+    def update(self, name: str, active: npt.NDArray[np.bool_]) -> float:
         """Takes one sample of an activation.
 
         Args:
             name: which activation.
-            active: (U,) bool, the units that left their flat side. A new U (a sequence of another length) starts anew.
+            active: (U,) the units that left their flat side. A new U (a sequence of another length) starts anew.
 
         Returns:
-            The share of dead units, a scalar on the device; NaN before there are `window` samples.
+            The share of dead units; NaN before there are `window` samples.
         """
         silent = self._silent.get(name)
         if silent is None or silent.shape != active.shape:
-            silent, self._samples[name] = torch.zeros_like(active, dtype=torch.int64), 0
+            silent, self._samples[name] = np.zeros(active.shape, dtype=np.int64), 0
         self._samples[name] += 1
-        self._silent[name] = torch.where(active, 0, silent + 1)
+        self._silent[name] = np.where(active, 0, silent + 1)
         if self._samples[name] < self._window:
-            return torch.full((), torch.nan, device=active.device)
-        return (self._silent[name] >= self._window).float().mean()
+            return math.nan
+        return float((self._silent[name] >= self._window).mean())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts as arrays, so that a resumed run does not have to see a whole window first."""
+        return {name: [samples, self._silent[name]] for name, samples in self._samples.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` gave."""
+        self._samples = {name: int(samples) for name, (samples, _) in state.items()}
+        self._silent = {name: np.asarray(silent, dtype=np.int64) for name, (_, silent) in state.items()}

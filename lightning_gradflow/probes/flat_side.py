@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _CHANNELS = ("out_channels", "num_features", "num_channels")
@@ -20,6 +21,8 @@ def saturated(op: str, output: Tensor, arguments: Mapping[str, Any]) -> Tensor |
         >>> saturated("tanh", torch.tensor([-1.0, 0.5, 0.999]), {})
         tensor([ True, False,  True])
     """
+    if output.dtype in (torch.float16, torch.bfloat16):
+        output = output.float()  # else the limits are rounded to half precision too
     if op in ("sigmoid", "hardsigmoid"):
         return (output < _NEAR) | (output > 1 - _NEAR)
     if op in ("tanh", "softsign"):
@@ -43,6 +46,8 @@ def flat(op: str, output: Tensor, arguments: Mapping[str, Any]) -> Tensor | None
     """
     if op in ("relu", "relu6", "hardswish"):
         return output == 0
+    if output.dtype in (torch.float16, torch.bfloat16):
+        output = output.float()
     if op in ("gelu", "silu", "mish"):
         return (output <= 0) & (output > -_NEAR)
     if op == "softplus":
@@ -54,12 +59,13 @@ def flat(op: str, output: Tensor, arguments: Mapping[str, Any]) -> Tensor | None
     return None
 
 
-def units(values: Tensor, layer: nn.Module | None) -> Tensor | None:
+def units(values: Tensor, layer: nn.Module | None, parts: int = 1) -> Tensor | None:
     """(..., U, ...) -> (N, U): one column a unit. Channels for convolutions and their norms, else the last axis.
 
     Args:
         values: the output of an activation, or a mask of its shape.
         layer: the layer that it follows, whose width tells which axis the units are on.
+        parts: ranks that the units of a layer may be split over, in [1, inf).
 
     Returns:
         None where no axis is one of units: a value for each sample (a hinge in the loss), or no axis as wide as the
@@ -75,12 +81,17 @@ def units(values: Tensor, layer: nn.Module | None) -> Tensor | None:
     if values.dim() < 2:
         return None
     channels = _first_width(layer, _CHANNELS)
-    if values.dim() > 2 and values.shape[1] == channels:
+    if values.dim() > 2 and channels is not None and _is_width(values.shape[1], channels, parts):
         values = values.movedim(1, -1)
     width = channels if channels is not None else _first_width(layer, _WIDTHS)
-    if width is not None and values.shape[-1] != width:
+    if width is not None and not _is_width(values.shape[-1], width, parts):
         return None
     return values.reshape(-1, values.shape[-1])
+
+
+def _is_width(size: int, width: int, parts: int) -> bool:
+    """Whether an axis of that size holds all units of a layer, or those of one of its parts."""
+    return size == width or (parts > 1 and width // parts <= size <= -(-width // parts))
 
 
 def _first_width(layer: nn.Module | None, names: tuple[str, ...]) -> int | None:

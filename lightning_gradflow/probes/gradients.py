@@ -1,38 +1,64 @@
-"""Statistics of parameter gradients: a few fused passes over all tensors, nothing on the host until it is fetched."""
+"""Statistics of parameter gradients and of the step that is made with them: a few fused passes over all tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from lightning_gradflow.history import Floats, Ints
 from lightning_gradflow.metrics import HISTOGRAM_BINS, MIN_EXPONENT, measured
 from lightning_gradflow.probes.layers import LayerMap
+from lightning_gradflow.probes.shards import complete, copies, is_sharded, local
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
 _SAMPLED_ENTRIES = 4096  # per tensor for histograms: a share is then known to 0.8 points, at any size of the tensor
+_WIDTH = HISTOGRAM_BINS + 2
+_SUMS = ("norm", "sum", "nonzero", "nonfinite", "weight", "update", "clipped")
+
+
+@dataclass
+class _Group:
+    """Parameters of one optimizer on one device."""
+
+    optimizer: int
+    device: torch.device
+    is_shared: bool
+    parameters: list[nn.Parameter]
+    owners: list[str] = field(default_factory=list)
+    numel: list[int] = field(default_factory=list)
+    has_gradient: list[bool] = field(default_factory=list)
+    before: list[Tensor] = field(default_factory=list)  # the weights that the optimizer is about to change
+    found: dict[str, Tensor] = field(default_factory=dict)
 
 
 class GradientProbe:
-    """Reads the gradients of one optimizer step, just before the optimizer uses them.
+    """Reads the gradients of one optimizer step, just before the optimizer uses them, and what the step changes.
 
     Gradients are read as they are: accumulated over micro-batches, before clipping. Norms are summed in float64, so
     that a gradient of 1e-30 is not taken for zero. Entries for histograms are an even selection, 4096 a tensor at most.
+    While the optimizer steps, a copy of its parameters is held: an embedding changes in few of its rows, so that no
+    selection would do.
+
+    Of a parameter that is sharded over ranks each rank reads its part, and the transfer sums them up. Where none is,
+    every rank has the whole gradients, and nothing has to be summed.
 
     Args:
         layers: whose parameters are read.
-        transfer: what carries the numbers to the host.
+        transfer: what carries the numbers to the host, summed over ranks where parameters are sharded.
 
     Example:
         >>> net = nn.Linear(2, 1, bias=False)
         >>> net.weight.grad = torch.tensor([[3.0, 4.0]])
         >>> transfer = Transfer()
         >>> probe = GradientProbe(LayerMap(net), transfer)
-        >>> probe.measure(net.parameters())
+        >>> probe.measure(0, net.parameters())
+        >>> probe.finish()
         >>> probe.collect(transfer.fetch())["(root)"]["grad_norm"]
         5.0
     """
@@ -40,101 +66,236 @@ class GradientProbe:
     def __init__(self, layers: LayerMap, transfer: Transfer) -> None:
         self._layers = layers
         self._transfer = transfer
-        self._owners: list[str] = []
-        self._numel: list[int] = []
-        self._histogram_owners: list[list[str]] = []
-        self._batches = 0
+        self._groups: list[_Group] = []
 
     @property
     def is_empty(self) -> bool:
         """Whether no gradient was there to be measured."""
-        return not self._owners
+        return not self._groups
 
     @torch.no_grad()
-    def measure(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Reads the gradients of `parameters`; those without a gradient are left out, and so missing, not zero."""
+    def measure(self, optimizer: int, parameters: Iterable[nn.Parameter], multiplier: Tensor | float = 1.0) -> None:
+        """Reads the gradients of `parameters`; those without a gradient are left out, and so missing, not zero.
+
+        Args:
+            optimizer: which one is about to step; each has its own clipping and its own update.
+            parameters: those of the optimizer.
+            multiplier: turns the gradients as they are into those of the mean loss; a scalar.
+        """
+        members = [p for p in parameters if self._layers.owner(p) is not None and p.numel()]
+        # beside sharded parameters nobody sees to it that the gradients of others are the same on all ranks
+        is_shared = not self._transfer.is_alone and any(is_sharded(parameter) for parameter in members)
         by_device: dict[torch.device, list[nn.Parameter]] = {}
-        for parameter in parameters:
-            if parameter.grad is not None and self._layers.owner(parameter) is not None and parameter.numel():
+        for parameter in members:
+            # ranks that share agree on a list; else those without a gradient are left out
+            if is_shared or parameter.grad is not None:
                 by_device.setdefault(parameter.device, []).append(parameter)
-        for device, group in by_device.items():
-            self._measure_device(device, group)
+        for device, its_members in by_device.items():
+            group = _Group(optimizer, device, is_shared, its_members)
+            self._measure_group(group, multiplier)
+            self._groups.append(group)
 
-    def _measure_device(self, device: torch.device, parameters: list[nn.Parameter]) -> None:
-        gradients = [_dense(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        weights = [_real(parameter.detach()) for parameter in parameters]
-        wide = wide_dtype(device)
-        put = {
-            "norm": torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)),
-            "sum": torch.stack(torch._foreach_norm(gradients, 1, dtype=wide)),
-            "max": torch.stack(torch._foreach_norm(gradients, torch.inf)),
-            "nonzero": torch.stack([torch.count_nonzero(g) for g in gradients]),
-            "nonfinite": torch.stack([torch.isfinite(g).logical_not_().sum() for g in gradients]),
-            "weight": torch.stack(torch._foreach_norm(weights, 2, dtype=wide)),
-            "exponents": torch.stack([_exponents(g) for g in gradients]).flatten(),
-        }
-        for name, tensor in put.items():
-            self._transfer.put(f"gradients/{self._batches}/{name}", tensor)
-        self._batches += 1
-        owners = [self._layers.owner(parameter) or "" for parameter in parameters]
-        self._owners += owners
-        self._histogram_owners.append(owners)
+    def _measure_group(self, group: _Group, multiplier: Tensor | float) -> None:
+        ranks = self._transfer.topology.ranks
+        gradients = [_gradient(parameter) for parameter in group.parameters]
+        weights = [_part(parameter.detach()) for parameter in group.parameters]
+        group.owners = [self._layers.owner(parameter) or "" for parameter in group.parameters]
         # a sparse gradient has entries for the touched rows only; the rest of the parameter is a true zero
-        self._numel += [_real(parameter.detach()).numel() for parameter in parameters]
+        group.numel = [p.numel() * (2 if p.is_complex() else 1) for p in group.parameters]
+        group.has_gradient = [parameter.grad is not None for parameter in group.parameters]
+        group.before = [weight.clone() for weight in weights]
+        wide = wide_dtype(group.device)
+        there = [_or_one_zero(gradient) for gradient in gradients]
+        put = group.found
+        put["norm"] = torch.stack(torch._foreach_norm(there, 2, dtype=wide)) * multiplier
+        put["sum"] = torch.stack(torch._foreach_norm(there, 1, dtype=wide)) * multiplier
+        put["max"] = torch.stack(torch._foreach_norm(there, torch.inf)).to(wide) * multiplier
+        put["nonzero"] = torch.stack([torch.count_nonzero(g) for g in there])
+        put["nonfinite"] = torch.stack([torch.isfinite(g).logical_not_().sum() for g in there])
+        put["weight"] = torch.stack(torch._foreach_norm([_or_one_zero(w) for w in weights], 2, dtype=wide))
+        put["exponents"] = torch.stack([_exponents(g, multiplier) for g in gradients]).flatten()
+        if group.is_shared:
+            # squares add up over ranks; a part that several ranks hold counts once
+            share = _on_device([1 / copies(p, ranks) for p in group.parameters], group.device)
+            has = _on_device([float(has) for has in group.has_gradient], group.device)
+            put["share"], put["has"] = share, has * share
+            put["weight"] = put["weight"] * has
 
-    def collect(self, host: Mapping[str, Floats]) -> dict[str, dict[str, float]]:
-        """The statistics of each layer that was measured, out of what was fetched: layer -> metric -> value."""
-        if not self._owners:
-            return {}
-        columns = {
-            name: np.concatenate([host[f"gradients/{i}/{name}"] for i in range(self._batches)])
-            for name in ("norm", "sum", "max", "nonzero", "nonfinite", "weight")
-        }
-        numel = np.array(self._numel, dtype=np.float64)
-        owners = np.array(self._owners)
+    @torch.no_grad()
+    def after_step(self, optimizer: int, *, gradients_changed: bool = False) -> None:
+        """Reads what the step of an optimizer changed, and what clipping had left of its gradients.
+
+        Args:
+            optimizer: which one has stepped.
+            gradients_changed: whether it has made further backward passes since `measure`, as L-BFGS does: then the
+                gradients of now tell nothing about clipping.
+        """
+        for group in self._groups:
+            if group.optimizer != optimizer or not group.before:
+                continue
+            wide = wide_dtype(group.device)
+            now = [_part(parameter.detach()) for parameter in group.parameters]
+            torch._foreach_sub_(group.before, now)
+            norms = torch.stack(torch._foreach_norm([_or_one_zero(t) for t in group.before], 2, dtype=wide))
+            group.found["update"] = norms * group.found["has"].sign() if group.is_shared else norms
+            group.before = []
+            if not gradients_changed and [p.grad is not None for p in group.parameters] == group.has_gradient:
+                left = [_or_one_zero(_gradient(parameter)) for parameter in group.parameters]
+                group.found["clipped"] = torch.stack(torch._foreach_norm(left, 2, dtype=wide))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Hands everything to the transfer."""
+        for i, group in enumerate(self._groups):
+            group.before = []
+            if not group.is_shared:
+                for name, tensor in group.found.items():
+                    self._transfer.put(_key(i, group, name), tensor)
+                continue
+            share = group.found["share"]
+            for name, tensor in group.found.items():
+                if name in ("norm", "weight", "update", "clipped"):
+                    tensor = tensor.square() * share
+                elif name in ("sum", "nonzero", "nonfinite"):
+                    tensor = tensor * share
+                elif name == "exponents":
+                    tensor = (tensor.reshape(-1, _WIDTH) * share[:, None]).flatten()
+                elif name == "max":  # sums are all that a collective makes: each rank has a row of its own
+                    rows = tensor.new_zeros((self._transfer.topology.ranks, len(tensor)))
+                    rows[torch.distributed.get_rank()] = tensor
+                    tensor = rows.flatten()
+                self._transfer.share(_key(i, group, name), tensor)
+
+    def collect(self, host: Mapping[Hashable, Floats], *, scaled: bool = False) -> dict[str, dict[str, float]]:
+        """The statistics of each layer that was measured, out of what was fetched: layer -> metric -> value.
+
+        Args:
+            host: what was fetched.
+            scaled: whether a gradient scaler is at work, which skips a step for gradients that are not finite.
+        """
+        columns, owners = self._columns(host)
+        if scaled:
+            for optimizer in np.unique(columns["optimizer"]):
+                mine = columns["optimizer"] == optimizer
+                if columns["nonfinite"][mine].sum() > 0:
+                    columns["update"][mine] = np.nan
         found = {}
-        for layer in dict.fromkeys(self._owners):
-            mine = owners == layer
-            total = float(numel[mine].sum())
-            norm = measured(float(np.sqrt(np.square(columns["norm"][mine]).sum())))
-            found[layer] = {
-                "grad_norm": norm,
-                "grad_rms": norm / float(np.sqrt(total)),
-                "grad_mean_abs": measured(float(columns["sum"][mine].sum()) / total),
-                "grad_max_abs": measured(float(columns["max"][mine].max())),
-                "grad_zero_fraction": 1.0 - float(columns["nonzero"][mine].sum()) / total,
-                "grad_nonfinite_fraction": float(columns["nonfinite"][mine].sum()) / total,
-                "weight_norm": measured(float(np.sqrt(np.square(columns["weight"][mine]).sum()))),
+        for layer in dict.fromkeys(owners[columns["has"] > 0]):
+            mine = {name: column[(owners == layer) & (columns["has"] > 0)] for name, column in columns.items()}
+            total = float(mine["numel"].sum())
+            norm, weight, update = (_joint(mine[name]) for name in ("norm", "weight", "update"))
+            values = {
+                "grad_norm": measured(norm),
+                "grad_rms": measured(norm) / math.sqrt(total),
+                "grad_mean_abs": measured(float(mine["sum"].sum()) / total),
+                "grad_max_abs": measured(float(mine["max"].max())),
+                "grad_zero_fraction": 1.0 - float(mine["nonzero"].sum()) / total,
+                "grad_nonfinite_fraction": float(mine["nonfinite"].sum()) / total,
+                "weight_norm": measured(weight),
             }
+            if not np.isnan(mine["update"]).any():
+                values["update_norm"] = measured(update)
+                if weight > 0:
+                    values["update_ratio"] = measured(update / weight)
+            found[layer] = values
         return found
 
-    def histograms(self, host: Mapping[str, Floats], order: Sequence[str]) -> dict[str, Ints]:
+    def clip_factor(self, host: Mapping[Hashable, Floats], factor: float = 1.0) -> float:
+        """Total norm after clipping / before, in [0, 1]; NaN where that is not known, or a gradient was not finite.
+
+        Args:
+            host: what was fetched.
+            factor: what the gradients before were multiplied by, to be those of the mean loss.
+        """
+        columns, _ = self._columns(host)
+        before, after = _joint(columns["norm"]) / factor, _joint(columns["clipped"])
+        if not (math.isfinite(before) and math.isfinite(after) and before > 0):
+            return math.nan
+        return min(1.0, after / before)
+
+    def _columns(self, host: Mapping[Hashable, Floats]) -> tuple[dict[str, Floats], npt.NDArray[np.str_]]:
+        """Each statistic as one column over all parameters, and the layers that they belong to."""
+        columns: dict[str, list[Floats]] = {name: [] for name in (*_SUMS, "max", "numel", "has", "optimizer")}
+        owners: list[str] = []
+        for i, group in enumerate(self._groups):
+            n = len(group.owners)
+            owners += group.owners
+            columns["optimizer"].append(np.full(n, float(group.optimizer)))
+            columns["numel"].append(np.array(group.numel, dtype=np.float64))
+            columns["has"].append(host[_key(i, group, "has")] if group.is_shared else np.ones(n))
+            for name in (*_SUMS, "max"):
+                column = host.get(_key(i, group, name))
+                if column is None:
+                    columns[name].append(np.full(n, np.nan))
+                    continue
+                column = np.where(np.isfinite(column), column, np.inf)  # NaN is for what was not measured
+                if group.is_shared and name == "max":
+                    column = column.reshape(-1, n).max(axis=0)
+                elif group.is_shared and name in ("norm", "weight", "update", "clipped"):
+                    column = np.sqrt(column)
+                columns[name].append(column)
+        return {name: np.concatenate([*parts, np.empty(0)]) for name, parts in columns.items()}, np.array(owners)
+
+    def histograms(self, host: Mapping[Hashable, Floats], order: Sequence[str]) -> dict[str, Ints]:
         """Exponent histograms of the first and the last third of the layers in `order` (at least one layer each)."""
-        if not self._owners:
+        if not self._groups:
             return {}
-        measured = [layer for layer in order if layer in set(self._owners)]
+        columns, owners = self._columns(host)
+        known = set(owners[columns["has"] > 0])
+        measured = [layer for layer in order if layer in known]
         third = max(1, len(measured) // 3)
         groups = {"grad_hist_early": set(measured[:third]), "grad_hist_late": set(measured[-third:])}
-        width = HISTOGRAM_BINS + 2
-        counts = {name: np.zeros(width, dtype=np.int64) for name in groups}
-        for i, owners in enumerate(self._histogram_owners):
-            table = host[f"gradients/{i}/exponents"].reshape(len(owners), width).astype(np.int64)
+        counts = {name: np.zeros(_WIDTH) for name in groups}
+        for i, group in enumerate(self._groups):
+            table = host[_key(i, group, "exponents")].reshape(len(group.owners), _WIDTH)
             for name, members in groups.items():
-                mine = np.array([owner in members for owner in owners])
+                mine = np.array([owner in members for owner in group.owners])
                 counts[name] += table[mine].sum(axis=0)
-        return counts
+        return {name: np.rint(row).astype(np.int64) for name, row in counts.items()}
 
 
-def _exponents(gradient: Tensor) -> Tensor:
+def _key(i: int, group: _Group, name: str) -> Hashable:
+    """A name for the transfer, where each has one length: another layer may be trained in the next sample."""
+    return "gradients", i, len(group.parameters), name
+
+
+def _joint(norms: Floats) -> float:
+    return math.sqrt(float(np.square(norms).sum()))
+
+
+def _on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=wide_dtype(device)).to(device, non_blocking=True)
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """The part of a parameter that is here, as real numbers."""
+    part = local(complete(tensor))
+    return _real(tensor if part is None else part)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """What is here of a gradient, dense and real: of a sparse one the stored entries; nothing where there is none."""
+    if parameter.grad is None:
+        return _part(parameter.detach()).new_zeros(0)
+    gradient = parameter.grad.detach()
+    return _real(gradient.coalesce().values()) if gradient.is_sparse else _part(gradient)
+
+
+def _or_one_zero(tensor: Tensor) -> Tensor:
+    """Norms want at least one entry."""
+    return tensor if tensor.numel() else tensor.new_zeros(1)
+
+
+def _exponents(gradient: Tensor, multiplier: Tensor | float) -> Tensor:
     """(HISTOGRAM_BINS + 2,) counts of binary exponents of sampled entries, then of zeros, then of non-finite ones."""
     flat = gradient.flatten()
     sample = flat[:: _stride(flat.numel())]
-    sample = sample if sample.dtype == torch.float64 else sample.float()
+    sample = (sample if sample.dtype == torch.float64 else sample.float()) * multiplier
     # frexp gives 0.5 <= mantissa < 1, so that floor(log2 |x|) is its exponent minus one
     bins = (torch.frexp(sample).exponent - 1 - MIN_EXPONENT).clamp(0, HISTOGRAM_BINS - 1)
     bins = torch.where(sample == 0, HISTOGRAM_BINS, bins)
     bins = torch.where(torch.isfinite(sample), bins, HISTOGRAM_BINS + 1)
-    counts = torch.zeros(HISTOGRAM_BINS + 2, dtype=torch.int64, device=flat.device)
+    counts = torch.zeros(_WIDTH, dtype=torch.int64, device=flat.device)
     return counts.index_add_(0, bins, torch.ones_like(bins, dtype=torch.int64))
 
 
@@ -144,14 +305,6 @@ def _stride(numel: int) -> int:
     while math.gcd(stride, numel) > 1:
         stride += 1
     return stride
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    """The entries of a gradient as a dense real tensor; of a sparse one those that are stored, or one zero for none."""
-    if not gradient.is_sparse:
-        return _real(gradient.detach())
-    values = gradient.detach().coalesce().values()
-    return _real(values if values.numel() else values.new_zeros(1))
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+
+from lightning_gradflow.probes.shards import is_sharded
 
 ROOT = "(root)"
 """Stands for the LightningModule itself where it owns parameters directly; its name in `named_modules()` is empty."""
@@ -28,18 +30,27 @@ class LayerMap:
 
     def __init__(self, model: nn.Module) -> None:
         self._module_name: dict[int, str] = {}
-        self._owner: dict[int, str] = {}
+        self._known: set[tuple[int, str]] = set()
         self._modules: dict[str, nn.Module] = {}
         self._leaves: set[str] = set()
+        self._owner: dict[int, str] = {}
         for name, module in model.named_modules():
             self._module_name[id(module)] = name or ROOT
             if next(module.children(), None) is None:
                 self._leaves.add(name or ROOT)
-            for parameter in module._parameters.values():
-                if parameter is not None and id(parameter) not in self._owner:
-                    owner = _parametrized(name) or ROOT
-                    self._owner[id(parameter)] = owner
-                    self._modules.setdefault(owner, model if owner == ROOT else model.get_submodule(owner))
+        self.find_owners(model)
+        for owner in dict.fromkeys(self._owner.values()):
+            self._modules[owner] = model if owner == ROOT else model.get_submodule(owner)
+
+    def find_owners(self, model: nn.Module) -> None:
+        """Looks once more which layer each parameter belongs to: FSDP exchanges them around a forward pass."""
+        self._owner = {}
+        self._known = set()
+        for name, module in model.named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._known.add((id(module), key))
+                    self._owner.setdefault(id(parameter), _parametrized(name) or ROOT)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,9 +77,22 @@ class LayerMap:
         """The layer that a parameter belongs to, or None for a stranger."""
         return self._owner.get(id(parameter))
 
-    def covers(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Whether all of these are known: modules that are built late make a new map necessary."""
-        return all(id(parameter) in self._owner for parameter in parameters)
+    def covers(self, model: nn.Module) -> bool:
+        """Whether all modules and parameters are known: what is built late makes a new map necessary."""
+        return all(
+            id(module) in self._module_name
+            and all((id(module), key) in self._known for key, value in module._parameters.items() if value is not None)
+            for module in model.modules()
+        )
+
+    @property
+    def spread(self) -> tuple[str, ...]:
+        """The layers whose parameters are spread over ranks; their outputs are converted by hooks of their own."""
+        return tuple(
+            name
+            for name, module in self._modules.items()
+            if any(is_sharded(p) for p in module.parameters(recurse=False))
+        )
 
     @property
     def device(self) -> torch.device:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradflow.probes.layers import ROOT, LayerMap
+from lightning_gradflow.probes.shards import is_cut, local
 
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "sigmoid": (torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid, torch.special.expit),
@@ -59,10 +60,10 @@ ActivationSeen = Callable[[str, str, Tensor, Mapping[str, Any]], None]
 class ForwardObserver(TorchFunctionMode):
     """Reports layer outputs and activations in order of execution, between `open` and `close`.
 
-    It uses two process-wide module hooks for the names and a function mode for the activations; no module gets a hook
-    of its own, and after `close` nothing is left. A compiled model runs eagerly while it is open, without being
-    compiled again. What goes on inside a network that is no part of the model (a teacher, a perceptual loss) is not
-    reported.
+    It uses two process-wide module hooks for the names and a function mode for the activations. No module gets a hook
+    of its own, but for layers that are spread over ranks, and after `close` nothing is left. A compiled model runs
+    eagerly while it is open, without being compiled again. What goes on inside a network that is no part of the model
+    (a teacher, a perceptual loss) is not reported.
 
     Args:
         layers: the layers and module names of the model.
@@ -85,9 +86,12 @@ class ForwardObserver(TorchFunctionMode):
         self._guard = guard
         self._stack: list[tuple[nn.Module, str | None]] = []  # what is running; None for a network of others
         self._handles: list[RemovableHandle] = []
+        self._spread: set[str] = set()
+        self.cut_shapes: dict[str, torch.Size | None] = {}
         self._cleanup = contextlib.ExitStack()
         self._entered = False
         self._is_open = False
+        self._repeats = False
 
     @property
     def is_open(self) -> bool:
@@ -101,6 +105,9 @@ class ForwardObserver(TorchFunctionMode):
         self._stack = []
         self._handles.append(register_module_forward_pre_hook(self._before_module))
         self._handles.append(register_module_forward_hook(self._after_module, always_call=True))
+        self._spread = set(self._layers.spread)
+        for name in self._spread:  # last of the module's own hooks, behind the one that makes its output whole
+            self._handles.append(self._layers.module(name).register_forward_hook(self._after_spread_layer))
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled, and the import alone takes seconds
             self._cleanup.enter_context(torch.compiler.set_stance("force_eager"))
             _silence_the_compiler()
@@ -108,6 +115,11 @@ class ForwardObserver(TorchFunctionMode):
             self.__enter__()  # type: ignore[no-untyped-call]
             self._entered = True
         self._is_open = True
+        self._repeats = False
+
+    def follow_backward(self) -> None:
+        """A backward pass starts: what it repeats of the forward pass is reported as well."""
+        self._repeats = True
 
     def close(self) -> None:
         """Stops to report and leaves nothing behind; may be called at any time and any number of times."""
@@ -142,6 +154,10 @@ class ForwardObserver(TorchFunctionMode):
 
     def _before_module(self, module: nn.Module, _args: Any) -> None:
         with self._guard():
+            # a mode is off inside of a call that it was asked about, and `backward` is such a call; what is entered
+            # in a node of the backward pass is left with the node
+            if self._repeats and self._entered and self not in _get_current_function_mode_stack():
+                self.__enter__()  # type: ignore[no-untyped-call]
             name = self._layers.name_of(module)
             if name is not None or self._is_foreign(module):
                 self._stack.append((module, name))
@@ -156,10 +172,21 @@ class ForwardObserver(TorchFunctionMode):
             if self._stack and self._stack[-1][0] is module:
                 self._stack.pop()
             name = self._layers.name_of(module)
-            if name is not None and self._layers.is_layer(name):
-                tensor = first_tensor(output)
-                if tensor is not None:
-                    self._on_layer(name, tensor)
+            if name is not None and name not in self._spread:
+                self._report_layer(name, output)
+            elif name is not None:
+                whole = first_tensor(output)
+                part = local(whole) if whole is not None and is_cut(whole) else None
+                self.cut_shapes[name] = part.shape if part is not None else None
+
+    def _after_spread_layer(self, module: nn.Module, _args: Any, output: Any) -> None:
+        with self._guard():
+            self._report_layer(self._layers.name_of(module), output)
+
+    def _report_layer(self, name: str | None, output: Any) -> None:
+        tensor = first_tensor(output) if name is not None and self._layers.is_layer(name) else None
+        if name is not None and tensor is not None:
+            self._on_layer(name, tensor)
 
 
 def is_measurable(tensor: Tensor) -> bool:

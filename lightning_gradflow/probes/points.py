@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from lightning_gradflow.history import Point
 from lightning_gradflow.probes.layers import LayerMap
 
@@ -49,6 +51,25 @@ class PointNames:
             return self._point((self.last_layer, module, op, nth), f"{layer}/{op}", layer)
         name = f"{layer}/{module}" if module in self._taken else module
         return self._point((self.last_layer, module, op, nth), name, module)
+
+    def known_activation(self, module: str, op: str, among: Collection[Point]) -> Point | None:
+        """The point of an activation that is repeated, in the middle of a pass of which the beginning is not seen.
+
+        Args:
+            module: in whose forward it was applied.
+            op: which activation.
+            among: the points that may be repeated.
+
+        Returns:
+            The point behind the layer that ran last; where none has run yet, the only one that it can be; else None.
+        """
+        nth = self._since_layer.get((module, op), 0)
+        self._since_layer[module, op] = nth + 1
+        if self.last_layer:
+            return self._points.get((self.last_layer, module, op, nth))
+        possible = [p for (_, its_module, its_op, _), p in self._points.items() if (its_module, its_op) == (module, op)]
+        possible = [point for point in possible if point in among]
+        return possible[0] if len(possible) == 1 else None
 
     def _point(self, key: tuple[str, str, str, int], name: str, module: str) -> Point:
         if key not in self._points:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import copy
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,31 +21,69 @@ from lightning_gradflow.probes.flat_side import flat, saturated, units
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.observer import ForwardObserver, is_measurable
 from lightning_gradflow.probes.points import PointNames
-from lightning_gradflow.probes.ranks import PackedSum, world_size
+from lightning_gradflow.probes.shards import is_cut, local
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
+
+
+@dataclass
+class _Deltas:
+    """Loss gradients at one point in one backward pass; tensors stay on the device."""
+
+    squares: dict[int, Tensor] = field(default_factory=dict)  # by call
+    entries: int = 0
+    floor: float = math.nan  # log2 of the smallest positive number that they can hold
 
 
 @dataclass
 class _Seen:
     """What one point gave in the present sample; tensors stay on the device."""
 
-    output_square: list[Tensor] = field(default_factory=list)
+    calls: int = 0  # in the present forward pass
+    without_graph: list[int] = field(default_factory=list)  # those of them that checkpointing may still repeat
+    output_square: Tensor | None = None
     output_count: int = 0
-    saturated: list[Tensor] = field(default_factory=list)
+    saturated: Tensor | None = None
     bounded_count: int = 0
+    is_cut: bool = False  # whether each part of a split model has other entries; else that is told by the values
     active: Tensor | None = None  # (U,) units that left the flat side at least once
-    delta_square: dict[int, list[Tensor]] = field(default_factory=dict)  # by backward pass
+    deltas: dict[int, _Deltas] = field(default_factory=dict)  # by backward pass
+
+
+@dataclass
+class _Call:
+    """Which call of its point an output comes from; that of a repeated one is known when its whole segment is."""
+
+    number: int | None = None
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a sample saw.
+
+    Args:
+        points: point -> metric -> value, in order of execution.
+        calls: name of a point that ran more than once in a forward pass -> (K,) delta norm of each call.
+        floor: log2 of the smallest positive number that the narrowest of the deltas can hold; NaN without deltas.
+    """
+
+    points: Mapping[Point, Mapping[str, float]]
+    calls: Mapping[str, Floats]
+    floor: float = math.nan
 
 
 class SignalProbe:
     """Watches forward and backward of one sampled step, which may take several batches (accumulation).
 
-    The outputs of a module that is called more than once are taken together: a cell in a loop is one point, its delta
-    norm the norm over all its time steps.
+    A module that is called more than once is one point, its delta norm the norm over all calls; beside it stand the
+    delta norms of the single calls, which are the time axis of a cell in a loop.
+
+    Under activation checkpointing of the reentrant kind the first forward pass makes no graph: the gradients are then
+    read off the outputs of the pass that the backward pass repeats, and all else off the first. Where a repeated
+    segment begins with an activation module that is used in several places, its delta is missing.
 
     Args:
         layers: the layers of the model.
-        transfer: what carries the numbers to the host.
+        transfer: what carries the numbers to the host, summed over ranks.
         activations: whether saturation and dead units are wanted besides the signal.
         window: samples in a row in which a unit must stay on its flat side to count as dead, in [1, inf). The
             default of 4 sees four different batches: a unit that fires for one sample in a hundred is then found
@@ -57,7 +97,7 @@ class SignalProbe:
         self._layers = layers
         self._transfer = transfer
         self._activations = activations
-        self._silent = SilentUnits(window)
+        self.silent = SilentUnits(window)
         self._names = PointNames(layers)
         self._observer = ForwardObserver(layers, self._on_layer, self._on_activation, self._inside_the_run)
         self._handles: list[RemovableHandle] = []
@@ -65,7 +105,10 @@ class SignalProbe:
 
     def _reset(self) -> None:
         self._seen: dict[Point, _Seen] = {}
+        self._before: dict[Point, _Seen] = {}  # as it was when the batch began
+        self._segment: dict[Point, list[_Call]] = {}  # what checkpointing has repeated since the last gradient
         self._pass = 0
+        self._repeats = False
         self._error: Exception | None = None
         self._release()
 
@@ -78,41 +121,58 @@ class SignalProbe:
     @property
     def is_observing(self) -> bool:
         """Whether the forward pass is observed at present."""
-        return self._observer.is_open
+        return self._observer.is_open and not self._repeats
 
     @property
     def had_backward(self) -> bool:
         """Whether any loss gradient arrived in this sample."""
-        return any(seen.delta_square for seen in self._seen.values())
+        return any(seen.deltas for seen in self._seen.values())
 
     def start_batch(self) -> None:
         """A batch of the sampled step starts; its backward passes are added to those of the batches before."""
         self._pass = 0
+        self._before = {point: copy.copy(seen) for point, seen in self._seen.items()}
+        self._start_forward()
+
+    def _start_forward(self) -> None:
+        self._cut_shape: torch.Size | None = None
+        self._repeats = False
+        self._segment = {}
         self._names.restart()
+        for seen in self._seen.values():
+            seen.calls, seen.without_graph = 0, []
         self._observer.open()
 
     def before_backward(self) -> None:
-        """Stops to observe: activation checkpointing repeats the forward pass in the backward pass."""
+        """The forward pass is over. What checkpointing repeats from here on is not counted again."""
+        if self._observer.is_open and any(seen.without_graph for seen in self._seen.values()):
+            self._repeats = True
+            self._names.restart()
+            self._observer.follow_backward()
+        else:
+            self._observer.close()
+
+    def after_backward(self) -> None:
+        """A backward pass is over."""
         self._observer.close()
+        self._repeats = False
+
+    def forget_batch(self) -> None:
+        """The batch had no backward pass: it has no part in the step."""
+        self._observer.close()
+        self._seen = self._before
 
     def next_forward(self) -> None:
-        """A backward pass is over, and the same batch has another forward pass to come (manual optimization)."""
+        """The same batch has another forward pass to come (manual optimization)."""
         self._pass += 1
-        self._names.restart()
-        self._observer.open()
+        self._start_forward()
 
     def drop(self) -> None:
         """Forgets the present sample and leaves nothing behind in the model."""
         self._observer.close()
         self._reset()
 
-    def _on_layer(self, name: str, output: Tensor) -> None:
-        self._take(self._names.layer(name), output)
-
-    def _on_activation(self, module: str, op: str, output: Tensor, arguments: Mapping[str, Any]) -> None:
-        seen = self._take(self._names.activation(module, op), output)
-        if self._activations and output.numel():
-            self._take_activation(seen, op, output.detach(), arguments)
+    # -- inside of the user's forward and backward pass -----------------------------------------------------------
 
     @contextlib.contextmanager
     def _inside_the_run(self) -> Iterator[None]:
@@ -122,14 +182,38 @@ class SignalProbe:
         except Exception as error:
             self._error = self._error or error
 
+    def _on_layer(self, name: str, output: Tensor) -> None:
+        point = self._names.layer(name)
+        if self._repeats:
+            self._take_again(point, output)
+        else:
+            seen = self._take(point, output)
+            # the part of a cut output is handed out as a plain tensor, on which activations follow
+            self._cut_shape = self._observer.cut_shapes.get(name)
+            seen.is_cut |= output.shape == self._cut_shape
+
+    def _on_activation(self, module: str, op: str, output: Tensor, arguments: Mapping[str, Any]) -> None:
+        if self._repeats:
+            waiting = {point for point, seen in self._seen.items() if seen.without_graph}
+            self._take_again(self._names.known_activation(module, op, waiting), output)
+            return
+        seen = self._take(self._names.activation(module, op), output)
+        # behind a layer that hands out its part as a plain tensor
+        seen.is_cut |= self._cut_shape is not None and output.shape == self._cut_shape
+        values = local(output.detach())
+        if self._activations and values is not None and values.numel():
+            self._take_activation(seen, op, values, arguments)
+
     def _take_activation(self, seen: _Seen, op: str, output: Tensor, arguments: Mapping[str, Any]) -> None:
         bounded = saturated(op, output, arguments)
         if bounded is not None:
-            seen.saturated.append(bounded.sum())
+            seen.saturated = _plus(seen.saturated, bounded.sum())
             seen.bounded_count += bounded.numel()
         is_flat = flat(op, output, arguments)
+        if is_flat is None:
+            return
         last = self._names.last_layer
-        by_unit = units(is_flat, self._layers.module(last) if last else None) if is_flat is not None else None
+        by_unit = units(is_flat, self._layers.module(last) if last else None, self._transfer.topology.model)
         if by_unit is not None:
             active = ~by_unit.all(dim=0)
             grown = seen.active is not None and seen.active.shape == active.shape
@@ -137,113 +221,238 @@ class SignalProbe:
 
     def _take(self, point: Point, output: Tensor) -> _Seen:
         seen = self._seen.setdefault(point, _Seen())
-        if output.numel():
-            seen.output_square.append(_sum_of_squares(output))
-            seen.output_count += output.numel()
+        seen.is_cut |= is_cut(output)
+        call, seen.calls = seen.calls, seen.calls + 1
+        values = local(output.detach())
+        if values is not None and values.numel():
+            seen.output_square = _plus(seen.output_square, _sum_of_squares(values))
+            seen.output_count += values.numel()
         if output.requires_grad and torch.is_grad_enabled():
-
-            def on_gradient(gradient: Tensor | None) -> None:
-                # none comes where only another output of the same operation is used; and as long as the forward pass
-                # is on, it comes from the user's own autograd.grad (a gradient penalty), not from the loss
-                if gradient is not None and is_measurable(gradient) and not self.is_observing:
-                    with self._inside_the_run():
-                        seen.delta_square.setdefault(self._pass, []).append(_sum_of_squares(gradient))
-
-            self._handles.append(output.register_hook(on_gradient))
+            self._watch(seen, _Call(call), output)
+        else:
+            seen.without_graph.append(call)
         return seen
+
+    def _take_again(self, point: Point | None, output: Tensor) -> None:
+        seen = self._seen.get(point) if point is not None else None
+        if point is None or seen is None or not seen.without_graph:
+            return
+        if output.requires_grad and torch.is_grad_enabled():
+            self._segment.setdefault(point, []).append(_Call())
+            self._watch(seen, self._segment[point][-1], output)
+
+    def _end_segment(self) -> None:
+        """The backward pass meets segments in reverse, and the calls inside of one in order."""
+        for point, repeated in self._segment.items():
+            waiting = self._seen[point].without_graph
+            first = max(0, len(waiting) - len(repeated))
+            for call, number in zip(repeated, waiting[first:], strict=False):
+                call.number = number
+            del waiting[first:]
+        self._segment = {}
+        self._names.restart()  # the next repeated segment stands before this one
+
+    def _watch(self, seen: _Seen, call: _Call, output: Tensor) -> None:
+        def on_gradient(gradient: Tensor | None) -> None:
+            # none comes where only another output of the same operation is used; and as long as the forward pass
+            # is on, it comes from the user's own autograd.grad (a gradient penalty), not from the loss
+            if gradient is None or self.is_observing:
+                return
+            with self._inside_the_run():
+                if self._repeats:
+                    self._end_segment()
+                values = local(gradient)
+                if call.number is not None and values is not None and values.numel() and is_measurable(values):
+                    self._take_delta(seen.deltas.setdefault(self._pass, _Deltas()), call.number, values)
+
+        self._handles.append(output.register_hook(on_gradient))
+
+    def _take_delta(self, deltas: _Deltas, call: int, gradient: Tensor) -> None:
+        deltas.squares[call] = _plus(deltas.squares.get(call), _sum_of_squares(gradient))
+        deltas.entries += gradient.numel()
+        if math.isnan(deltas.floor):
+            info = torch.finfo(gradient.dtype)
+            deltas.floor = math.log2(info.tiny) + math.log2(info.eps)
+
+    # -- after it ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Ends the observation, combines what was seen over ranks and hands it to the transfer.
+        """Ends the observation and hands what was seen to the transfer.
 
         Raises:
             Exception: whatever went wrong while the run was being observed.
         """
         self._observer.close()
         if self._error is not None:
-            _combine(self._nothing())
             raise self._error
-        seen = list(self._seen.values())
-        some = next((square for point in seen for square in point.output_square), None)
-        if some is None:
-            self._seen = {}
-            _combine(self._nothing())
-            return
-        device, dtype = some.device, wide_dtype(some.device)
+        put: dict[Hashable, list[Tensor]] = {}
+        for point, seen in self._seen.items():
+            if seen.output_square is not None:
+                put["output", point] = [seen.output_square, _or_zero(seen.saturated, seen.output_square)]
+                self._share_numbers(("output count", point), [seen.output_count, seen.bounded_count, seen.is_cut])
+            for k, deltas in seen.deltas.items():
+                some = next(iter(deltas.squares.values()))
+                # ranks agree on lengths, and sequences differ: few lengths are few agreements
+                length = max(deltas.squares) + 1
+                padded = length if self._transfer.is_alone else 1 << (length - 1).bit_length()
+                squares = [_or_zero(deltas.squares.get(call), some) for call in range(padded)]
+                put["delta", k, point, padded] = squares
+                fired = [float(call in deltas.squares) for call in range(padded)]
+                numbers = [1.0, deltas.entries, deltas.floor, seen.is_cut, *fired]
+                self._share_numbers(("delta count", k, point, padded), numbers)
+        self._share_scalars(put)
+        for point, seen in self._seen.items():
+            if seen.active is not None:
+                here = torch.ones(1, dtype=torch.bool, device=seen.active.device)
+                self._share(("units", point, seen.active.numel()), torch.cat([here, seen.active]))
 
-        def stack(rows: list[list[Tensor]]) -> Tensor:
-            zero = torch.zeros((), dtype=dtype, device=device)
-            return torch.stack([sum((value.to(device, dtype) for value in row), start=zero) for row in rows])
+    def _share_scalars(self, rows: Mapping[Hashable, Sequence[Tensor]]) -> None:
+        if rows:
+            device = next(iter(rows.values()))[0].device
+            dtype = wide_dtype(device)
+            flat_row = torch.stack([value.to(device, dtype) for row in rows.values() for value in row])
+            for name, piece in zip(rows, flat_row.split([len(row) for row in rows.values()]), strict=True):
+                self._share(name, piece)
 
-        passes = range(1 + max((k for point in seen for k in point.delta_square), default=0))
-        deltas = [point.delta_square.get(k, []) for k in passes for point in seen]
-        counts = [[point.output_count, point.bounded_count] for point in seen]
-        sections = {
-            "output_square": stack([point.output_square for point in seen]),
-            "saturated": stack([point.saturated for point in seen]),
-            "delta_square": stack(deltas),
-            "delta_count": torch.tensor([len(row) for row in deltas], dtype=dtype, device=device),
-            "counts": torch.tensor(counts, dtype=dtype, device=device).T.flatten(),
-        }
-        active = {point.name: s.active for point, s in self._seen.items() if s.active is not None}
-        vector = torch.cat([*sections.values(), *(units.to(device, dtype) for units in active.values())])
-        combined = _combine(vector)
-        sizes = [section.numel() for section in sections.values()]
-        *pieces, rest = combined.split([*sizes, len(combined) - sum(sizes)])
-        for name, piece in zip(sections, pieces, strict=True):
-            self._transfer.put(f"signals/{name}", piece)
-        if active:
-            alive = rest.split([units.numel() for units in active.values()])
-            dead = [self._silent.update(name, units > 0) for name, units in zip(active, alive, strict=True)]
-            self._transfer.put("signals/dead", torch.stack(dead))
+    def _share(self, name: Hashable, piece: Tensor) -> None:
+        """Each part of a model that is split over ranks has a row of its own: equal rows are one and the same thing."""
+        topology = self._transfer.topology
+        if topology.model > 1:
+            rows = piece.new_zeros((topology.model, piece.numel()))
+            rows[topology.model_rank] = piece
+            piece = rows.flatten()
+        self._transfer.share(name, piece)
 
-    def _nothing(self) -> Tensor:
-        """What a rank without measurements gives; its shape tells the others."""
-        device = self._layers.device
-        return torch.zeros(1, dtype=wide_dtype(device), device=device)
+    def _share_numbers(self, name: Hashable, numbers: list[float]) -> None:
+        topology = self._transfer.topology
+        before = [0.0] * (len(numbers) * topology.model_rank)
+        after = [0.0] * (len(numbers) * (topology.model - 1 - topology.model_rank))
+        self._transfer.share_numbers(name, [*before, *numbers, *after])
 
-    def collect(self, host: Mapping[str, Floats]) -> dict[Point, dict[str, float]]:
-        """The statistics of each point in order of execution, out of what was fetched. Ends the sample."""
-        seen, n = self._seen, len(self._seen)
+    def collect(self, host: Mapping[Hashable, Floats], multiplier: float = 1.0) -> Signals:
+        """The statistics of each point in order of execution, out of what was fetched. Ends the sample.
+
+        Args:
+            host: what was fetched.
+            multiplier: turns the gradients as they were into those of the mean loss.
+        """
         self._reset()
-        if not n:
-            return {}
-        deltas = np.sqrt(host["signals/delta_square"]).reshape(-1, n) / world_size()
-        chosen = _choose_pass(host["signals/delta_count"].reshape(-1, n) > 0)
-        counts, bounded = host["signals/counts"].reshape(2, n)
-        dead = iter(host.get("signals/dead", np.empty(0)))
+        topology = self._transfer.topology
         found: dict[Point, dict[str, float]] = {}
-        for i, (point, was) in enumerate(seen.items()):
-            values = found[point] = {}
-            if counts[i]:
-                values["output_rms"] = measured(np.sqrt(host["signals/output_square"][i] / counts[i]))
-            if bounded[i]:
-                values["saturated_fraction"] = float(host["signals/saturated"][i] / bounded[i])
-            if was.active is not None:
-                values["dead_fraction"] = float(next(dead))
-            if chosen[i] >= 0:
-                values["delta_norm"] = measured(deltas[chosen[i], i])
-                values["backward_pass"] = float(chosen[i])
-        return found
+        by_pass: dict[int, dict[Point, _Arrived]] = {}
+        for name in host:
+            if not isinstance(name, tuple):
+                continue
+            if name[0] == "output":
+                values = _output_values(host, name[1], topology.model)
+                if values:
+                    found.setdefault(name[1], {}).update(values)
+            elif name[0] == "delta":
+                _, k, point, length = name
+                arrived = _arrived(host, k, point, length, topology.model)
+                if arrived is not None:
+                    mine = by_pass.setdefault(k, {})
+                    mine[point] = mine[point] + arrived if point in mine else arrived
+        active: dict[Point, list[Floats]] = {}
+        for name in host:
+            if isinstance(name, tuple) and name[0] == "units":
+                rows = host[name].reshape(topology.model, -1)
+                active.setdefault(name[1], []).extend(rows[rows[:, 0] > 0, 1:])
+        for point, parts in active.items():  # of a layer that is split unevenly they have several lengths
+            if parts and point in found:
+                found[point]["dead_fraction"] = self.silent.update(point.name, np.concatenate(parts) > 0)
+        calls = {}
+        # only norms of one backward pass can be compared, so that the pass through the most points comes first
+        for k in sorted(by_pass, key=lambda k: (-len(by_pass[k]), k)):
+            for point, arrived in by_pass[k].items():
+                values = found.setdefault(point, {})
+                if "delta_norm" in values:
+                    continue
+                values["delta_headroom"] = arrived.headroom
+                values["delta_norm"] = measured(math.sqrt(arrived.squares.sum()) * multiplier / topology.data)
+                values["backward_pass"] = float(k)
+                if len(arrived.squares) > 1:
+                    values["calls"] = float(len(arrived.squares))
+                    norms = np.sqrt(arrived.squares) * multiplier / topology.data
+                    norms = np.where(np.isfinite(norms), norms, np.inf)
+                    calls[point.name] = np.where(arrived.fired > 0, norms, np.nan)
+        floors = [arrived.floor for points in by_pass.values() for arrived in points.values()]
+        return Signals(found, calls, max(floors, default=math.nan))
+
+
+@dataclass
+class _Arrived:
+    """The deltas of one point and backward pass on the host, over all ranks."""
+
+    squares: Floats  # (K,) by call
+    fired: Floats  # (K,) how often a gradient came
+    entries: float
+    floor: float
+
+    def __add__(self, other: _Arrived) -> _Arrived:
+        """The same point on ranks that called it another number of times."""
+        n = max(len(self.squares), len(other.squares))
+        squares, fired = np.zeros(n), np.zeros(n)
+        for one in (self, other):
+            squares[: len(one.squares)] += one.squares
+            fired[: len(one.fired)] += one.fired
+        return _Arrived(squares, fired, self.entries + other.entries, self.floor)
+
+    @property
+    def headroom(self) -> float:
+        """log2 of how far the rms of the deltas is above the smallest number that they can hold."""
+        square = float(self.squares.sum())
+        if not math.isfinite(square):
+            return math.inf
+        return 0.5 * math.log2(square / self.entries) - self.floor if square > 0 else -math.inf
+
+
+def _arrived(host: Mapping[Hashable, Floats], k: int, point: Point, length: int, parts: int) -> _Arrived | None:
+    squares = host["delta", k, point, length].reshape(parts, length)
+    numbers = host["delta count", k, point, length].reshape(parts, length + 4)
+    if not numbers[:, 0].any():
+        return None
+    weights = _weights(squares.sum(axis=1), numbers[:, 3])
+    ranks, entries, floor = weights @ numbers[:, :3]
+    fired = weights @ numbers[:, 4:]
+    used = int(np.flatnonzero(fired)[-1]) + 1
+    return _Arrived((weights @ squares)[:used], fired[:used], float(entries), float(floor / ranks))
+
+
+def _output_values(host: Mapping[Hashable, Floats], point: Point, parts: int) -> dict[str, float]:
+    table = host["output", point].reshape(parts, 2)
+    counts = host["output count", point].reshape(parts, 3)
+    weights = _weights(table[:, 0], counts[:, 2])
+    square, near_bound = weights @ table
+    count, bounded, _ = weights @ counts
+    values = {}
+    if count:
+        values["output_rms"] = measured(math.sqrt(square / count))
+    if bounded:
+        values["saturated_fraction"] = float(near_bound / bounded)
+    return values
+
+
+def _weights(squares: Floats, cut: Floats) -> Floats:
+    """(parts,) What each part of a split model counts.
+
+    Where it is not known that a tensor was cut up, equal sums of squares are one tensor, there several times.
+    """
+    weights = np.ones(len(squares))
+    if len(squares) > 1 and not cut.any() and np.allclose(squares, squares[0], rtol=1e-9, atol=0, equal_nan=True):
+        weights[1:] = 0
+    return weights
+
+
+def _plus(before: Tensor | None, value: Tensor) -> Tensor:
+    return value if before is None else before + value
+
+
+def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if value is None else value
 
 
 def _sum_of_squares(tensor: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=wide_dtype(tensor.device))
     return norm.square()
-
-
-def _combine(vector: Tensor) -> Tensor:
-    """The sum over ranks. One that has nothing to give has to come all the same, or the others would wait for it."""
-    packed = PackedSum().to(vector.device)
-    packed.update(vector)
-    combined: Tensor = packed.compute()
-    return combined
-
-
-def _choose_pass(measured: Any) -> list[int]:
-    """For each of P points the backward pass to take its delta from, out of (K, P); -1 where there is none.
-
-    Only norms of one backward pass can be compared, so that the pass through the most points comes first.
-    """
-    order = np.argsort(-measured.sum(axis=1), kind="stable")
-    return [next((int(k) for k in order if measured[k, i]), -1) for i in range(measured.shape[1])]

@@ -63,7 +63,12 @@ class Mitigation:
             action = None
             if finding.kind is FindingKind.EXPLODING_GRADIENT and "clip" in self._allow and self.max_norm is None:
                 action = self._start_clipping(finding, history)
-            elif finding.kind is FindingKind.VANISHING_GRADIENT and "reinit" in self._allow:
+            # new weights do not help where the number format is the cause
+            elif (
+                finding.kind is FindingKind.VANISHING_GRADIENT
+                and finding.cause != "underflow"
+                and "reinit" in self._allow
+            ):
                 action = self._reinit(finding, history, model, optimizers)
             if action is not None:
                 self._taken += 1

@@ -66,7 +66,7 @@ def scalars(history: History) -> dict[str, float]:
     if not history.rows:
         return {}
     row = history.rows[-1]
-    found = {"grad_norm_total": row.scalars.get("grad_norm_total", math.nan)}
+    found = {name: row.scalars.get(name, math.nan) for name in _SCALARS}
     for metric, statistics in _SUMMARIES.items():
         values = row.values.get(metric, np.empty(0))
         values = values[~np.isnan(values)]
@@ -77,10 +77,12 @@ def scalars(history: History) -> dict[str, float]:
     return {f"gradflow/{name}": value for name, value in found.items() if not math.isnan(value)}
 
 
+_SCALARS = ("grad_norm_total", "clip_factor", "clipped_fraction", "loss_scale", "step_skipped")
 _SUMMARIES: dict[str, dict[str, Callable[[Floats], Any]]] = {
     "grad_norm": {"_max": np.max, "_median": np.median, "_min": np.min},
     "grad_zero_fraction": {"_max": np.max},
     "grad_nonfinite_fraction": {"_max": np.max},
+    "update_ratio": {"_max": np.max, "_median": np.median},
     "saturated_fraction": {"_max": np.max},
     "dead_fraction": {"_max": np.max},
 }

@@ -25,6 +25,8 @@ EVIDENCE = {
     "weight_gain": 0.58,
     "activation_gain": 0.24,
     "underflowed_points": 3.0,
+    "lost_share": 0.44,
+    "headroom": 0.7,
     "growth": 4321.0,
     "grad_norm_total": 9.5e7,
     "nonfinite_layers": 4.0,

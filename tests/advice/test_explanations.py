@@ -37,6 +37,16 @@ def test_the_text_of_a_vanishing_gradient_reads_as_a_person_would_write_it():
     )
 
 
+def test_the_text_of_an_underflow_tells_how_near_the_smallest_number_the_loss_is():
+    evidence = {"lost_share": 0.44, "points": 9.0, "headroom": -1.0}
+    assert explain(finding("vanishing_gradient", "underflow", layers=("fc0", "fc1"), evidence=evidence)) == (
+        "The gradient vanishes from fc1 down to fc0 (2 layers). "
+        "It falls below the smallest number of its format, such as 6e-8 in fp16, and is rounded to zero: "
+        "nothing is left at 44% of the 9 points; "
+        "where it comes from the loss it is 0.5 times that number."
+    )
+
+
 def test_a_loss_that_is_not_a_number_is_told():
     text = explain(finding("nonfinite_gradient", "loss", evidence={"nonfinite_layers": 3.0, "loss": nan}))
     assert "the loss is nan" in text

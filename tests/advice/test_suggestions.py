@@ -19,6 +19,8 @@ ANY_MODEL = {
     "lower_rate",
     "overfit_batch",
     "raise_rate",
+    "scale_gradients",
+    "scale_loss",
     "stable_loss",
     "warm_up",
     "wider_format",
@@ -91,6 +93,12 @@ def test_a_finding_that_names_an_activation_is_cured_at_the_layer_before_it():
     cures = suggest(finding("dead_units", "initialisation", layers=("net.3",)), history_of(model))
     assert '("net.2",)' in cures[0].code
     assert '("net.3",)' in cures[1].code
+
+
+def test_an_underflow_is_cured_by_a_scaler_a_wider_format_or_a_larger_loss():
+    cures = suggest(finding("vanishing_gradient", "underflow"), history_of(Net(), lr=0.02))
+    wanted = ['precision="16-mixed"', 'precision="bf16-mixed"', "loss = 1024 * loss"]
+    assert [code in cure.code for code, cure in zip(wanted, cures, strict=True)] == [True, True, True]
 
 
 def test_the_learning_rate_is_given_as_a_number_to_write():

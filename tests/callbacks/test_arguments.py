@@ -60,4 +60,4 @@ def test_the_ends_of_the_ranges_are_allowed(kind, arguments):
 def test_before_a_fit_everything_is_empty():
     flow = GradFlow()
     assert (flow.findings, flow.actions, len(flow.history), flow.report_path) == ((), (), 0, None)
-    assert flow.summary() == "No fit yet."
+    assert flow.summary().startswith("No fit in this process yet.")

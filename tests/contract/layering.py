@@ -24,6 +24,7 @@ RANKS = {
     "recorder": 6,
     "callbacks": 7,
     "gradflow": 8,
+    "entry_point": 9,
     "__init__": 9,
 }
 """Every room; a room may import from itself and from rooms of a lower rank."""
@@ -31,10 +32,10 @@ RANKS = {
 PURE = {"activations", "metrics", "history", "findings", "detectors", "advice", "border"}
 """Numpy and the standard library alone, in functions too."""
 
-KNOW_TORCH = {"probes", "remedies", "recorder", "callbacks", "gradflow", "__init__"}
+KNOW_TORCH = {"probes", "remedies", "recorder", "callbacks", "gradflow", "entry_point", "__init__"}
 """May import torch and torchmetrics at module level."""
 
-KNOW_LIGHTNING = {"callbacks", "gradflow", "__init__"}
+KNOW_LIGHTNING = {"callbacks", "gradflow", "entry_point", "__init__"}
 """May import Lightning; in sinks and figures it is allowed inside of functions, where nothing is imported early."""
 
 LAZY = {"wandb", "matplotlib", "plotly", "rich", "tensorboard", "tensorboardX", "torch.utils.tensorboard"}

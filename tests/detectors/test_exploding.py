@@ -118,3 +118,28 @@ def test_a_limit_out_of_its_range_is_refused(name, value):
 def test_what_was_well_at_first_was_spoilt_by_the_steps(rows, cause):
     history = measured(stack(9), "delta_norm", *rows)
     assert [finding.cause for finding in ExplodingGradient().judge(history)] == [cause]
+
+
+def test_a_skipped_step_of_a_scaler_is_no_growth_in_time():
+    history = in_time([1.0] * 8, [2.0] * 8)
+    for step in (8, 9):
+        facts = {"grad_norm_total": 1e9, "loss": 9.0, "loss_scale": 65536.0, "step_skipped": 1.0}
+        history.append(Row(step, {"grad_norm": np.full(2, 1e9)}, facts))
+    assert ExplodingGradient().judge(history) == []
+
+
+@pytest.mark.parametrize(("skipped", "found"), [(1.0, 0), (0.0, 1)])
+def test_a_skipped_step_of_a_scaler_is_no_growth_with_depth(skipped, found):
+    history = History()
+    history.add_points(stack(9))
+    for step in (0, 1):
+        history.append(Row(step, {"delta_norm": profile(9)}, {"step_skipped": skipped}))
+    assert len(ExplodingGradient().judge(history)) == found
+
+
+def test_a_skipped_step_is_not_what_the_run_was_like_at_first():
+    history = History()
+    history.add_points(stack(9))
+    for step, (decades, skipped) in enumerate([(0, 1.0), (9, 0.0), (9, 0.0)]):
+        history.append(Row(step, {"delta_norm": profile(decades)}, {"step_skipped": skipped}))
+    assert [finding.cause for finding in ExplodingGradient().judge(history)] == ["weight_scale"]

@@ -13,7 +13,7 @@ BROKEN = {"fractions": [0.0, 0.5, 1.0]}
 
 
 def run(*rows, scaled=False, extra=(), scale=1.0):
-    """Rows with `fractions` of three layers, and if given `outputs`, `deltas` and `losses`."""
+    """Rows with `fractions` of three layers, and if given `outputs`, `deltas`, `losses`, `at` and `skipped`."""
     history = History()
     points = [*stack(3), *extra]
     history.layer_axis.merge([point.module for point in points])
@@ -26,8 +26,15 @@ def run(*rows, scaled=False, extra=(), scale=1.0):
         if "deltas" in row:
             values["delta_norm"] = np.array([*[scale * v for v in row["deltas"]], *[1.0] * healthy])
         losses = np.array(row.get("losses", []), dtype=float)
-        history.append(Row(step, values, {"loss_scale": 1.0} if scaled else {}, losses=scale * losses))
+        skipped = row.get("skipped", float(max(row["fractions"]) > 0))
+        facts = {"loss_scale": row.get("at", 65536.0), "step_skipped": skipped} if scaled else {}
+        history.append(Row(step, values, facts, losses=scale * losses))
     return history
+
+
+def at(scale, **others):
+    """A backward pass that is not finite, at this loss scale."""
+    return {**BROKEN, "at": scale, **others}
 
 
 # rows, whether a gradient scaler is at work -> (cause, layers) or None
@@ -48,9 +55,19 @@ TABLE = {
     ),
     "backward": ([{**BROKEN, "deltas": [inf, 1.0, 1.0]}], False, ("backward", ("fc0", "fc2", "fc1"))),
     "only in parameters": ([{**BROKEN, "deltas": [1.0, nan, 1.0]}], False, ("backward", ("fc2", "fc1"))),
-    "four skipped steps of a scaler": ([BROKEN] * 4, True, None),
-    "five skipped steps of a scaler": ([BROKEN] * 5, True, ("backward", ("fc2", "fc1"))),
-    "a scaler that gets through now and then": ([*[BROKEN] * 4, CLEAN, *[BROKEN] * 4], True, None),
+    "skipped steps while the scale comes down": ([at(2.0**k) for k in (16, 15, 14, 12, 8, 0)], True, None),
+    "still broken below the limit": ([at(1.0), at(0.5)], True, ("backward", ("fc2", "fc1"))),
+    "still broken at the limit": ([at(2.0), at(1.0)], True, None),
+    "one skipped step below the limit": ([CLEAN, at(0.5)], True, None),
+    "broken from the first sample on, below the limit": ([at(0.5)], True, None),
+    "a scale that fell to nothing": ([at(1e-38), at(0.0)], True, ("backward", ("fc2", "fc1"))),
+    "a scaler that gets through now and then": ([at(4.0), at(0.5), CLEAN, at(0.25)], True, None),
+    "mended": ([at(0.5), at(0.25), CLEAN], True, None),
+    "a step that was not skipped": ([at(65536.0, skipped=0.0)], True, ("backward", ("fc2", "fc1"))),
+    "a scaler of which skips are not known": ([at(65536.0, skipped=nan)] * 2, True, None),
+    "forward under a scaler": ([at(65536.0, outputs=[1.0, inf, inf])], True, ("forward", ("fc1", "fc2"))),
+    "loss under a scaler": ([at(65536.0, outputs=[1.0] * 3, losses=[2.0, inf])], True, ("loss", ("fc2",))),
+    "most losses under a scaler": ([at(65536.0, losses=[nan, nan, 2.0])], True, ("backward", ("fc2", "fc1"))),
 }
 
 
@@ -69,7 +86,7 @@ def test_multiplying_the_loss_changes_no_verdict(case, scale):
     assert verdict(NonfiniteGradient().judge(run(*rows, scaled=scaled, scale=scale))) == verdict(plain)
 
 
-@pytest.mark.parametrize("case", sorted(set(TABLE) - {"loss", "infinite loss"}))
+@pytest.mark.parametrize("case", sorted(set(TABLE) - {"loss", "infinite loss", "loss under a scaler"}))
 def test_healthy_layers_change_no_verdict(case):
     rows, scaled, _ = TABLE[case]
     plain = NonfiniteGradient().judge(run(*rows, scaled=scaled))
@@ -85,10 +102,22 @@ def test_layers_that_never_run_change_no_verdict(case):
     assert verdict(NonfiniteGradient().judge(history)) == verdict(plain)
 
 
-@pytest.mark.parametrize("value", [0, -1])
-def test_a_patience_out_of_its_range_is_refused(value):
-    with pytest.raises(ValueError, match=rf"scaled_patience must be a whole number in \[1, inf\), got {value}"):
-        NonfiniteGradient(scaled_patience=value)
+@pytest.mark.parametrize("value", [0, -1, inf])
+def test_a_limit_out_of_its_range_is_refused(value):
+    with pytest.raises(ValueError, match=rf"min_scale must be in \(0, inf\), got {value}"):
+        NonfiniteGradient(min_scale=value)
+
+
+def test_a_nan_in_every_backward_pass_is_found_at_step_32_under_a_scaler_from_65536():
+    history = History()
+    history.layer_axis.merge(["fc"])
+    found = []
+    for step in (0, 1, 2, 4, 8, 16, 32, 50):
+        facts = {"loss_scale": 65536.0 * 0.5**step, "step_skipped": 1.0}
+        history.append(Row(step, {"grad_nonfinite_fraction": np.ones(1)}, facts))
+        if NonfiniteGradient().judge(history):
+            found.append(step)
+    assert found == [32, 50]
 
 
 @pytest.mark.parametrize(

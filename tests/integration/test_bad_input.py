@@ -172,15 +172,14 @@ def test_a_model_without_activations_is_watched_like_any_other():
 
 def test_a_training_step_that_always_returns_none_is_told_once():
     flow = _flow()
-    (told,) = _same_as_alone(AlwaysNone, flow)
+    (told,) = _same_as_alone(AlwaysNone, flow, max_steps=20)
     assert "no backward pass" in told
     assert len(flow.history) == 0
 
 
-def test_steps_that_return_none_are_left_out_and_the_others_measured():
+def test_a_step_that_returns_none_makes_way_for_the_next():
     flow = _flow()
-    (told,) = _same_as_alone(SometimesNone, flow)
-    assert "no backward pass" in told
+    assert _same_as_alone(SometimesNone, flow) == []
     assert len(flow.history) >= STEPS // 2
 
 

@@ -288,18 +288,3 @@ def test_each_fit_that_vanishes_says_so():
             warnings.simplefilter("default")
             _fit(_flow(), 3, case="sigmoid_30")
         assert [warning.category for warning in told].count(VanishingGradientWarning) == 1
-
-
-def test_a_fused_optimizer_under_a_scaler_is_refused_by_name():
-    from lightning.pytorch.plugins import MixedPrecision
-
-    class Fused(_Losses):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1, fused=True)
-
-    data = torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=2)
-    flow = _flow()
-    scaled = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
-    with pytest.warns(GradFlowWarning, match="fused optimizer"):
-        quiet_trainer(max_steps=2, callbacks=[flow], plugins=[scaled]).fit(Fused(), data, data)
-    assert len(flow.history) == 0

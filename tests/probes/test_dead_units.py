@@ -3,14 +3,14 @@
 import math
 import random
 
+import numpy as np
 import pytest
-import torch
 
 from lightning_gradflow.probes.dead_units import SilentUnits
 
 
 def _feed(silent, *samples):
-    return [silent.update("relu", torch.tensor(sample, dtype=torch.bool)).item() for sample in samples]
+    return [silent.update("relu", np.array(sample, dtype=np.bool_)) for sample in samples]
 
 
 def test_nothing_is_known_before_the_window_is_full():
@@ -32,8 +32,8 @@ def test_another_number_of_units_starts_anew():
 
 def test_activations_are_counted_apart():
     silent = SilentUnits(1)
-    silent.update("a", torch.tensor([False]))
-    assert silent.update("b", torch.tensor([True])).item() == 0.0
+    silent.update("a", np.array([False]))
+    assert silent.update("b", np.array([True])) == 0.0
 
 
 def test_the_share_is_that_of_a_naive_count():
@@ -48,3 +48,28 @@ def test_the_share_is_that_of_a_naive_count():
 def test_a_window_below_one_is_refused():
     with pytest.raises(ValueError, match=r"window must be in \[1, inf\), got 0"):
         SilentUnits(0)
+
+
+def test_counts_that_were_saved_go_on():
+    draw = np.random.default_rng(0)
+    samples = draw.random((6, 20)) < 0.3
+    whole, first, second = SilentUnits(4), SilentUnits(4), SilentUnits(4)
+    _feed(first, *samples[:3])
+    second.load_state_dict(first.state_dict())
+    assert _feed(second, *samples[3:]) == _feed(whole, *samples)[3:]
+
+
+def test_saved_counts_do_not_change_with_further_samples():
+    silent, loaded = SilentUnits(2), SilentUnits(2)
+    _feed(silent, [0])
+    state = silent.state_dict()
+    _feed(silent, [1])
+    loaded.load_state_dict(state)
+    assert _feed(loaded, [0]) == [1.0]
+
+
+def test_what_was_counted_before_is_forgotten_where_counts_are_loaded():
+    silent = SilentUnits(1)
+    _feed(silent, [0])
+    silent.load_state_dict({})
+    assert silent.state_dict() == {}

@@ -119,3 +119,17 @@ def test_a_unit_keeps_its_own_values():
 def test_time_is_no_unit_where_there_are_as_many_steps_as_units():
     values = torch.arange(5.0).expand(8, 5, 5)
     assert units(values, nn.Linear(1, 5))[:, 2].unique().tolist() == [2.0]
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((8, 3), (8, 3)), ((8, 4), (8, 4)), ((8, 7), (8, 7))])
+def test_the_part_of_a_layer_that_is_split_over_two_ranks_has_units(shape, expected):
+    assert units(torch.zeros(shape), nn.Linear(1, 7), parts=2).shape == expected
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_an_axis_that_is_no_part_of_a_split_layer_has_none(width):
+    assert units(torch.zeros(8, width), nn.Linear(1, 7), parts=2) is None
+
+
+def test_split_channels_are_units():
+    assert units(torch.zeros(8, 3, 5, 5), nn.Conv2d(1, 6, 1), parts=2).shape == (200, 3)

@@ -80,12 +80,61 @@ def test_only_leaves_without_parameters_can_be_activations():
     assert [layers.is_activation(name) for name in (ROOT, "0", "1", "2")] == [False, False, False, True]
 
 
-def test_parameters_that_came_later_are_not_covered():
+def test_a_model_is_covered_by_its_own_map():
+    model = Tied()
+    assert LayerMap(model).covers(model)
+
+
+def _adds_a_layer(model):
+    model.append(nn.Linear(1, 1))
+
+
+def _adds_a_module_without_parameters(model):
+    model.append(nn.ReLU())
+
+
+def _adds_a_parameter(model):
+    model[0].register_parameter("scale", nn.Parameter(torch.ones(1)))
+
+
+def _adds_a_bias(model):
+    model[0].bias = nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize("change", [_adds_a_layer, _adds_a_module_without_parameters, _adds_a_parameter, _adds_a_bias])
+def test_what_came_later_is_not_covered(change):
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    layers = LayerMap(model)
+    change(model)
+    assert not layers.covers(model)
+
+
+def test_a_parameter_that_was_exchanged_is_covered():
     model = nn.Sequential(nn.Linear(1, 1))
     layers = LayerMap(model)
-    assert layers.covers(model.parameters())
-    model.append(nn.Linear(1, 1))
-    assert not layers.covers(model.parameters())
+    model[0].weight = nn.Parameter(torch.ones(1, 1))
+    assert layers.covers(model)
+
+
+def test_the_owner_of_a_parameter_that_was_exchanged_is_found_by_another_look():
+    model = nn.Sequential(nn.Linear(1, 1))
+    layers = LayerMap(model)
+    model[0].weight = nn.Parameter(torch.ones(1, 1))
+    before = layers.owner(model[0].weight)
+    layers.find_owners(model)
+    assert (before, layers.owner(model[0].weight)) == (None, "0")
+
+
+def test_a_parameter_that_is_gone_is_a_stranger_after_another_look():
+    model = nn.Sequential(nn.Linear(1, 1))
+    layers, old = LayerMap(model), model[0].weight
+    model[0].weight = nn.Parameter(torch.ones(1, 1))
+    layers.find_owners(model)
+    assert layers.owner(old) is None
+
+
+def test_plain_parameters_are_spread_over_no_ranks():
+    assert LayerMap(Tied()).spread == ()
 
 
 def test_a_lazy_layer_keeps_its_name_when_it_gets_its_weights():

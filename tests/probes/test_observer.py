@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.observer import ForwardObserver, first_tensor
@@ -311,3 +312,27 @@ def test_the_stance_of_the_compiler_is_put_back():
     during = eval_frame._stance.stance
     observer.close()
     assert (during, eval_frame._stance.stance) == ("force_eager", "default")
+
+
+def _checkpointed(follow):
+    """What is reported of the backward pass of a checkpointed segment, which repeats it."""
+    model = Calls(lambda self, x: torch.tanh(self.lin(x)), lin=nn.Linear(6, 6))
+    seen = []
+    observer = ForwardObserver(LayerMap(model), lambda name, _: seen.append(name), lambda m, op, t, a: seen.append(op))
+    observer.open()
+    loss = checkpoint(model, torch.ones(4, 6, requires_grad=True), use_reentrant=True).sum()
+    if follow:
+        observer.follow_backward()
+    seen.clear()
+    loss.backward()
+    observer.close()
+    return seen
+
+
+def test_what_a_backward_pass_repeats_is_seen_in_order():
+    assert _checkpointed(follow=True) == ["lin", "tanh"]
+
+
+def test_a_backward_pass_that_was_followed_leaves_nothing():
+    _checkpointed(follow=True)
+    _nothing_is_left()

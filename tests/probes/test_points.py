@@ -80,3 +80,49 @@ def test_no_two_places_share_a_name():
         for module in ("act", "other", "(root)"):
             found += [points.activation(module, op) for op in ("relu", "tanh", "relu")]
     assert len({point.name for point in found}) == len(found)
+
+
+def test_an_activation_that_was_seen_before_is_known_again():
+    points = _points()
+    points.layer("a")
+    seen = [points.activation("(root)", "tanh") for _ in range(2)]
+    points.restart()
+    points.layer("a")
+    assert [points.known_activation("(root)", "tanh", seen) for _ in range(2)] == seen
+
+
+def test_an_activation_that_was_never_seen_is_not_known_and_takes_no_name():
+    points = _points()
+    points.layer("a")
+    assert points.known_activation("(root)", "tanh", []) is None
+    points.restart()
+    points.layer("a")
+    assert points.activation("(root)", "tanh").name == "a/tanh"
+
+
+def test_an_activation_before_any_layer_is_known_where_it_can_be_only_one():
+    points = _points()
+    points.layer("a")
+    seen = points.activation("act", "relu")
+    points.restart()
+    assert points.known_activation("act", "relu", [seen]) == seen
+
+
+def test_an_activation_before_any_layer_is_not_known_where_it_can_be_two():
+    points = _points()
+    seen = []
+    for layer in ("a", "b"):
+        points.layer(layer)
+        seen.append(points.activation("act", "relu"))
+    points.restart()
+    assert points.known_activation("act", "relu", seen) is None
+
+
+def test_an_activation_before_any_layer_is_none_that_cannot_be_repeated():
+    points = _points()
+    seen = []
+    for layer in ("a", "b"):
+        points.layer(layer)
+        seen.append(points.activation("act", "relu"))
+    points.restart()
+    assert points.known_activation("act", "relu", seen[1:]) == seen[1]

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as module_hooks
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradflow.history import Point
@@ -35,17 +37,20 @@ class Sampled:
         self.transfer = Transfer()
         self.probe = SignalProbe(LayerMap(model), self.transfer, **kwargs)
 
-    def step(self, *losses):
+    def step(self, *losses, **kwargs):
         for loss in losses:
             self.probe.start_batch()
             value = loss()
             self.probe.before_backward()
             value.backward()
-        return self.finish()
+            self.probe.after_backward()
+        return self.finish(**kwargs)
 
-    def finish(self):
+    def finish(self, **kwargs):
         self.probe.finish()
-        return {point.name: values for point, values in self.probe.collect(self.transfer.fetch()).items()}
+        signals = self.probe.collect(self.transfer.fetch(), **kwargs)
+        self.calls = signals.calls
+        return {point.name: values for point, values in signals.points.items()}
 
 
 def _norm(*gradients):
@@ -232,24 +237,6 @@ def test_other_precisions_are_measured(dtype):
     assert found["(root)"]["delta_norm"] == 5.0
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpointed_block_is_seen_once(reentrant):
-    block = nn.Sequential(nn.Linear(2, 2), nn.Sigmoid())
-    model = Calls(lambda self, x: checkpoint(self.block, x, use_reentrant=reentrant).sum(), block=block)
-    sampled = Sampled(model)
-    found = sampled.step(lambda: model(torch.ones(3, 2, requires_grad=True)))
-    assert list(found) == ["block.0", "block.1"]
-    assert found["block.1"]["saturated_fraction"] == 0.0
-
-
-def test_the_delta_of_a_checkpointed_block_is_that_without_checkpoint():
-    block = nn.Sequential(nn.Linear(2, 2), nn.Sigmoid())
-    x = torch.ones(3, 2)
-    plain = Sampled(block).step(lambda: block(x).sum())
-    saved = Sampled(block).step(lambda: checkpoint(block, x, use_reentrant=False).sum())
-    assert saved["0"]["delta_norm"] == plain["0"]["delta_norm"]
-
-
 def test_a_graph_that_outlives_its_sample_writes_nothing_into_a_later_one():
     model = nn.Linear(1, 1)
     sampled = Sampled(model)
@@ -351,4 +338,411 @@ def test_points_tell_the_module_to_name_to_people():
     probe.before_backward()
     loss.backward()
     probe.finish()
-    assert list(probe.collect(transfer.fetch())) == [Point("lin", "lin"), Point("lin/relu", "lin", "relu")]
+    assert list(probe.collect(transfer.fetch()).points) == [Point("lin", "lin"), Point("lin/relu", "lin", "relu")]
+
+
+@pytest.mark.parametrize("multiplier", [2.0, 0.125])
+def test_a_multiplier_scales_deltas_and_nothing_else(multiplier):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sigmoid())
+    x = torch.ones(2, 3)
+    plain = Sampled(model).step(lambda: model(model(x)).sum())
+    scaled = Sampled(model).step(lambda: model(model(x)).sum(), multiplier=multiplier)
+    expected = {name: found | {"delta_norm": found["delta_norm"] * multiplier} for name, found in plain.items()}
+    assert scaled == {name: pytest.approx(found) for name, found in expected.items()}
+
+
+# -- the calls of a point that runs more than once
+
+
+def _doubling(turns, dtype=torch.float32):
+    """x -> 2^turns * x by a cell in a loop; the gradient at the output of call k of a sum is 2^(turns - 1 - k)."""
+
+    def forward(self, x):
+        for _ in range(turns):
+            x = self.cell(x)
+        return x
+
+    model = Calls(forward, cell=nn.Linear(1, 1, bias=False)).to(dtype)
+    nn.init.constant_(model.cell.weight, 2.0)
+    return model
+
+
+def test_each_turn_of_a_loop_has_its_own_delta_in_order_of_execution():
+    model = _doubling(5)
+    sampled = Sampled(model)
+    sampled.step(lambda: model(torch.ones(1, 1)).sum())
+    assert sampled.calls["cell"].tolist() == [16.0, 8.0, 4.0, 2.0, 1.0]
+
+
+def test_the_number_of_calls_is_told():
+    model = _doubling(5)
+    assert Sampled(model).step(lambda: model(torch.ones(1, 1)).sum())["cell"]["calls"] == 5.0
+
+
+def test_a_point_that_runs_once_has_no_calls():
+    model = _doubling(1)
+    sampled = Sampled(model)
+    found = sampled.step(lambda: model(torch.ones(1, 1)).sum())
+    assert sampled.calls == {}
+    assert "calls" not in found["cell"]
+
+
+def test_the_delta_of_a_loop_is_the_norm_over_its_calls():
+    model = _doubling(5)
+    sampled = Sampled(model)
+    found = sampled.step(lambda: model(torch.ones(1, 1)).sum())
+    assert found["cell"]["delta_norm"] == pytest.approx(np.sqrt((sampled.calls["cell"] ** 2).sum()))
+
+
+def test_calls_are_multiplied_like_the_delta_norm():
+    model = _doubling(3)
+    sampled = Sampled(model)
+    sampled.step(lambda: model(torch.ones(1, 1)).sum(), multiplier=0.5)
+    assert sampled.calls["cell"].tolist() == [2.0, 1.0, 0.5]
+
+
+def test_the_calls_of_a_cell_are_those_of_retained_outputs():
+    torch.manual_seed(0)
+    cell, head = nn.Linear(3, 3), nn.Linear(3, 1)
+    x = torch.randn(4, 3)
+
+    def forward(self, x):
+        for _ in range(4):
+            x = torch.tanh(self.cell(x))
+        return self.head(x)
+
+    model = Calls(forward, cell=cell, head=head)
+    outputs, hidden = [], x
+    for _ in range(4):
+        outputs.append(cell(hidden))
+        hidden = torch.tanh(outputs[-1])
+        outputs.append(hidden)
+    naive = [_norm(g) for g in torch.autograd.grad(head(hidden).square().mean(), outputs)]
+    sampled = Sampled(model)
+    sampled.step(lambda: model(x).square().mean())
+    assert set(sampled.calls) == {"cell", "cell/tanh"}
+    np.testing.assert_allclose(sampled.calls["cell"], naive[0::2], rtol=1e-6)
+    np.testing.assert_allclose(sampled.calls["cell/tanh"], naive[1::2], rtol=1e-6)
+
+
+def test_the_two_uses_of_a_shared_layer_are_told_apart():
+    model = Calls(lambda self, x: 3 * self.shared(x) + 5 * self.shared(2 * x), shared=nn.Linear(1, 1))
+    sampled = Sampled(model)
+    sampled.step(lambda: model(torch.ones(1, 1)).sum())
+    assert sampled.calls["shared"].tolist() == [3.0, 5.0]
+
+
+def test_a_call_whose_output_is_not_used_is_missing_and_not_zero():
+    def forward(self, x):
+        self.shared(x)
+        return self.shared(x) * 3
+
+    model = Calls(forward, shared=nn.Linear(1, 1))
+    sampled = Sampled(model)
+    sampled.step(lambda: model(torch.ones(1, 1)).sum())
+    np.testing.assert_array_equal(sampled.calls["shared"], [math.nan, 3.0])
+
+
+def test_a_call_whose_delta_is_no_number_is_infinite_and_leaves_the_others():
+    model = Calls(lambda self, x: 3 * self.shared(x) + math.nan * self.shared(x), shared=nn.Linear(1, 1))
+    sampled = Sampled(model)
+    sampled.step(lambda: model(torch.ones(1, 1)).sum())
+    assert sampled.calls["shared"].tolist() == [3.0, math.inf]
+
+
+def test_calls_of_accumulated_batches_are_taken_together_by_their_place():
+    model = Calls(lambda self, x: 3 * self.shared(x) + 6 * self.shared(x), shared=nn.Linear(1, 1))
+    sampled = Sampled(model)
+    sampled.step(lambda: model(torch.ones(1, 1)).sum(), lambda: 4 / 3 * model(torch.ones(1, 1)).sum())
+    np.testing.assert_allclose(sampled.calls["shared"], [5.0, 10.0], rtol=1e-6)
+
+
+def test_loops_of_several_lengths_in_one_step_are_as_long_as_the_longest():
+    model = Calls(lambda self, x: sum(self.cell(x) for _ in range(len(x))).sum(), cell=nn.Linear(1, 1))
+    sampled = Sampled(model)
+    sampled.step(lambda: model(torch.ones(2, 1)), lambda: model(torch.ones(3, 1)))
+    np.testing.assert_allclose(sampled.calls["cell"] ** 2, [5.0, 5.0, 3.0])
+
+
+# -- headroom
+
+SMALLEST = {torch.float64: -1074, torch.float32: -149, torch.float16: -24, torch.bfloat16: -133}
+"""log2 of the smallest positive number, a subnormal one."""
+
+
+def _headroom(weights, dtype=torch.float32, **kwargs):
+    weights = torch.tensor([weights], dtype=dtype)
+    model = nn.Linear(1, weights.shape[1]).to(dtype)
+    loss = lambda: (model(torch.ones(1, 1, dtype=dtype)) * weights).sum()  # noqa: E731
+    return Sampled(model).step(loss, **kwargs)["(root)"]["delta_headroom"]
+
+
+@pytest.mark.parametrize("dtype", SMALLEST, ids=str)
+def test_the_smallest_numbers_of_a_type_are_those_of_torch(dtype):
+    smallest = 2.0 ** SMALLEST[dtype]
+    assert torch.tensor([smallest], dtype=torch.float64).to(dtype).item() == smallest
+    assert torch.tensor([smallest / 2], dtype=torch.float64).to(dtype).item() == 0.0
+
+
+@pytest.mark.parametrize("exponent", [0, -10, -14])
+@pytest.mark.parametrize("dtype", SMALLEST, ids=str)
+def test_headroom_is_the_distance_to_the_smallest_number_of_the_type(dtype, exponent):
+    assert _headroom([2.0**exponent] * 4, dtype) == pytest.approx(exponent - SMALLEST[dtype])
+
+
+def test_headroom_is_that_of_the_root_mean_square():
+    assert _headroom([3.0, 4.0, 0.0, 0.0]) == pytest.approx(math.log2(2.5) + 149)
+
+
+def test_headroom_is_that_of_the_delta_as_it_was_held():
+    assert _headroom([1.0], multiplier=2.0**-16) == pytest.approx(149)
+
+
+def test_headroom_of_a_loop_is_that_over_all_calls():
+    model = _doubling(2)
+    found = Sampled(model).step(lambda: model(torch.ones(1, 1)).sum())
+    assert found["cell"]["delta_headroom"] == pytest.approx(math.log2(math.sqrt(2.5)) + 149)
+
+
+def test_a_delta_of_zero_has_a_headroom_of_minus_infinity():
+    assert _headroom([0.0, 0.0]) == -math.inf
+
+
+def test_a_delta_that_underflowed_has_a_headroom_of_minus_infinity():
+    assert _headroom([2.0**-30], torch.float16) == -math.inf
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_delta_that_is_not_finite_has_an_infinite_headroom(bad):
+    assert _headroom([1.0, bad]) == math.inf
+
+
+# -- activation checkpointing
+
+
+def _compare(forward, reentrant, window=1, **modules):
+    """What is seen without and with checkpointing; `forward` gets the function that runs a segment."""
+
+    def seen(segment):
+        torch.manual_seed(0)
+        for module in modules.values():
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=0.7)
+        model = Calls(lambda self, x: forward(self, x, segment), **modules)
+        sampled = Sampled(model, window=window)
+        x = torch.linspace(-1, 1, 12).reshape(4, 3).requires_grad_()
+        return sampled.step(lambda: model(x).square().sum()), sampled.calls
+
+    return seen(lambda part, x: part(x)), seen(lambda part, x: checkpoint(part, x, use_reentrant=reentrant))
+
+
+def _same(found, expected, without=()):
+    """Whether all is the same, but for the deltas of a few points, which are missing."""
+    (points, calls), (plain, plain_calls) = found, expected
+    delta = {"delta_norm", "delta_headroom", "backward_pass", "calls"}
+    wanted = {
+        name: {metric: value for metric, value in values.items() if name not in without or metric not in delta}
+        for name, values in plain.items()
+    }
+    assert {name: dict(values) for name, values in points.items()} == {
+        name: pytest.approx(values, rel=1e-6) for name, values in wanted.items()
+    }
+    assert set(calls) == set(plain_calls) - set(without)
+    for name in calls:
+        np.testing.assert_allclose(calls[name], plain_calls[name], rtol=1e-6)
+    return True
+
+
+def _linear():
+    return nn.Linear(3, 3)
+
+
+def _one_segment(self, x, segment):
+    return self.head(segment(self.body, x))
+
+
+def _two_segments(self, x, segment):
+    return self.head(segment(self.second, segment(self.first, x)))
+
+
+def _shared_activation(self, x, segment):
+    x = segment(lambda h: self.act(self.first(h)), x)
+    return self.head(segment(lambda h: self.act(self.second(h)), x))
+
+
+def _loop(self, x, segment):
+    for _ in range(4):
+        x = segment(lambda h: torch.tanh(self.cell(h)), x)
+    return self.head(x)
+
+
+def _two_calls_in_each_segment(self, x, segment):
+    for _ in range(3):
+        x = segment(lambda h: torch.tanh(self.cell(torch.sigmoid(self.cell(h)))), x)
+    return self.head(x)
+
+
+def _inside_and_then_outside(self, x, segment):
+    return self.cell(segment(lambda h: torch.tanh(self.cell(h)), x))
+
+
+def _outside_and_then_inside(self, x, segment):
+    return segment(lambda h: torch.tanh(self.cell(h)), self.cell(x))
+
+
+def _with_branches(self, x, segment):
+    return self.head(segment(self.first, x) * segment(self.second, x))
+
+
+def _nothing_behind(self, x, segment):
+    return segment(self.body, x)
+
+
+def _body(*activations):
+    return nn.Sequential(*(module for activation in activations for module in (_linear(), activation)))
+
+
+CHECKPOINTED = {
+    "one segment": lambda: (_one_segment, {"body": _body(nn.Sigmoid(), nn.ReLU()), "head": _linear()}),
+    "two segments": lambda: (
+        _two_segments,
+        {"first": _body(nn.Sigmoid()), "second": _body(nn.ReLU(), nn.Tanh()), "head": _linear()},
+    ),
+    "a shared activation": lambda: (
+        _shared_activation,
+        {"first": _linear(), "second": _linear(), "act": nn.Tanh(), "head": _linear()},
+    ),
+    "a loop": lambda: (_loop, {"cell": _linear(), "head": _linear()}),
+    "two calls in each segment": lambda: (_two_calls_in_each_segment, {"cell": _linear(), "head": _linear()}),
+    "inside and then outside": lambda: (_inside_and_then_outside, {"cell": _linear()}),
+    "outside and then inside": lambda: (_outside_and_then_inside, {"cell": _linear()}),
+    "branches": lambda: (_with_branches, {"first": _body(nn.Tanh()), "second": _body(nn.Sigmoid()), "head": _linear()}),
+    "nothing behind it": lambda: (_nothing_behind, {"body": _body(nn.Tanh(), nn.Sigmoid())}),
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("case", CHECKPOINTED)
+def test_checkpointing_changes_no_number(case, reentrant):
+    forward, modules = CHECKPOINTED[case]()
+    plain, saved = _compare(forward, reentrant, **modules)
+    assert _same(saved, plain)
+
+
+def test_an_activation_with_which_a_repeated_segment_begins_has_no_delta_and_spoils_no_other():
+    def forward(self, x, segment):
+        x = segment(self.first, x)
+        return self.head(segment(lambda h: torch.tanh(self.second(torch.tanh(h))), x))
+
+    plain, saved = _compare(forward, True, first=_body(nn.Sigmoid()), second=_linear(), head=_linear())
+    assert _same(saved, plain, without=["first.0/tanh"])
+
+
+def test_of_a_loop_whose_segments_begin_with_an_activation_all_other_deltas_are_right():
+    def forward(self, x, segment):
+        for _ in range(3):
+            x = segment(lambda h: torch.tanh(self.cell(torch.sigmoid(h))), x)
+        return self.head(x)
+
+    plain, saved = _compare(forward, True, cell=_linear(), head=_linear())
+    assert _same(saved, plain, without=["(root)/sigmoid", "cell/sigmoid"])
+
+
+def test_a_segment_inside_a_segment_changes_no_number():
+    def forward(self, x, segment):
+        return self.head(segment(lambda h: torch.tanh(self.outer(segment(self.inner, h))), x))
+
+    plain, saved = _compare(forward, True, outer=_linear(), inner=_body(nn.Sigmoid()), head=_linear())
+    assert _same(saved, plain)
+
+
+def test_a_segment_in_a_batch_of_an_accumulated_step_is_seen_as_often_as_there_are_batches():
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(2, 2), nn.Sigmoid())
+    batches = [torch.randn(3, 2, requires_grad=True) for _ in range(2)]
+    plain = Sampled(block).step(*(lambda x=x: block(x).square().sum() for x in batches))
+    saved = Sampled(block).step(*(lambda x=x: checkpoint(block, x, use_reentrant=True).square().sum() for x in batches))
+    assert _same((saved, {}), (plain, {}))
+
+
+def test_after_a_checkpointed_backward_pass_nothing_is_left():
+    block = nn.Sequential(nn.Linear(2, 2), nn.Sigmoid())
+    Sampled(block).step(lambda: checkpoint(block, torch.ones(3, 2, requires_grad=True), use_reentrant=True).sum())
+    assert not _get_current_function_mode_stack()
+    assert not module_hooks._global_forward_hooks
+
+
+def test_after_an_error_in_a_repeated_forward_pass_nothing_is_left():
+    block = nn.Sequential(nn.Linear(2, 2), nn.Sigmoid())
+    sampled = Sampled(block)
+    sampled.probe.start_batch()
+    loss = checkpoint(block, torch.ones(3, 2, requires_grad=True), use_reentrant=True).sum()
+    sampled.probe.before_backward()
+    block[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    sampled.probe.drop()
+    assert not _get_current_function_mode_stack()
+    assert not module_hooks._global_forward_hooks
+
+
+def test_the_forward_pass_that_is_repeated_is_no_forward_pass_of_the_sample():
+    block = nn.Sequential(nn.Linear(2, 2), nn.Sigmoid())
+    sampled = Sampled(block)
+    sampled.probe.start_batch()
+    checkpoint(block, torch.ones(3, 2, requires_grad=True), use_reentrant=True)
+    sampled.probe.before_backward()
+    observes = sampled.probe.is_observing
+    sampled.probe.drop()
+    assert not observes
+
+
+def test_gradients_of_checkpointed_parameters_are_those_without_a_probe():
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Sigmoid())
+    x = torch.randn(3, 2, requires_grad=True)
+
+    def loss():
+        torch.manual_seed(1)
+        return checkpoint(block, x, use_reentrant=True).square().sum()
+
+    loss().backward()
+    expected = [p.grad.clone() for p in block.parameters()]
+    block.zero_grad()
+    Sampled(block).step(loss)
+    assert all(map(torch.equal, expected, (p.grad for p in block.parameters())))
+
+
+# -- a batch without a backward pass
+
+
+def test_a_batch_that_is_forgotten_has_no_part_in_the_step():
+    model = nn.Sequential(nn.Linear(1, 2), nn.Sigmoid())
+    x = torch.ones(3, 1)
+
+    def step(with_a_bad_batch):
+        sampled = Sampled(model, window=1)
+        if with_a_bad_batch:
+            sampled.probe.start_batch()
+            model(1e6 * x)
+            sampled.probe.forget_batch()
+        return sampled.step(lambda: model(x).sum())
+
+    assert step(True) == step(False)
+
+
+def test_a_batch_that_is_forgotten_leaves_those_before_it():
+    model = nn.Sequential(nn.Linear(1, 2), nn.Sigmoid())
+    x = torch.ones(3, 1)
+    plain = Sampled(model).step(lambda: model(x).sum())
+    sampled = Sampled(model)
+    sampled.probe.start_batch()
+    loss = model(x).sum()
+    sampled.probe.before_backward()
+    loss.backward()
+    sampled.probe.after_backward()
+    sampled.probe.start_batch()
+    model(1e6 * x)
+    sampled.probe.forget_batch()
+    assert sampled.finish() == plain

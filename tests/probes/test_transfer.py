@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_gradflow.probes.ranks import Topology
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
 
@@ -54,3 +55,54 @@ def test_squares_of_a_dying_gradient_do_not_underflow():
 
 def test_a_device_without_float64_gets_float32():
     assert wide_dtype(torch.device("mps")) == torch.float32
+
+
+def test_alone_what_is_shared_is_what_was_given():
+    transfer = Transfer()
+    transfer.put("own", torch.tensor([1.0]))
+    transfer.share("shared", torch.tensor([2.0, 3.0]))
+    transfer.share_numbers("numbers", [4.0])
+    arrays = transfer.fetch()
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "own": [1.0],
+        "shared": [2.0, 3.0],
+        "numbers": [4.0],
+    }
+
+
+def test_numbers_of_the_host_are_float64_arrays():
+    transfer = Transfer()
+    transfer.share_numbers("numbers", [1])
+    assert transfer.fetch()["numbers"].dtype == np.float64
+
+
+def test_numbers_that_change_after_they_were_given_arrive_as_they_were():
+    transfer, numbers = Transfer(), [1.0]
+    transfer.share_numbers("numbers", numbers)
+    numbers[0] = 2.0
+    assert transfer.fetch()["numbers"].tolist() == [1.0]
+
+
+def test_what_is_dropped_does_not_arrive():
+    transfer = Transfer()
+    transfer.put("own", torch.ones(1))
+    transfer.share("shared", torch.ones(1))
+    transfer.share_numbers("numbers", [1.0])
+    transfer.drop()
+    assert transfer.fetch() == {}
+
+
+def test_a_fetch_of_ones_own_leaves_out_what_is_shared_and_empties_the_collection():
+    transfer = Transfer()
+    transfer.put("own", torch.ones(1))
+    transfer.share("shared", torch.ones(1))
+    assert (list(transfer.fetch_own()), transfer.fetch()) == (["own"], {})
+
+
+def test_outside_of_distributed_training_there_is_one_rank():
+    assert Transfer().is_alone
+
+
+@pytest.mark.parametrize("topology", [Topology(data=2), Topology(model=2)])
+def test_among_several_ranks_none_is_alone(topology):
+    assert not Transfer(topology).is_alone

@@ -1,0 +1,65 @@
+"""Tensors of which each rank holds a part (DTensor), and the parts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+# a DTensor is known by its methods: to import its class costs a second, and most runs have none
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a tensor that is spread over ranks."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor | None:
+    """The part of a tensor that this rank holds; all of a plain one; None where parts must be added up first.
+
+    Example:
+        >>> import torch
+        >>> local(torch.ones(2))
+        tensor([1., 1.])
+    """
+    if not is_sharded(tensor):
+        return tensor
+    spread: Any = tensor
+    if any(placement.is_partial() for placement in spread.placements):
+        return None
+    part: Tensor = spread.to_local()
+    return part
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether it is known that the ranks hold different parts of it; of a plain tensor that cannot be known."""
+    spread: Any = tensor
+    return is_sharded(tensor) and any(_cuts(placement) for placement in spread.placements)
+
+
+def _cuts(placement: Any) -> bool:
+    """Not `is_shard()`: FSDP2 over tensor parallelism cuts in a way of its own (_StridedShard), which says no to it."""
+    return not (placement.is_replicate() or placement.is_partial())
+
+
+def complete(tensor: Tensor) -> Tensor:
+    """The same tensor; where parts must be added up first, they are: a collective that all of its ranks make."""
+    if not is_sharded(tensor):
+        return tensor
+    spread: Any = tensor
+    if not any(placement.is_partial() for placement in spread.placements):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    whole: Tensor = spread.redistribute(placements=[Replicate() if p.is_partial() else p for p in spread.placements])
+    return whole
+
+
+def copies(tensor: Tensor, ranks: int) -> float:
+    """How many of the ranks hold the same part of it: all of them where it is replicated, one where it is cut up."""
+    if not is_sharded(tensor):
+        return float(ranks)
+    spread: Any = tensor
+    cut = [spread.device_mesh.size(i) for i, placement in enumerate(spread.placements) if _cuts(placement)]
+    return float(ranks / math.prod(cut))
