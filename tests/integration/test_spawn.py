@@ -66,9 +66,9 @@ def test_the_monitor_of_the_main_process_has_no_verdict(fitted):
     assert process_traces() == []
 
 
-def test_the_monitor_of_the_main_process_can_be_used_again(fitted):
+def test_the_monitor_of_the_main_process_can_be_used_again(fitted, tmp_path):
     monitor, *_ = fitted
-    fit([monitor])
+    fit([monitor], default_root_dir=tmp_path)
     assert len(monitor.history) == 12
 
 
