@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from torchmetrics import MeanMetric
 
 from lightning_gradflow.border import Border
 from lightning_gradflow.callbacks import trainer_facts
@@ -21,6 +19,7 @@ from lightning_gradflow.callbacks.cadence import Cadence
 from lightning_gradflow.callbacks.losses import find_loss, returned_loss
 from lightning_gradflow.callbacks.sampler import Sampler
 from lightning_gradflow.callbacks.state import from_checkpoint, to_checkpoint
+from lightning_gradflow.callbacks.validation import ValidationLoss
 from lightning_gradflow.detectors.base import Detector
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.probes.shards import is_sharded as is_spread
@@ -61,8 +60,7 @@ class Session:
         self._mitigation: Mitigation | None = None
         self._sampler: Sampler | None = None
         self._cadence = Cadence(1)
-        self._validation = MeanMetric(nan_strategy="disable", sync_on_compute=False)  # ranks are summed with the sample
-        self._val_loss: Tensor | None = None
+        self._validation = ValidationLoss()
         self._step_hooks: dict[int, RemovableHandle] = {}
         self._to_treat: list[Finding] = []
         self._start_anew()
@@ -148,7 +146,9 @@ class Session:
             return
         without = trainer_facts.without_gradients(trainer)
         topology = trainer_facts.topology(trainer)
-        is_sharded = without is not None or any(is_spread(parameter) for parameter in module.parameters())
+        # those of the model may just be whole: FSDP puts them together for a forward pass
+        groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        is_sharded = without is not None or any(is_spread(p) for group in groups for p in group["params"])
         if without is not None:
             self._border.switch_off("the reading of parameter gradients", without)
         if self._mitigation is not None and is_sharded:
@@ -171,7 +171,6 @@ class Session:
         )
         if self._sampler_state is not None:
             self._sampler.load_state_dict(self._sampler_state)
-        self._validation = self._validation.to(module.device)
         self.recorder.tells = trainer.is_global_zero
         self.recorder.model = type(module).__name__
         self.recorder.sinks = self._sinks(trainer) if trainer.is_global_zero else []
@@ -214,7 +213,7 @@ class Session:
                 sampler.report_failure()
             return
         step = trainer_facts.logged_step(trainer) - 1
-        losses, val_loss = sampler.rest(self._validation_sum(sampler), together=together)
+        losses, val_loss = sampler.rest(self._validation.take(sampler.device), together=together)
         self._sampler_state = sampler.state_dict()  # another fit, or a checkpoint, may go on from here
         self.recorder.close(step, losses, val_loss, trainer_facts.progress(trainer, step))
         self.recorder.end()
@@ -320,7 +319,9 @@ class Session:
             self._take_logged_loss(trainer, sampler, step)
         if len(trainer.optimizers) > 1:
             self._cadence.sampled(step, map(id, trainer.optimizers), sampler.stepped)
-        row = sampler.finish(self._scalars(trainer), self._validation_sum(sampler), decision=_digest(self._to_treat))
+        row = sampler.finish(
+            self._scalars(trainer), self._validation.take(sampler.device), decision=_digest(self._to_treat)
+        )
         if self._mitigation is not None and not sampler.is_agreed:
             self._mitigation = None
             self._border.switch_off("the mitigator", "the ranks do not find the same")
@@ -368,30 +369,15 @@ class Session:
 
     def validation_batch_end(self, outputs: Any) -> None:
         """Accumulates the loss that `validation_step` returned."""
-        loss = returned_loss(outputs)
-        if loss is not None and self._sampler is not None:
-            self._validation.update(loss)
+        if self._sampler is not None:
+            self._validation.add(outputs)
 
     def validation_end(self, trainer: Trainer) -> None:
-        """Takes the validation loss under whatever name it was logged, else the mean of what was returned."""
+        """Takes the validation loss, unless it is that of the check before the fit."""
         if trainer.sanity_checking or self._sampler is None:
-            self._validation.reset()
-            return
-        metrics = trainer.callback_metrics
-        name = self._named("val_loss") or find_loss(metrics, validation=True)
-        if name is not None and name in metrics:
-            self._val_loss = metrics[name].detach()
-        elif self._validation.update_called:
-            self._val_loss = self._validation.compute()
-        self._validation.reset()
-
-    def _validation_sum(self, sampler: Sampler) -> Tensor | None:
-        """(2,) the newest validation loss and the number of ranks that have it, to be summed over ranks."""
-        loss, self._val_loss = self._val_loss, None
-        if loss is None:
-            return None
-        value = loss.reshape(()).to(sampler.device, torch.float64)
-        return torch.stack([value, torch.ones_like(value)])
+            self._validation.forget()
+        else:
+            self._validation.end(trainer.callback_metrics, self._named("val_loss"))
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -404,7 +390,7 @@ class Session:
                 "recorder": self.recorder.state_dict(),
                 "mitigation": mitigation,
                 "sampler": sampler,
-                "val_loss": float(self._val_loss) if self._val_loss is not None else None,
+                "val_loss": self._validation.state_dict(),
             }
         )
         return state
@@ -414,7 +400,6 @@ class Session:
         state = from_checkpoint(state)
         self.recorder.load_state_dict(state["recorder"])
         self._sampler_state = state["sampler"]
-        waits = state["val_loss"]
-        self._val_loss = torch.tensor(waits) if waits is not None else None
+        self._validation.load_state_dict(state["val_loss"])
         if self._mitigation is not None and state["mitigation"] is not None:
             self._mitigation.load_state_dict(state["mitigation"])

@@ -5,48 +5,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradflow.history import Floats, Point
-from lightning_gradflow.metrics import measured
 from lightning_gradflow.probes.dead_units import SilentUnits
 from lightning_gradflow.probes.flat_side import flat, saturated, units
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.observer import ForwardObserver, is_measurable
+from lightning_gradflow.probes.packing import Deltas, Seen, Signals, pack, unpack
 from lightning_gradflow.probes.points import PointNames
 from lightning_gradflow.probes.shards import is_cut, local
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
-
-
-@dataclass
-class _Deltas:
-    """Loss gradients at one point in one backward pass; tensors stay on the device."""
-
-    squares: dict[int, Tensor] = field(default_factory=dict)  # by call
-    entries: int = 0
-    floor: float = math.nan  # log2 of the smallest positive number that they can hold
-
-
-@dataclass
-class _Seen:
-    """What one point gave in the present sample; tensors stay on the device."""
-
-    calls: int = 0  # in the present forward pass
-    without_graph: list[int] = field(default_factory=list)  # those of them that checkpointing may still repeat
-    output_square: Tensor | None = None
-    output_count: int = 0
-    saturated: Tensor | None = None
-    bounded_count: int = 0
-    is_cut: bool = False  # whether each part of a split model has other entries; else that is told by the values
-    active: Tensor | None = None  # (U,) units that left the flat side at least once
-    deltas: dict[int, _Deltas] = field(default_factory=dict)  # by backward pass
 
 
 @dataclass
@@ -54,21 +29,6 @@ class _Call:
     """Which call of its point an output comes from; that of a repeated one is known when its whole segment is."""
 
     number: int | None = None
-
-
-@dataclass(frozen=True)
-class Signals:
-    """What a sample saw.
-
-    Args:
-        points: point -> metric -> value, in order of execution.
-        calls: name of a point that ran more than once in a forward pass -> (K,) delta norm of each call.
-        floor: log2 of the smallest positive number that the narrowest of the deltas can hold; NaN without deltas.
-    """
-
-    points: Mapping[Point, Mapping[str, float]]
-    calls: Mapping[str, Floats]
-    floor: float = math.nan
 
 
 class SignalProbe:
@@ -104,8 +64,8 @@ class SignalProbe:
         self._reset()
 
     def _reset(self) -> None:
-        self._seen: dict[Point, _Seen] = {}
-        self._before: dict[Point, _Seen] = {}  # as it was when the batch began
+        self._seen: dict[Point, Seen] = {}
+        self._before: dict[Point, Seen] = {}  # as it was when the batch began
         self._segment: dict[Point, list[_Call]] = {}  # what checkpointing has repeated since the last gradient
         self._pass = 0
         self._repeats = False
@@ -204,7 +164,7 @@ class SignalProbe:
         if self._activations and values is not None and values.numel():
             self._take_activation(seen, op, values, arguments)
 
-    def _take_activation(self, seen: _Seen, op: str, output: Tensor, arguments: Mapping[str, Any]) -> None:
+    def _take_activation(self, seen: Seen, op: str, output: Tensor, arguments: Mapping[str, Any]) -> None:
         bounded = saturated(op, output, arguments)
         if bounded is not None:
             seen.saturated = _plus(seen.saturated, bounded.sum())
@@ -219,8 +179,8 @@ class SignalProbe:
             grown = seen.active is not None and seen.active.shape == active.shape
             seen.active = seen.active | active if grown and seen.active is not None else active
 
-    def _take(self, point: Point, output: Tensor) -> _Seen:
-        seen = self._seen.setdefault(point, _Seen())
+    def _take(self, point: Point, output: Tensor) -> Seen:
+        seen = self._seen.setdefault(point, Seen())
         seen.is_cut |= is_cut(output)
         call, seen.calls = seen.calls, seen.calls + 1
         values = local(output.detach())
@@ -252,7 +212,7 @@ class SignalProbe:
         self._segment = {}
         self._names.restart()  # the next repeated segment stands before this one
 
-    def _watch(self, seen: _Seen, call: _Call, output: Tensor) -> None:
+    def _watch(self, seen: Seen, call: _Call, output: Tensor) -> None:
         def on_gradient(gradient: Tensor | None) -> None:
             # none comes where only another output of the same operation is used; and as long as the forward pass
             # is on, it comes from the user's own autograd.grad (a gradient penalty), not from the loss
@@ -263,11 +223,11 @@ class SignalProbe:
                     self._end_segment()
                 values = local(gradient)
                 if call.number is not None and values is not None and values.numel() and is_measurable(values):
-                    self._take_delta(seen.deltas.setdefault(self._pass, _Deltas()), call.number, values)
+                    self._take_delta(seen.deltas.setdefault(self._pass, Deltas()), call.number, values)
 
         self._handles.append(output.register_hook(on_gradient))
 
-    def _take_delta(self, deltas: _Deltas, call: int, gradient: Tensor) -> None:
+    def _take_delta(self, deltas: Deltas, call: int, gradient: Tensor) -> None:
         deltas.squares[call] = _plus(deltas.squares.get(call), _sum_of_squares(gradient))
         deltas.entries += gradient.numel()
         if math.isnan(deltas.floor):
@@ -286,49 +246,7 @@ class SignalProbe:
         self._observer.close()
         if self._error is not None:
             raise self._error
-        put: dict[Hashable, list[Tensor]] = {}
-        for point, seen in self._seen.items():
-            if seen.output_square is not None:
-                put["output", point] = [seen.output_square, _or_zero(seen.saturated, seen.output_square)]
-                self._share_numbers(("output count", point), [seen.output_count, seen.bounded_count, seen.is_cut])
-            for k, deltas in seen.deltas.items():
-                some = next(iter(deltas.squares.values()))
-                # ranks agree on lengths, and sequences differ: few lengths are few agreements
-                length = max(deltas.squares) + 1
-                padded = length if self._transfer.is_alone else 1 << (length - 1).bit_length()
-                squares = [_or_zero(deltas.squares.get(call), some) for call in range(padded)]
-                put["delta", k, point, padded] = squares
-                fired = [float(call in deltas.squares) for call in range(padded)]
-                numbers = [1.0, deltas.entries, deltas.floor, seen.is_cut, *fired]
-                self._share_numbers(("delta count", k, point, padded), numbers)
-        self._share_scalars(put)
-        for point, seen in self._seen.items():
-            if seen.active is not None:
-                here = torch.ones(1, dtype=torch.bool, device=seen.active.device)
-                self._share(("units", point, seen.active.numel()), torch.cat([here, seen.active]))
-
-    def _share_scalars(self, rows: Mapping[Hashable, Sequence[Tensor]]) -> None:
-        if rows:
-            device = next(iter(rows.values()))[0].device
-            dtype = wide_dtype(device)
-            flat_row = torch.stack([value.to(device, dtype) for row in rows.values() for value in row])
-            for name, piece in zip(rows, flat_row.split([len(row) for row in rows.values()]), strict=True):
-                self._share(name, piece)
-
-    def _share(self, name: Hashable, piece: Tensor) -> None:
-        """Each part of a model that is split over ranks has a row of its own: equal rows are one and the same thing."""
-        topology = self._transfer.topology
-        if topology.model > 1:
-            rows = piece.new_zeros((topology.model, piece.numel()))
-            rows[topology.model_rank] = piece
-            piece = rows.flatten()
-        self._transfer.share(name, piece)
-
-    def _share_numbers(self, name: Hashable, numbers: list[float]) -> None:
-        topology = self._transfer.topology
-        before = [0.0] * (len(numbers) * topology.model_rank)
-        after = [0.0] * (len(numbers) * (topology.model - 1 - topology.model_rank))
-        self._transfer.share_numbers(name, [*before, *numbers, *after])
+        pack(self._seen, self._transfer)
 
     def collect(self, host: Mapping[Hashable, Floats], multiplier: float = 1.0) -> Signals:
         """The statistics of each point in order of execution, out of what was fetched. Ends the sample.
@@ -338,119 +256,11 @@ class SignalProbe:
             multiplier: turns the gradients as they were into those of the mean loss.
         """
         self._reset()
-        topology = self._transfer.topology
-        found: dict[Point, dict[str, float]] = {}
-        by_pass: dict[int, dict[Point, _Arrived]] = {}
-        for name in host:
-            if not isinstance(name, tuple):
-                continue
-            if name[0] == "output":
-                values = _output_values(host, name[1], topology.model)
-                if values:
-                    found.setdefault(name[1], {}).update(values)
-            elif name[0] == "delta":
-                _, k, point, length = name
-                arrived = _arrived(host, k, point, length, topology.model)
-                if arrived is not None:
-                    mine = by_pass.setdefault(k, {})
-                    mine[point] = mine[point] + arrived if point in mine else arrived
-        active: dict[Point, list[Floats]] = {}
-        for name in host:
-            if isinstance(name, tuple) and name[0] == "units":
-                rows = host[name].reshape(topology.model, -1)
-                active.setdefault(name[1], []).extend(rows[rows[:, 0] > 0, 1:])
-        for point, parts in active.items():  # of a layer that is split unevenly they have several lengths
-            if parts and point in found:
-                found[point]["dead_fraction"] = self.silent.update(point.name, np.concatenate(parts) > 0)
-        calls = {}
-        # only norms of one backward pass can be compared, so that the pass through the most points comes first
-        for k in sorted(by_pass, key=lambda k: (-len(by_pass[k]), k)):
-            for point, arrived in by_pass[k].items():
-                values = found.setdefault(point, {})
-                if "delta_norm" in values:
-                    continue
-                values["delta_headroom"] = arrived.headroom
-                values["delta_norm"] = measured(math.sqrt(arrived.squares.sum()) * multiplier / topology.data)
-                values["backward_pass"] = float(k)
-                if len(arrived.squares) > 1:
-                    values["calls"] = float(len(arrived.squares))
-                    norms = np.sqrt(arrived.squares) * multiplier / topology.data
-                    norms = np.where(np.isfinite(norms), norms, np.inf)
-                    calls[point.name] = np.where(arrived.fired > 0, norms, np.nan)
-        floors = [arrived.floor for points in by_pass.values() for arrived in points.values()]
-        return Signals(found, calls, max(floors, default=math.nan))
-
-
-@dataclass
-class _Arrived:
-    """The deltas of one point and backward pass on the host, over all ranks."""
-
-    squares: Floats  # (K,) by call
-    fired: Floats  # (K,) how often a gradient came
-    entries: float
-    floor: float
-
-    def __add__(self, other: _Arrived) -> _Arrived:
-        """The same point on ranks that called it another number of times."""
-        n = max(len(self.squares), len(other.squares))
-        squares, fired = np.zeros(n), np.zeros(n)
-        for one in (self, other):
-            squares[: len(one.squares)] += one.squares
-            fired[: len(one.fired)] += one.fired
-        return _Arrived(squares, fired, self.entries + other.entries, self.floor)
-
-    @property
-    def headroom(self) -> float:
-        """log2 of how far the rms of the deltas is above the smallest number that they can hold."""
-        square = float(self.squares.sum())
-        if not math.isfinite(square):
-            return math.inf
-        return 0.5 * math.log2(square / self.entries) - self.floor if square > 0 else -math.inf
-
-
-def _arrived(host: Mapping[Hashable, Floats], k: int, point: Point, length: int, parts: int) -> _Arrived | None:
-    squares = host["delta", k, point, length].reshape(parts, length)
-    numbers = host["delta count", k, point, length].reshape(parts, length + 4)
-    if not numbers[:, 0].any():
-        return None
-    weights = _weights(squares.sum(axis=1), numbers[:, 3])
-    ranks, entries, floor = weights @ numbers[:, :3]
-    fired = weights @ numbers[:, 4:]
-    used = int(np.flatnonzero(fired)[-1]) + 1
-    return _Arrived((weights @ squares)[:used], fired[:used], float(entries), float(floor / ranks))
-
-
-def _output_values(host: Mapping[Hashable, Floats], point: Point, parts: int) -> dict[str, float]:
-    table = host["output", point].reshape(parts, 2)
-    counts = host["output count", point].reshape(parts, 3)
-    weights = _weights(table[:, 0], counts[:, 2])
-    square, near_bound = weights @ table
-    count, bounded, _ = weights @ counts
-    values = {}
-    if count:
-        values["output_rms"] = measured(math.sqrt(square / count))
-    if bounded:
-        values["saturated_fraction"] = float(near_bound / bounded)
-    return values
-
-
-def _weights(squares: Floats, cut: Floats) -> Floats:
-    """(parts,) What each part of a split model counts.
-
-    Where it is not known that a tensor was cut up, equal sums of squares are one tensor, there several times.
-    """
-    weights = np.ones(len(squares))
-    if len(squares) > 1 and not cut.any() and np.allclose(squares, squares[0], rtol=1e-9, atol=0, equal_nan=True):
-        weights[1:] = 0
-    return weights
+        return unpack(host, self._transfer.topology, self.silent, multiplier)
 
 
 def _plus(before: Tensor | None, value: Tensor) -> Tensor:
     return value if before is None else before + value
-
-
-def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if value is None else value
 
 
 def _sum_of_squares(tensor: Tensor) -> Tensor:

@@ -1,0 +1,229 @@
+"""What a sample saw, on its way from the device, over the ranks, to the host: packed here, unpacked here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_gradflow.history import Floats, Point
+from lightning_gradflow.metrics import measured
+from lightning_gradflow.probes.dead_units import SilentUnits
+from lightning_gradflow.probes.ranks import Topology
+from lightning_gradflow.probes.transfer import Transfer, wide_dtype
+
+# names of what is transferred begin with one of these
+_OUTPUT, _OUTPUT_COUNT, _DELTA, _DELTA_COUNT, _UNITS = "output", "output count", "delta", "delta count", "units"
+
+
+@dataclass
+class Deltas:
+    """Loss gradients at one point in one backward pass; tensors stay on the device."""
+
+    squares: dict[int, Tensor] = field(default_factory=dict)  # by call
+    entries: int = 0
+    floor: float = math.nan  # log2 of the smallest positive number that they can hold
+
+
+@dataclass
+class Seen:
+    """What one point gave in the present sample; tensors stay on the device."""
+
+    calls: int = 0  # in the present forward pass
+    without_graph: list[int] = field(default_factory=list)  # those of them that checkpointing may still repeat
+    output_square: Tensor | None = None
+    output_count: int = 0
+    saturated: Tensor | None = None
+    bounded_count: int = 0
+    is_cut: bool = False  # whether each part of a split model has other entries; else that is told by the values
+    active: Tensor | None = None  # (U,) units that left the flat side at least once
+    deltas: dict[int, Deltas] = field(default_factory=dict)  # by backward pass
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a sample saw, on the host.
+
+    Args:
+        points: point -> metric -> value, in order of execution.
+        calls: name of a point that ran more than once in a forward pass -> (K,) delta norm of each call.
+        floor: log2 of the smallest positive number that the narrowest of the deltas can hold; NaN without deltas.
+    """
+
+    points: Mapping[Point, Mapping[str, float]]
+    calls: Mapping[str, Floats]
+    floor: float = math.nan
+
+
+def pack(sample: Mapping[Point, Seen], transfer: Transfer) -> None:
+    """Hands all that was seen to the transfer, point by point, so that ranks that saw other points can agree."""
+    scalars: dict[Hashable, list[Tensor]] = {}
+    for point, seen in sample.items():
+        if seen.output_square is not None:
+            scalars[_OUTPUT, point] = [seen.output_square, _or_zero(seen.saturated, seen.output_square)]
+            counts = [seen.output_count, seen.bounded_count, float(seen.is_cut)]
+            _share_numbers(transfer, (_OUTPUT_COUNT, point), counts)
+        for k, deltas in seen.deltas.items():
+            some = next(iter(deltas.squares.values()))
+            # ranks agree on lengths, and sequences differ: few lengths are few agreements
+            length = max(deltas.squares) + 1
+            padded = length if transfer.is_alone else 1 << (length - 1).bit_length()
+            scalars[_DELTA, k, point, padded] = [_or_zero(deltas.squares.get(call), some) for call in range(padded)]
+            fired = [float(call in deltas.squares) for call in range(padded)]
+            numbers = [1.0, deltas.entries, deltas.floor, float(seen.is_cut), *fired]
+            _share_numbers(transfer, (_DELTA_COUNT, k, point, padded), numbers)
+    _share_scalars(transfer, scalars)
+    for point, seen in sample.items():
+        if seen.active is not None:
+            here = torch.ones(1, dtype=torch.bool, device=seen.active.device)
+            _share(transfer, (_UNITS, point, seen.active.numel()), torch.cat([here, seen.active]))
+
+
+def _share_scalars(transfer: Transfer, rows: Mapping[Hashable, Sequence[Tensor]]) -> None:
+    if rows:
+        device = next(iter(rows.values()))[0].device
+        dtype = wide_dtype(device)
+        flat = torch.stack([value.to(device, dtype) for row in rows.values() for value in row])
+        for name, piece in zip(rows, flat.split([len(row) for row in rows.values()]), strict=True):
+            _share(transfer, name, piece)
+
+
+def _share(transfer: Transfer, name: Hashable, piece: Tensor) -> None:
+    """Each part of a model that is split over ranks has a row of its own: equal rows are one and the same thing."""
+    topology = transfer.topology
+    if topology.model > 1:
+        rows = piece.new_zeros((topology.model, piece.numel()))
+        rows[topology.model_rank] = piece
+        piece = rows.flatten()
+    transfer.share(name, piece)
+
+
+def _share_numbers(transfer: Transfer, name: Hashable, numbers: list[float]) -> None:
+    topology = transfer.topology
+    before = [0.0] * (len(numbers) * topology.model_rank)
+    after = [0.0] * (len(numbers) * (topology.model - 1 - topology.model_rank))
+    transfer.share_numbers(name, [*before, *numbers, *after])
+
+
+def unpack(host: Mapping[Hashable, Floats], topology: Topology, silent: SilentUnits, multiplier: float) -> Signals:
+    """The statistics of each point, in order of execution, out of what was fetched.
+
+    Args:
+        host: what was fetched: the sums over all ranks.
+        topology: the ranks.
+        silent: counts the samples in which a unit was silent.
+        multiplier: turns the gradients as they were into those of the mean loss.
+    """
+    found: dict[Point, dict[str, float]] = {}
+    by_pass: dict[int, dict[Point, _Arrived]] = {}
+    active: dict[Point, list[Floats]] = {}
+    for name in host:
+        kind, *rest = name if isinstance(name, tuple) else (name,)
+        if kind == _OUTPUT:
+            values = _output_values(host, rest[0], topology.model)
+            if values:
+                found.setdefault(rest[0], {}).update(values)
+        elif kind == _DELTA:
+            k, point, length = rest
+            arrived = _arrived(host, k, point, length, topology.model)
+            if arrived is not None:
+                mine = by_pass.setdefault(k, {})
+                mine[point] = mine[point] + arrived if point in mine else arrived
+        elif kind == _UNITS:
+            rows = host[name].reshape(topology.model, -1)
+            active.setdefault(rest[0], []).extend(rows[rows[:, 0] > 0, 1:])
+    for point, parts in active.items():  # of a layer that is split unevenly they have several lengths
+        if parts and point in found:
+            found[point]["dead_fraction"] = silent.update(point.name, np.concatenate(parts) > 0)
+    calls: dict[str, Floats] = {}
+    # only norms of one backward pass can be compared, so that the pass through the most points comes first
+    for k in sorted(by_pass, key=lambda k: (-len(by_pass[k]), k)):
+        for point, arrived in by_pass[k].items():
+            values = found.setdefault(point, {})
+            if "delta_norm" not in values:
+                # the loss of each rank is a mean over its own batch
+                values |= _delta_values(arrived, multiplier / topology.data) | {"backward_pass": float(k)}
+                if len(arrived.squares) > 1:
+                    values["calls"] = float(len(arrived.squares))
+                    calls[point.name] = _norms_of_calls(arrived, multiplier / topology.data)
+    floors = [arrived.floor for points in by_pass.values() for arrived in points.values()]
+    return Signals(found, calls, max(floors, default=math.nan))
+
+
+@dataclass
+class _Arrived:
+    """The deltas of one point and backward pass on the host, over all ranks."""
+
+    squares: Floats  # (K,) by call
+    fired: Floats  # (K,) how often a gradient came
+    entries: float
+    floor: float
+
+    def __add__(self, other: _Arrived) -> _Arrived:
+        """The same point on ranks that called it another number of times."""
+        n = max(len(self.squares), len(other.squares))
+        squares, fired = np.zeros(n), np.zeros(n)
+        for one in (self, other):
+            squares[: len(one.squares)] += one.squares
+            fired[: len(one.fired)] += one.fired
+        return _Arrived(squares, fired, self.entries + other.entries, self.floor)
+
+
+def _delta_values(arrived: _Arrived, factor: float) -> dict[str, float]:
+    square = float(arrived.squares.sum())
+    if not math.isfinite(square):
+        headroom = math.inf
+    else:
+        headroom = 0.5 * math.log2(square / arrived.entries) - arrived.floor if square > 0 else -math.inf
+    return {"delta_norm": measured(math.sqrt(square) * factor), "delta_headroom": headroom}
+
+
+def _norms_of_calls(arrived: _Arrived, factor: float) -> Floats:
+    norms = np.sqrt(arrived.squares) * factor
+    norms = np.where(np.isfinite(norms), norms, np.inf)
+    return np.where(arrived.fired > 0, norms, np.nan)
+
+
+def _arrived(host: Mapping[Hashable, Floats], k: int, point: Point, length: int, parts: int) -> _Arrived | None:
+    squares = host[_DELTA, k, point, length].reshape(parts, length)
+    numbers = host[_DELTA_COUNT, k, point, length].reshape(parts, length + 4)
+    if not numbers[:, 0].any():
+        return None
+    weights = _weights(squares.sum(axis=1), numbers[:, 3])
+    ranks, entries, floor = weights @ numbers[:, :3]
+    fired = weights @ numbers[:, 4:]
+    used = int(np.flatnonzero(fired)[-1]) + 1
+    return _Arrived((weights @ squares)[:used], fired[:used], float(entries), float(floor / ranks))
+
+
+def _output_values(host: Mapping[Hashable, Floats], point: Point, parts: int) -> dict[str, float]:
+    table = host[_OUTPUT, point].reshape(parts, 2)
+    counts = host[_OUTPUT_COUNT, point].reshape(parts, 3)
+    weights = _weights(table[:, 0], counts[:, 2])
+    square, near_bound = weights @ table
+    count, bounded, _ = weights @ counts
+    values = {}
+    if count:
+        values["output_rms"] = measured(math.sqrt(square / count))
+    if bounded:
+        values["saturated_fraction"] = float(near_bound / bounded)
+    return values
+
+
+def _weights(squares: Floats, cut: Floats) -> Floats:
+    """(parts,) What each part of a split model counts.
+
+    Where it is not known that a tensor was cut up, equal sums of squares are one tensor, there several times.
+    """
+    weights = np.ones(len(squares))
+    if len(squares) > 1 and not cut.any() and np.allclose(squares, squares[0], rtol=1e-9, atol=0, equal_nan=True):
+        weights[1:] = 0
+    return weights
+
+
+def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if value is None else value
