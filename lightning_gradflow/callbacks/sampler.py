@@ -68,7 +68,7 @@ class Sampler:
         self._multiplier = 1.0
         self.backwards = self._backwards_before = 0
         self.is_muted = False
-        self.is_agreed = True
+        self.is_agreed = True  # on what the ranks are about to do
         self.others_know = False  # that this rank, or another one, has failed
         self.step: int | None = None
         self._in_batch = False
@@ -84,6 +84,12 @@ class Sampler:
     def is_open(self) -> bool:
         """Whether a step is being sampled."""
         return self.step is not None
+
+    @property
+    def last_step(self) -> int:
+        """The step of the newest row; -1 before the first."""
+        rows = self._history.rows
+        return rows[-1].step if rows else -1
 
     @property
     def is_alone(self) -> bool:
@@ -118,43 +124,40 @@ class Sampler:
 
     # -- in the course of a step ----------------------------------------------------------------------------------
 
-    def start_muted(self, step: int) -> None:
-        """A sampled step starts on a rank that has failed: at its end the others are met."""
-        self.waited = 0 if self.step is None else self.waited
-        self.waited += 1
-        if self.step is None:
-            self.step, self._read, self._closures, self.backwards = step, [], {}, 0
-
     def start_batch(self, step: int) -> None:
         """The sampled step starts, or goes on with another batch; one without a backward pass is left behind."""
+        if self._start(step):
+            self._signals.drop()
+            if not self._layers.covers(self._model):  # layers were added or replaced in the run
+                self._look_at_model()
+            self._gradients = GradientProbe(self._layers, self._transfer)
+        self._signals.start_batch()
+
+    def start_muted(self, step: int) -> None:
+        """The same on a rank that has failed: at the end of the step the others are met."""
+        self._start(step)
+
+    def _start(self, step: int) -> bool:
+        """Keeps the schedule; whether a step begins with this batch."""
         if self.step is None:
             self.waited = 0
         self.waited += 1
-        if self.step is None or (step > self.step and not self.had_backward and not self._read):
+        begins = self.step is None or (step > self.step and not self.had_backward and not self._read)
+        if begins:
             self.step = step
-            self._read, self._closures = [], {}
-            self.backwards = 0
+            self._read, self._closures, self.backwards = [], {}, 0
             self._scale, self._multiplier = None, 1.0
-            if not self.is_muted:
-                self._signals.drop()
-                if not self._layers.covers(self._model):  # layers were added or replaced in the run
-                    self._look_at_model()
-                self._gradients = GradientProbe(self._layers, self._transfer)
         self._in_batch = True
         self._backwards_before = self.backwards
-        if not self.is_muted:
-            self._signals.start_batch()
+        return begins
 
     def before_backward(self) -> None:
         """A forward pass is over."""
-        if not self.is_muted:
-            self._signals.before_backward()
+        self._signals.before_backward()
 
     def after_backward(self, more_to_come: bool) -> None:
         """A backward pass is over; in manual optimization another forward pass of the same batch may follow."""
         self.backwards += 1
-        if self.is_muted:
-            return
         self._signals.after_backward()
         if more_to_come:
             self._signals.next_forward()
@@ -181,7 +184,7 @@ class Sampler:
             raw: whether the gradients still carry the scale.
         """
         self._scale, self._multiplier = scale, factor
-        if self.is_muted or not self._measures_gradients:
+        if not self._measures_gradients:
             return
         self._layers.find_owners(self._model)
         multiplier: Tensor | float = factor
@@ -192,7 +195,7 @@ class Sampler:
 
     def after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Reads what the step of an optimizer changed."""
-        if self.is_muted or not self._measures_gradients or id(optimizer) not in self._read:
+        if not self._measures_gradients or id(optimizer) not in self._read:
             return
         self._gradients.after_step(
             self._read.index(id(optimizer)), gradients_changed=self._closures.get(id(optimizer), 1) > 1
@@ -210,8 +213,6 @@ class Sampler:
         """
         in_vain = needs_backward and not self.batch_had_backward
         self._in_batch = False
-        if self.is_muted:
-            return
         self._signals.after_backward()
         if in_vain:
             self._signals.forget_batch()

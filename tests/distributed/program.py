@@ -17,7 +17,8 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from lightning_gradflow.callbacks.session import Session
+from lightning_gradflow.callbacks.sampler import Sampler
+from lightning_gradflow.callbacks.steps import Steps
 from lightning_gradflow.detectors.vanishing import VanishingGradient
 from lightning_gradflow.probes.gradients import GradientProbe
 from lightning_gradflow.probes.signals import SignalProbe
@@ -44,10 +45,10 @@ from .rank import (
 from .runs import CROSSED, REPLICATED, SHARDED, Prepare, Run, ddp, inner, sharded, whole
 
 PLACES = {
-    "start of a batch": (Session, "batch_start"),
+    "start of a batch": (Steps, "batch_start"),
     "forward pass": (SignalProbe, "_take"),
     "gradients": (GradientProbe, "measure"),
-    "end of a batch": (Session, "_scalars"),
+    "end of a batch": (Sampler, "end_batch"),
     "row": (Recorder, "add"),
 }
 """Where something of ours can raise: in the user's forward pass, before the ranks meet, and after it (the last one)."""

@@ -1,0 +1,240 @@
+"""A fit, step by step: when a sample is opened, what is read in it, and when it is a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_gradflow.callbacks import trainer_facts
+from lightning_gradflow.callbacks.cadence import Cadence
+from lightning_gradflow.callbacks.losses import find_loss, returned_loss
+from lightning_gradflow.callbacks.sampler import Sampler
+from lightning_gradflow.callbacks.validation import ValidationLoss
+from lightning_gradflow.history import Floats, Row
+
+_MAX_BATCHES = 16  # that a sample waits for a backward pass, or for an optimizer to step
+
+
+class Steps:
+    """Turns the hooks of one fit into rows.
+
+    On a rank that has failed it goes through the same steps without measuring, and tells the others where they meet.
+
+    Args:
+        sampler: makes the rows.
+        cadence: which steps are sampled.
+        validation: takes the validation loss.
+        train_loss: name under which the training loss is logged; None for the one that is returned or found.
+        val_loss: the same for the validation loss.
+        run: calls a hook of the session by name, inside the border.
+        tell: warns.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        cadence: Cadence,
+        validation: ValidationLoss,
+        *,
+        train_loss: str | None,
+        val_loss: str | None,
+        run: Callable[..., None],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.sampler = sampler
+        self._cadence = cadence
+        self._validation = validation
+        self._train_loss = train_loss
+        self._val_loss = val_loss
+        self._run = run
+        self._tell = tell
+        self._step_hooks: dict[int, RemovableHandle] = {}
+
+    def batch_start(self, trainer: Trainer) -> None:
+        """Opens a sample where one is due, or goes on with the one that is open."""
+        step = self._due_step(trainer)
+        if step is not None:
+            self.sampler.start_batch(step)
+
+    def _due_step(self, trainer: Trainer) -> int | None:
+        """The step of the batch that starts, if it is part of a sample."""
+        if trainer_facts.skips_backward(trainer):
+            return None
+        step = trainer_facts.logged_step(trainer)
+        is_due = self.sampler.is_open or (self._cadence.is_due(step) and step > self.sampler.last_step)
+        return step if is_due else None
+
+    def before_backward(self) -> None:
+        """Ends the observation of a forward pass."""
+        if self.sampler.is_open:
+            self.sampler.before_backward()
+
+    def after_backward(self, module: LightningModule) -> None:
+        """Notes that gradients are fresh."""
+        if self.sampler.is_open:
+            self.sampler.after_backward(more_to_come=not module.automatic_optimization)
+
+    def before_optimizer_step(
+        self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Reads the gradients that an optimizer is about to use."""
+        sampler = self.sampler
+        self._note(trainer, optimizer)
+        if sampler.is_open and trainer_facts.makes_no_step(trainer, sampler.batch_had_backward):
+            sampler.abandon_step()
+        # without a backward pass what stands in the gradients is old; only in manual optimization can it come unseen
+        has_fresh = sampler.had_backward or not module.automatic_optimization
+        if not (sampler.is_open and has_fresh and sampler.is_first_reading(optimizer)):
+            return
+        # a window may have fewer batches than planned, the last one of an epoch; it is divided by the full number
+        factor = 1.0
+        if module.automatic_optimization:
+            factor = trainer.accumulate_grad_batches / min(trainer.accumulate_grad_batches, sampler.backwards)
+        scale = trainer_facts.loss_scale(trainer, sampler.device)
+        sampler.read_gradients(optimizer, scale, factor, trainer_facts.takes_scaled_gradients(optimizer))
+        if hasattr(optimizer, "register_step_post_hook"):  # what only looks like an optimizer has no hooks
+            self._step_hooks[id(optimizer)] = optimizer.register_step_post_hook(
+                lambda stepped, *_: self._run("after_optimizer_step", stepped)
+            )
+
+    def _note(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+        if len(trainer.optimizers) > 1:
+            self._cadence.note(id(optimizer), trainer_facts.logged_step(trainer))
+
+    def after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Reads what the step changed."""
+        handle = self._step_hooks.pop(id(optimizer), None)
+        if handle is not None:
+            handle.remove()
+        if self.sampler.is_open:
+            self.sampler.after_optimizer_step(optimizer)
+
+    def release(self) -> None:
+        """Takes our hooks off the optimizers, of which one may not have stepped."""
+        for handle in self._step_hooks.values():
+            handle.remove()
+        self._step_hooks = {}
+
+    def batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, decision: int) -> Row | None:
+        """Keeps the loss; finishes the sample with the last batch of its step.
+
+        Args:
+            trainer: whose batch it was.
+            module: the model.
+            outputs: what `training_step` returned.
+            decision: stands for what this rank is about to do, for the others to agree.
+
+        Returns:
+            The row, if the sample is complete.
+        """
+        sampler = self.sampler
+        if trainer_facts.skips_backward(trainer):
+            return None
+        step = trainer_facts.logged_step(trainer)
+        loss = returned_loss(outputs) if self._train_loss is None else None
+        if loss is not None:
+            # Lightning divides the loss that it shows by the number of accumulated batches
+            sampler.take_loss(step, loss, trainer.accumulate_grad_batches if module.automatic_optimization else 1)
+        if not sampler.is_open:
+            return None
+        sampler.end_batch(needs_backward=module.automatic_optimization)
+        if not self._is_complete(trainer, module):
+            return None
+        self.release()
+        if not sampler.had_backward:
+            if not sampler.has_gradients and sampler.waited < _MAX_BATCHES:
+                return None  # training_step may return None for a batch that is no good: the next one will do
+            self._tell(
+                "lightning_gradflow: a sampled step had no backward pass, so the signal was not measured in it. Did "
+                "training_step return None, or call loss.backward() where self.manual_backward(loss) is needed?"
+            )
+            if not sampler.has_gradients:
+                sampler.drop()
+                return None
+        if loss is None:
+            self._take_logged_loss(trainer, step)
+        if len(trainer.optimizers) > 1:
+            self._cadence.sampled(step, map(id, trainer.optimizers), sampler.stepped)
+        return sampler.finish(_scalars(trainer), self._validation.take(sampler.device), decision)
+
+    def _is_complete(self, trainer: Trainer, module: LightningModule) -> bool:
+        if module.automatic_optimization:
+            return trainer_facts.window_is_complete(trainer)
+        return self.sampler.has_gradients or self.sampler.waited >= _MAX_BATCHES
+
+    def _take_logged_loss(self, trainer: Trainer, step: int) -> None:
+        metrics = trainer.callback_metrics
+        name = self._train_loss or find_loss(metrics, validation=False)
+        if name is not None and name in metrics:
+            self.sampler.take_loss(step, metrics[name].detach())
+
+    def epoch_end(self) -> None:
+        """A batch that was opened and then skipped has no end; its sample waits for the next one."""
+        if self.sampler.is_open:
+            self.sampler.skip_batch()
+
+    def validation_batch_end(self, outputs: Any) -> None:
+        """Accumulates the loss that `validation_step` returned."""
+        self._validation.add(outputs)
+
+    def validation_end(self, trainer: Trainer) -> None:
+        """Takes the validation loss, unless it is that of the check before the fit."""
+        if trainer.sanity_checking:
+            self._validation.forget()
+        else:
+            self._validation.end(trainer.callback_metrics, self._val_loss)
+
+    def end(self, *, together: bool) -> tuple[Floats, float]:
+        """(n,) the losses since the last row, and the validation loss; nothing is left behind."""
+        self.release()
+        self.sampler.drop()
+        return self.sampler.rest(self._validation.take(self.sampler.device), together=together)
+
+    # -- on a rank that has failed ----------------------------------------------------------------------------------
+
+    def meet_the_others(self, hook: str, trainer: Any = None, module: Any = None, *rest: Any) -> bool:
+        """What is left to do on a rank that has failed: to be there, once, when the others meet.
+
+        Args:
+            hook: which one was called.
+            trainer: its first argument.
+            module: its second one.
+            *rest: the others.
+
+        Returns:
+            Whether the others know.
+        """
+        sampler = self.sampler
+        if hook == "batch_start":
+            step = self._due_step(trainer)
+            if step is not None:
+                sampler.start_muted(step)
+        elif hook == "after_backward":
+            sampler.backwards += 1
+        elif hook == "before_optimizer_step":
+            self._note(trainer, rest[0])
+            if sampler.is_open:
+                sampler.is_first_reading(rest[0])
+        elif hook == "batch_end" and sampler.is_open and not trainer_facts.skips_backward(trainer):
+            if self._is_complete(trainer, module):
+                if sampler.had_backward or sampler.has_gradients:
+                    sampler.report_failure()
+                elif sampler.waited >= _MAX_BATCHES:
+                    sampler.drop()
+        elif hook == "end_together":
+            sampler.report_failure()
+        return sampler.others_know or hook == "end"
+
+
+def _scalars(trainer: Trainer) -> dict[str, float]:
+    return {
+        "lr": trainer_facts.learning_rate(trainer),
+        "normalised_updates": trainer_facts.normalised_updates(trainer),
+        "optimizers": float(len(trainer.optimizers)),
+        "epoch": float(trainer.current_epoch),
+        "steps_per_epoch": trainer_facts.steps_per_epoch(trainer),
+    }
