@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import deque
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_gradflow.callbacks.pending import MAX_LOSSES, PendingLosses
 from lightning_gradflow.history import MAX_CALLS, Floats, History, Row
 from lightning_gradflow.metrics import METRICS, measured
 from lightning_gradflow.probes.gradients import GradientProbe
@@ -20,8 +20,8 @@ from lightning_gradflow.probes.ranks import RankFailedError, Topology
 from lightning_gradflow.probes.signals import SignalProbe
 from lightning_gradflow.probes.transfer import Transfer
 
-_MAX_LOSSES = 1024  # references held between two samples; half a megabyte at most on a GPU
 _CLIP_WINDOW = 50  # samples that the share of clipped steps is taken over
+_NONE = np.empty(0)
 _CLIPPED = 0.9999  # of the norm: what is left after clipping is below it; rounding alone never is
 
 
@@ -61,7 +61,7 @@ class Sampler:
         self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self._transfer = Transfer(topology, self.device)
         self._look_at_model()
-        self._losses: deque[tuple[int, Tensor, float]] = deque(maxlen=_MAX_LOSSES)
+        self._losses = PendingLosses()
         self._read: list[int] = []
         self._closures: dict[int, int] = {}
         self._scale: Tensor | None = None
@@ -203,7 +203,7 @@ class Sampler:
 
     def take_loss(self, step: int, loss: Tensor, factor: float = 1) -> None:
         """Keeps a reference to the loss of a batch, to be multiplied by `factor` later; nothing is computed."""
-        self._losses.append((step, loss, factor))
+        self._losses.add(step, loss, factor)
 
     def end_batch(self, *, needs_backward: bool = False) -> None:
         """A batch is over and the step may not be: validation may come before the next.
@@ -270,7 +270,7 @@ class Sampler:
         self._history.layer_axis.reorder([*present, *gone])
         values = self._columns({point.name: found for point, found in signals.points.items()}, "points")
         values |= self._columns(layers, "layers")
-        losses = self._losses_by_step(host, self._transfer.topology.ranks)
+        losses = self._losses.by_step(host.get("losses", _NONE), self._transfer.topology.ranks)
         found = {**scalars, **self._totals(layers, host, scale), "loss": _mean_loss(losses), "val_loss": _mean(host)}
         found["delta_floor"] = signals.floor
         return Row(
@@ -315,16 +315,15 @@ class Sampler:
             together: whether all ranks are here; after an error they may not be.
         """
         host = self._fetch_with_losses(validation, together=together)
-        return self._losses_by_step(host, 1 if not together else self._transfer.topology.ranks), _mean(host)
+        ranks = self._transfer.topology.ranks if together else 1
+        return self._losses.by_step(host.get("losses", _NONE), ranks), _mean(host)
 
     def _fetch_with_losses(self, validation: Tensor | None, *, together: bool = True) -> dict[Hashable, Floats]:
         share = self._transfer.share if together else self._transfer.put
         if self._losses or not self.is_alone:
             # ranks agree on lengths: one that never changes is agreed on once
-            length = len(self._losses) if self.is_alone or not together else _MAX_LOSSES
-            values = [loss.detach().reshape(()).to(self.device, torch.float64) for _, loss, _ in self._losses]
-            padding = torch.zeros(length - len(values), dtype=torch.float64, device=self.device)
-            share("losses", torch.cat([torch.stack(values), padding]) if values else padding)
+            length = 0 if self.is_alone or not together else MAX_LOSSES
+            share("losses", self._losses.stack(self.device, length))
         if validation is not None:
             share("validation", validation)
         if not together:
@@ -334,14 +333,6 @@ class Sampler:
         except RankFailedError:
             self.others_know = True
             raise
-
-    def _losses_by_step(self, host: Mapping[Hashable, Floats], ranks: int) -> Floats:
-        """(S,) mean loss of each step since the last row, over so many ranks."""
-        steps = np.array([step for step, _, _ in self._losses], dtype=np.int64)
-        factors = np.array([factor for _, _, factor in self._losses], dtype=np.float64)
-        values = host.get("losses", np.empty(0))[: len(steps)] * factors / ranks
-        self._losses.clear()
-        return np.array([values[steps == step].mean() for step in np.unique(steps)], dtype=np.float64)
 
     def _columns(self, found: Mapping[str, Mapping[str, float]], axis: str) -> dict[str, Floats]:
         """Turns name -> metric -> value into one array a metric, by the identity of the names."""
@@ -358,18 +349,12 @@ class Sampler:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if nothing had happened: the losses since the last row, silent units."""
         # what a checkpoint holds comes from one rank, whose losses alone are not those of the run
-        pending = self._losses if self.is_alone else ()
-        losses = [loss.detach().reshape(()).to(self.device, torch.float64) for _, loss, _ in pending]
-        values = torch.stack(losses).tolist() if losses else []
-        return {
-            "losses": [[step, x, factor] for (step, _, factor), x in zip(pending, values, strict=True)],
-            "silent": self._signals.silent.state_dict(),
-        }
+        losses = self._losses.state_dict() if self.is_alone else []
+        return {"losses": losses, "silent": self._signals.silent.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
-        for step, loss, factor in state["losses"]:
-            self._losses.append((int(step), torch.tensor(loss, dtype=torch.float64), factor))
+        self._losses.load_state_dict(state["losses"])
         self._signals.silent.load_state_dict(state["silent"])
 
 
