@@ -15,6 +15,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
+from packaging.version import Version  # Lightning brings it along
 from torch import Tensor, nn
 
 from lightning_gradflow.callbacks.sampler import Sampler
@@ -54,6 +55,8 @@ PLACES = {
 """Where something of ours can raise: in the user's forward pass, before the ranks meet, and after it (the last one)."""
 JUDGEMENT = {"row": (Recorder, "add"), "detector": (VanishingGradient, "judge")}
 """Where something of ours can raise between the numbers, which all ranks have, and what is done about them."""
+HAS_FSDP2 = Version(torch.__version__) >= Version("2.7")
+"""Whether FSDP2 runs on the CPU."""
 _LIMIT = 220.0  # seconds, a little less than the launcher waits: only here can the hanging line be told
 
 
@@ -211,7 +214,7 @@ def troubled(folder: Path) -> Answer:
         "errors": {f"{place} on rank {rank}": broken(place, rank) for place in PLACES for rank in range(RANKS)},
         "decided": {place: decided(place) for place in JUDGEMENT},
         "applied": sick(ddp(), folder / "applied", mitigate="apply"),
-        "applied, sharded": sick(sharded(), folder / "applied", whole, mitigate="apply"),
+        "applied, sharded": sick(sharded(), folder / "applied", whole, mitigate="apply") if HAS_FSDP2 else None,
     }
 
 
