@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -259,13 +259,20 @@ class Ledger:
         index = self._open.get(finding.kind)
         return index is None or finding.severity.rank > self._findings[index].severity.rank
 
-    def update(self, step: int, found: Iterable[Finding], is_sample: bool = True) -> list[Finding]:
+    def update(
+        self,
+        step: int,
+        found: Iterable[Finding],
+        is_sample: bool = True,
+        was_seen: Callable[[Finding], bool] = lambda _: True,
+    ) -> list[Finding]:
         """Takes what was found at `step` and returns what was opened by it.
 
         Args:
             step: the optimizer step of the sample.
             found: what the detectors said; of several findings of a kind the most severe counts.
             is_sample: whether everything was measured, so that what was not found is not there.
+            was_seen: whether the sample shows anything of the layers of a finding; if not, it stays as it is.
 
         Returns:
             The findings that were opened, most severe first.
@@ -281,7 +288,7 @@ class Ledger:
             self._open[finding.kind] = len(self._findings)
             self._findings.append(finding)
         for kind in tuple(self._open):
-            if not is_sample and kind not in worst:
+            if kind not in worst and not (is_sample and was_seen(self._findings[self._open[kind]])):
                 continue
             repeated = kind in worst and worst[kind].severity.rank >= self._findings[self._open[kind]].severity.rank
             self._missed[kind] = 0 if repeated else self._missed.get(kind, 0) + 1

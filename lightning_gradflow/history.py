@@ -261,7 +261,8 @@ class History:
 
     def _axis(self, metric: str) -> Axis[str]:
         if metric not in METRICS:
-            raise KeyError(f"metric must be one of {sorted(METRICS)}, got {metric!r}")
+            hint = " (a scalar: history.scalar)" if any(metric in row.scalars for row in self._rows) else ""
+            raise KeyError(f"metric must be one of {sorted(METRICS)}, got {metric!r}{hint}")
         return self.layer_axis if METRICS[metric].axis == "layers" else self.point_axis
 
     def state_dict(self) -> dict[str, Any]:

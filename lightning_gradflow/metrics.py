@@ -37,7 +37,7 @@ METRICS: dict[str, Metric] = {
     "update_norm": Metric("layers", "norm", "L2 norm of what the optimizer's step changed in those parameters"),
     "update_ratio": Metric("layers", "norm", "update_norm / weight_norm"),
     "delta_norm": Metric("points", "norm", "L2 norm of the loss gradient at the output, over all calls"),
-    "calls": Metric("points", "index", "how often a point that ran more than once ran in a forward pass"),
+    "calls": Metric("points", "index", "calls of a point in a forward pass, up to the last one that got a gradient"),
     "delta_headroom": Metric(
         "points", "log2", "rms of the loss gradient as held / smallest positive number of its dtype"
     ),

@@ -7,13 +7,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from lightning_gradflow import advice
 from lightning_gradflow.border import Border, warn
 from lightning_gradflow.detectors.base import Detector
-from lightning_gradflow.findings import WARNINGS, Action, Finding, Ledger, Suggestion
+from lightning_gradflow.findings import WARNINGS, Action, Finding, FindingKind, Ledger, Suggestion
 from lightning_gradflow.history import Floats, History, Row
+from lightning_gradflow.metrics import METRICS
 from lightning_gradflow.sinks.base import Sink, View
 
+_JUDGED_BY = {
+    FindingKind.VANISHING_GRADIENT: ("delta_norm", "grad_norm"),
+    FindingKind.EXPLODING_GRADIENT: ("delta_norm", "grad_norm"),
+    FindingKind.DEAD_UNITS: ("dead_fraction",),
+    FindingKind.SATURATED_ACTIVATION: ("saturated_fraction",),
+}
 _MAX_WARNINGS = 20  # per run: whoever has not looked by then is not helped by more
 
 
@@ -98,7 +107,23 @@ class Recorder:
     def _open(self, *, is_sample: bool) -> list[Finding]:
         found = [finding for part, detector in self._named_detectors for finding in self._judge(part, detector)]
         told = [self._explain(finding) if self.ledger.is_news(finding) else finding for finding in found]
-        return self.ledger.update(self.history.rows[-1].step, told, is_sample)
+        return self.ledger.update(self.history.rows[-1].step, told, is_sample, self._was_seen)
+
+    def _was_seen(self, finding: Finding) -> bool:
+        """Whether the newest row measured, in a layer of the finding, what it is judged by."""
+        metrics = _JUDGED_BY.get(finding.kind)
+        if metrics is None or not finding.layers:
+            return True
+        seen: set[str] = set()
+        for metric in metrics:
+            values = self.history.rows[-1].values.get(metric, np.empty(0))
+            axis = self.history.layer_axis if METRICS[metric].axis == "layers" else self.history.point_axis
+            measured = {name for name in axis.names if _is_finite(values, axis.identity(name))}
+            seen |= measured if METRICS[metric].axis == "layers" else self._modules(measured)
+        return bool(seen & set(finding.layers))
+
+    def _modules(self, points: set[str]) -> set[str]:
+        return {point.module for point in self.history.points if point.name in points}
 
     def _tell(self, opened: Sequence[Finding]) -> None:
         for part, sink in self._named_sinks():
@@ -153,6 +178,10 @@ class Recorder:
         self.history.load_state_dict(state["history"])
         self.ledger.load_state_dict(state["ledger"])
         self.actions = [Action.from_dict(action) for action in state["actions"]]
+
+
+def _is_finite(values: Floats, at: int) -> bool:
+    return at < len(values) and bool(np.isfinite(values[at]))
 
 
 def _numbered(names: Iterable[str]) -> list[str]:

@@ -100,6 +100,9 @@ def survey(finding: Finding, history: History) -> Site:
     return Site(finding, layers, tuple(hidden), float(rates[-1]) if rates.size else float("nan"))
 
 
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # torch's own, within names
+
+
 def get(name: str) -> str:
     """Code for a module of the user's.
 
@@ -111,7 +114,16 @@ def get(name: str) -> str:
 
 
 def quote(name: str) -> str:
-    """Code for a module name; the root cannot be looked up by the name it is shown with."""
+    """Code for a module name; the root cannot be looked up by the name it is shown with.
+
+    Wrappers that come after `__init__`, where the code is to stand, are left out.
+
+    Example:
+        >>> quote("net._orig_mod.0")
+        '"net.0"'
+    """
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
     return json.dumps("" if name == ROOT else name)
 
 

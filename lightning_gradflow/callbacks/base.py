@@ -140,7 +140,8 @@ class Monitor(Callback):
         if self._leads and self._session is not None:
             self._session.renew(trainer)
         self._restore()
-        self._drive("begin", trainer, pl_module)
+        if self._leads and self._session is not None:
+            self._session.begin_together(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Opens a sample where one is due."""
@@ -152,7 +153,7 @@ class Monitor(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The gradients are fresh."""
-        self._drive("after_backward", pl_module)
+        self._drive("after_backward", trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer

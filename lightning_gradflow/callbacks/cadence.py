@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class Cadence:
@@ -52,3 +53,12 @@ class Cadence:
         self._missed = (set(optimizers) if regular else self._missed) - set(read)
         # each is tried once: one that is late, or has stopped, waits for the next regular sample
         self._missed = {key for key in self._missed if self._last.get(key, step) + self._gap.get(key, 0) > step}
+
+    def state_dict(self) -> dict[str, Any]:
+        """When each optimizer stepped, so that a resumed run samples the same steps."""
+        return {"last": dict(self._last), "gap": dict(self._gap), "missed": sorted(self._missed)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` gave."""
+        self._last, self._gap = dict(state["last"]), dict(state["gap"])
+        self._missed = set(state["missed"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradflow.history import Floats
+from lightning_gradflow.probes.transfer import wide_dtype
 
 MAX_LOSSES = 1024
 """References held between two samples; half a megabyte at most on a GPU."""
@@ -40,8 +41,8 @@ class PendingLosses:
 
     def stack(self, device: torch.device, length: int = 0) -> Tensor:
         """(N,) the losses on one device, with zeros behind them up to `length`."""
-        values = [loss.detach().reshape(()).to(device, torch.float64) for _, loss, _ in self._losses]
-        padding = torch.zeros(max(0, length - len(values)), dtype=torch.float64, device=device)
+        values = [loss.detach().reshape(()).to(device, wide_dtype(device)) for _, loss, _ in self._losses]
+        padding = torch.zeros(max(0, length - len(values)), dtype=wide_dtype(device), device=device)
         return torch.cat([torch.stack(values), padding]) if values else padding
 
     def by_step(self, values: Floats, ranks: int = 1) -> Floats:

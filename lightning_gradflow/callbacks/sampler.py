@@ -18,7 +18,7 @@ from lightning_gradflow.probes.gradients import GradientProbe
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.ranks import RankFailedError, Topology
 from lightning_gradflow.probes.signals import SignalProbe
-from lightning_gradflow.probes.transfer import Transfer
+from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
 _CLIP_WINDOW = 50  # samples that the share of clipped steps is taken over
 _NONE = np.empty(0)
@@ -74,10 +74,12 @@ class Sampler:
         self._in_batch = False
         self.waited = 0  # batches since the sample was opened
 
-    def _look_at_model(self) -> None:
+    def _look_at_model(self, before: Mapping[str, Any] | None = None) -> None:
         self._layers = LayerMap(self._model)
         self._history.layer_axis.merge(self._layers.names)
         self._signals = SignalProbe(self._layers, self._transfer, self._measures_activations, self._window)
+        if before is not None:
+            self._signals.load_state_dict(before)
         self._gradients = GradientProbe(self._layers, self._transfer)
 
     @property
@@ -118,8 +120,7 @@ class Sampler:
 
     def mute(self) -> None:
         """Measures no more, and leaves nothing behind; the other ranks learn of it with the next sample."""
-        self._signals.drop()
-        self._transfer.drop()
+        self._forget()
         self.is_muted = True
 
     # -- in the course of a step ----------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ class Sampler:
         if self._start(step):
             self._signals.drop()
             if not self._layers.covers(self._model):  # layers were added or replaced in the run
-                self._look_at_model()
+                self._look_at_model(self._signals.state_dict())
             self._gradients = GradientProbe(self._layers, self._transfer)
         self._signals.start_batch()
 
@@ -155,10 +156,15 @@ class Sampler:
         """A forward pass is over."""
         self._signals.before_backward()
 
-    def after_backward(self, more_to_come: bool) -> None:
-        """A backward pass is over; in manual optimization another forward pass of the same batch may follow."""
+    def after_backward(self, more_to_come: bool, scale: Tensor | None = None) -> None:
+        """A backward pass is over.
+
+        Args:
+            more_to_come: whether another forward pass of the same batch may follow (manual optimization).
+            scale: the factor of the gradient scaler that it was made with.
+        """
         self.backwards += 1
-        self._signals.after_backward()
+        self._signals.after_backward(scale)
         if more_to_come:
             self._signals.next_forward()
 
@@ -189,7 +195,7 @@ class Sampler:
         self._layers.find_owners(self._model)
         multiplier: Tensor | float = factor
         if raw and scale is not None:
-            multiplier = factor / scale.to(torch.float64 if self.device.type != "mps" else torch.float32)
+            multiplier = factor / scale.to(wide_dtype(self.device))
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         self._gradients.measure(self._read.index(id(optimizer)), parameters, multiplier)
 
@@ -228,9 +234,13 @@ class Sampler:
 
     def drop(self) -> None:
         """Gives the present sample up, and leaves nothing behind."""
+        self._forget()
+        self.step = None
+
+    def _forget(self) -> None:
         self._signals.drop()
         self._transfer.drop()
-        self.step = None
+        self._gradients = GradientProbe(self._layers, self._transfer)  # it may hold a copy of the weights
 
     # -- after it ---------------------------------------------------------------------------------------------------
 
@@ -261,7 +271,7 @@ class Sampler:
                 self.report_failure()
             raise
         scale = float(host["loss scale"][0]) if "loss scale" in host else math.nan
-        signals = self._signals.collect(host, self._multiplier / (1.0 if math.isnan(scale) else scale))
+        signals = self._signals.collect(host, self._multiplier)
         layers = self._gradients.collect(host, scaled=not math.isnan(scale))
         self._history.add_points(list(signals.points))
         executed = [point.module for point in self._history.points if point.is_layer]
@@ -350,12 +360,12 @@ class Sampler:
         """What a resumed run needs to go on as if nothing had happened: the losses since the last row, silent units."""
         # what a checkpoint holds comes from one rank, whose losses alone are not those of the run
         losses = self._losses.state_dict() if self.is_alone else []
-        return {"losses": losses, "silent": self._signals.silent.state_dict()}
+        return {"losses": losses, "signals": self._signals.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
         self._losses.load_state_dict(state["losses"])
-        self._signals.silent.load_state_dict(state["silent"])
+        self._signals.load_state_dict(state["signals"])
 
 
 def _mean(host: Mapping[Hashable, Floats]) -> float:

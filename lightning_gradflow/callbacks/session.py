@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_gradflow.border import Border
@@ -21,6 +22,7 @@ from lightning_gradflow.callbacks.steps import Steps
 from lightning_gradflow.callbacks.validation import ValidationLoss
 from lightning_gradflow.detectors.base import Detector
 from lightning_gradflow.findings import Finding
+from lightning_gradflow.probes.ranks import anyone_failed
 from lightning_gradflow.probes.shards import is_sharded as is_spread
 from lightning_gradflow.recorder import Recorder
 from lightning_gradflow.remedies.mitigation import Mitigation
@@ -61,7 +63,7 @@ class Session:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self._sampler_state: Mapping[str, Any] | None = None
+        self._steps_state: Mapping[str, Any] | None = None
         self._to_treat: list[Finding] = []
         suggests = any(part.suggests for part in self._parts)
         self.recorder = Recorder(self._detectors, self._border, suggest=suggests)
@@ -106,8 +108,17 @@ class Session:
 
     # -- when a fit starts and ends -----------------------------------------------------------------------------
 
+    def begin_together(self, trainer: Trainer, module: LightningModule) -> None:
+        """The fit is about to start, on all ranks or on none: one that cannot must not let the others wait."""
+        self.run("begin", trainer, module)
+        if trainer.world_size == 1 or not dist.is_initialized():
+            return
+        if anyone_failed(self._border.is_off(MONITOR), trainer.strategy.root_device) and self._steps is not None:
+            self._steps = None
+            self._border.switch_off(MONITOR, "an error on another rank, which says more")
+
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
-        """The fit is about to start: models, optimizers and loggers stand."""
+        """Looks at model, optimizers and loggers."""
         unsupported = trainer_facts.unsupported(trainer)
         if unsupported is not None:
             self._border.switch_off(MONITOR, unsupported)
@@ -137,8 +148,6 @@ class Session:
             topology=topology,
             device=trainer.strategy.root_device,
         )
-        if self._sampler_state is not None:
-            sampler.load_state_dict(self._sampler_state)
         self._steps = Steps(
             sampler,
             Cadence(interval),
@@ -148,6 +157,8 @@ class Session:
             run=self.run,
             tell=self._border.tell,
         )
+        if self._steps_state is not None:
+            self._steps.load_state_dict(self._steps_state)
         self.recorder.tells = trainer.is_global_zero
         self.recorder.model = type(module).__name__
         self.recorder.sinks = self._sinks(trainer) if trainer.is_global_zero else []
@@ -187,7 +198,7 @@ class Session:
         if steps is None:
             return
         losses, val_loss = steps.end(together=together)
-        self._sampler_state = steps.sampler.state_dict()  # another fit, or a checkpoint, may go on from here
+        self._steps_state = steps.state_dict()  # another fit, or a checkpoint, may go on from here
         step = trainer_facts.logged_step(trainer) - 1
         self.recorder.close(step, losses, val_loss, trainer_facts.progress(trainer, step))
         self.recorder.end()
@@ -235,12 +246,13 @@ class Session:
     def state_dict(self) -> dict[str, Any]:
         """The history, findings and actions, in types that a checkpoint loads with `weights_only=True`."""
         mitigation = self._mitigation.state_dict() if self._mitigation is not None else None
-        sampler = self._steps.sampler.state_dict() if self._steps is not None else self._sampler_state
+        steps = self._steps.state_dict() if self._steps is not None else self._steps_state
         state: dict[str, Any] = to_checkpoint(
             {
                 "recorder": self.recorder.state_dict(),
                 "mitigation": mitigation,
-                "sampler": sampler,
+                "steps": steps,
+                "to_treat": [finding.to_dict() for finding in self._to_treat],
                 "val_loss": self._validation.state_dict(),
             }
         )
@@ -250,7 +262,8 @@ class Session:
         """Continues from what `state_dict` gave."""
         state = from_checkpoint(state)
         self.recorder.load_state_dict(state["recorder"])
-        self._sampler_state = state["sampler"]
+        self._steps_state = state["steps"]
+        self._to_treat = [Finding.from_dict(finding) for finding in state["to_treat"]]
         self._validation.load_state_dict(state["val_loss"])
         if self._mitigation is not None and state["mitigation"] is not None:
             self._mitigation.load_state_dict(state["mitigation"])

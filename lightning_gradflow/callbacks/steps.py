@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lightning_gradflow.callbacks.sampler import Sampler
 from lightning_gradflow.callbacks.validation import ValidationLoss
 from lightning_gradflow.history import Floats, Row
 
+_OF_CLIPPING = ("clip_factor", "clipped_fraction")
 _MAX_BATCHES = 16  # that a sample waits for a backward pass, or for an optimizer to step
 
 
@@ -73,17 +75,18 @@ class Steps:
         if self.sampler.is_open:
             self.sampler.before_backward()
 
-    def after_backward(self, module: LightningModule) -> None:
-        """Notes that gradients are fresh."""
+    def after_backward(self, trainer: Trainer, module: LightningModule) -> None:
+        """Notes that gradients are fresh, and the scale that they carry."""
         if self.sampler.is_open:
-            self.sampler.after_backward(more_to_come=not module.automatic_optimization)
+            scale = trainer_facts.loss_scale(trainer, self.sampler.device)
+            self.sampler.after_backward(more_to_come=not module.automatic_optimization, scale=scale)
 
     def before_optimizer_step(
         self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Reads the gradients that an optimizer is about to use."""
         sampler = self.sampler
-        self._note(trainer, optimizer)
+        self._note(trainer, module, optimizer)
         if sampler.is_open and trainer_facts.makes_no_step(trainer, sampler.batch_had_backward):
             sampler.abandon_step()
         # without a backward pass what stands in the gradients is old; only in manual optimization can it come unseen
@@ -96,14 +99,14 @@ class Steps:
             factor = trainer.accumulate_grad_batches / min(trainer.accumulate_grad_batches, sampler.backwards)
         scale = trainer_facts.loss_scale(trainer, sampler.device)
         sampler.read_gradients(optimizer, scale, factor, trainer_facts.takes_scaled_gradients(optimizer))
-        if hasattr(optimizer, "register_step_post_hook"):  # what only looks like an optimizer has no hooks
+        if hasattr(optimizer, "_optimizer_step_post_hooks"):  # what only wraps an optimizer may have no hooks
             self._step_hooks[id(optimizer)] = optimizer.register_step_post_hook(
                 lambda stepped, *_: self._run("after_optimizer_step", stepped)
             )
 
-    def _note(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-        if len(trainer.optimizers) > 1:
-            self._cadence.note(id(optimizer), trainer_facts.logged_step(trainer))
+    def _note(self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        if not module.automatic_optimization and optimizer in trainer.optimizers:
+            self._cadence.note(trainer.optimizers.index(optimizer), trainer_facts.logged_step(trainer))
 
     def after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Reads what the step changed."""
@@ -157,9 +160,15 @@ class Steps:
                 return None
         if loss is None:
             self._take_logged_loss(trainer, step)
-        if len(trainer.optimizers) > 1:
-            self._cadence.sampled(step, map(id, trainer.optimizers), sampler.stepped)
-        return sampler.finish(_scalars(trainer), self._validation.take(sampler.device), decision)
+        if not module.automatic_optimization and sampler.step is not None:
+            read = [i for i, optimizer in enumerate(trainer.optimizers) if id(optimizer) in sampler.stepped]
+            self._cadence.sampled(sampler.step, range(len(trainer.optimizers)), read)
+        row = sampler.finish(_scalars(trainer), self._validation.take(sampler.device), decision)
+        if not module.automatic_optimization:
+            # there is no hook before self.clip_gradients: what is read is what the optimizer gets
+            scalars = {name: value for name, value in row.scalars.items() if name not in _OF_CLIPPING}
+            row = replace(row, scalars=scalars)
+        return row
 
     def _is_complete(self, trainer: Trainer, module: LightningModule) -> bool:
         if module.automatic_optimization:
@@ -194,6 +203,15 @@ class Steps:
         self.sampler.drop()
         return self.sampler.rest(self._validation.take(self.sampler.device), together=together)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if nothing had happened."""
+        return {"sampler": self.sampler.state_dict(), "cadence": self._cadence.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` gave."""
+        self.sampler.load_state_dict(state["sampler"])
+        self._cadence.load_state_dict(state["cadence"])
+
     # -- on a rank that has failed ----------------------------------------------------------------------------------
 
     def meet_the_others(self, hook: str, trainer: Any = None, module: Any = None, *rest: Any) -> bool:
@@ -216,7 +234,7 @@ class Steps:
         elif hook == "after_backward":
             sampler.backwards += 1
         elif hook == "before_optimizer_step":
-            self._note(trainer, rest[0])
+            self._note(trainer, module, rest[0])
             if sampler.is_open:
                 sampler.is_first_reading(rest[0])
         elif hook == "batch_end" and sampler.is_open and not trainer_facts.skips_backward(trainer):

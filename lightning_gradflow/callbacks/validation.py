@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_gradflow.callbacks.losses import find_loss, returned_loss
+from lightning_gradflow.probes.transfer import wide_dtype
 
 
 class ValidationLoss:
@@ -58,7 +59,7 @@ class ValidationLoss:
         loss, self._newest = self._newest, None
         if loss is None:
             return None
-        value = loss.reshape(()).to(device, torch.float64)
+        value = loss.reshape(()).to(device, wide_dtype(device))
         return torch.stack([value, torch.ones_like(value)])
 
     def state_dict(self) -> float | None:

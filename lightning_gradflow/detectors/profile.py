@@ -62,18 +62,26 @@ class DepthProfile:
 
 
 def recent_profiles(history: History, count: int) -> list[DepthProfile]:
-    """The profiles of the last `count` rows that have one, newest first; fewer where there are fewer.
+    """The newest profile and those before it through the same part of the network, `count` at most, newest first.
 
-    A step that a gradient scaler skipped tells nothing: it overflowed on the way, at a scale that no other step has.
+    Where optimizers step by turns, as in a GAN, one step shows one network and the next another: they say nothing about
+    each other. A step that a gradient scaler skipped tells nothing: it overflowed on the way, at a scale that no other
+    step has.
     """
     found: list[DepthProfile] = []
     for row in range(len(history) - 1, -1, -1):
         profile = None if is_skipped(history.rows[row]) else depth_profile(history, row)
-        if profile is not None:
+        if profile is not None and (not found or is_same_pass(profile, found[0])):
             found.append(profile)
         if len(found) == count:
             break
     return found
+
+
+def is_same_pass(one: DepthProfile, other: DepthProfile) -> bool:
+    """Whether two backward passes went through the same part of the network: through half of the points or more."""
+    here, there = set(one.points), set(other.points)
+    return 2 * len(here & there) >= max(len(here), len(there))
 
 
 def is_skipped(row: Row) -> bool:

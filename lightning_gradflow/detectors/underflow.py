@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lightning_gradflow.detectors.profile import DepthProfile, depth_profile, in_order, is_skipped
+from lightning_gradflow.detectors.profile import DepthProfile, depth_profile, in_order, is_same_pass, is_skipped
 from lightning_gradflow.history import Floats, History
 
 Bools = npt.NDArray[np.bool_]
@@ -112,7 +112,7 @@ def recent_underflow(history: History, min_headroom: float = MIN_HEADROOM) -> Un
     found: list[Underflow] = []
     for row in range(len(history) - 1, -1, -1):
         one = underflow_of(history, row, min_headroom)
-        if one is None or math.isnan(one.headroom):
+        if one is None or math.isnan(one.headroom) or (found and not is_same_pass(one.profile, found[0].profile)):
             continue
         if not one.where.any():
             return None

@@ -10,7 +10,7 @@ import numpy as np
 
 from lightning_gradflow.activations import BOUNDED
 from lightning_gradflow.detectors.base import check_range
-from lightning_gradflow.detectors.profile import DepthProfile, is_skipped, recent_profiles
+from lightning_gradflow.detectors.profile import DepthProfile, is_same_pass, is_skipped, recent_profiles
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.underflow import MIN_HEADROOM, Underflow, recent_underflow, underflow_of
 from lightning_gradflow.findings import Finding, FindingKind, Severity
@@ -172,7 +172,7 @@ class VanishingGradient:
         rows = [i for i, row in enumerate(history.rows) if row.step >= last - _PATIENCE and not is_skipped(row)]
         # the sample before them says that it was there when they began, where none was taken at that very step
         found = [underflow_of(history, i, self.min_headroom) for i in range(max(0, rows[0] - 1), len(history))]
-        seen = [one for one in found if one is not None]
+        seen = [one for one in found if one is not None and found[-1] and is_same_pass(one.profile, found[-1].profile)]
         return seen[0].profile.step <= last - _PATIENCE and all(is_so(one) for one in seen)
 
 
@@ -188,7 +188,7 @@ def _decays(history: History, max_decay: float, min_headroom: float) -> bool:
     found: list[Underflow] = []
     for row in range(len(history) - 1, -1, -1):
         one = underflow_of(history, row, min_headroom)
-        if one is not None:
+        if one is not None and (not found or is_same_pass(one.profile, found[0].profile)):
             found.append(one)
         if len(found) == 2:
             break

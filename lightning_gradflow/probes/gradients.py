@@ -68,21 +68,21 @@ class GradientProbe:
         self._transfer = transfer
         self._groups: list[_Group] = []
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no gradient was there to be measured."""
-        return not self._groups
-
     @torch.no_grad()
     def measure(self, optimizer: int, parameters: Iterable[nn.Parameter], multiplier: Tensor | float = 1.0) -> None:
         """Reads the gradients of `parameters`; those without a gradient are left out, and so missing, not zero.
+
+        A parameter that two optimizers share is read with the first of them, its update too.
 
         Args:
             optimizer: which one is about to step; each has its own clipping and its own update.
             parameters: those of the optimizer.
             multiplier: turns the gradients as they are into those of the mean loss; a scalar.
         """
-        members = [p for p in parameters if self._layers.owner(p) is not None and p.numel()]
+        read = {id(p) for group in self._groups for p in group.parameters}  # what two optimizers share counts once
+        members = [p for p in parameters if self._layers.owner(p) is not None and id(p) not in read]
+        # without numbers are parameters of a layer that has never run, and knows its size no sooner
+        members = [p for p in members if not isinstance(p, nn.UninitializedParameter) and p.numel()]
         # beside sharded parameters nobody sees to it that the gradients of others are the same on all ranks
         is_shared = not self._transfer.is_alone and any(is_sharded(parameter) for parameter in members)
         by_device: dict[torch.device, list[nn.Parameter]] = {}

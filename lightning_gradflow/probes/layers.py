@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from lightning_gradflow.probes.shards import is_sharded
@@ -93,12 +92,6 @@ class LayerMap:
             for name, module in self._modules.items()
             if any(is_sharded(p) for p in module.parameters(recurse=False))
         )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first parameter is; the CPU for a model without any."""
-        of_all = (parameter for module in self._modules.values() for parameter in module.parameters())
-        return next((parameter.device for parameter in of_all), torch.device("cpu"))
 
     def in_order(self, executed: Sequence[str]) -> list[str]:
         """All layers: those that were executed in that order, each of the others behind the one registered before it.

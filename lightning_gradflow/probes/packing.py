@@ -17,7 +17,8 @@ from lightning_gradflow.probes.ranks import Topology
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
 # names of what is transferred begin with one of these
-_OUTPUT, _OUTPUT_COUNT, _DELTA, _DELTA_COUNT, _UNITS = "output", "output count", "delta", "delta count", "units"
+_OUTPUT, _OUTPUT_COUNT, _DELTA, _DELTA_COUNT = "output", "output count", "delta", "delta count"
+_UNITS, _UNIT_COUNT = "units", "unit count"
 
 
 @dataclass
@@ -79,8 +80,10 @@ def pack(sample: Mapping[Point, Seen], transfer: Transfer) -> None:
     _share_scalars(transfer, scalars)
     for point, seen in sample.items():
         if seen.active is not None:
-            here = torch.ones(1, dtype=torch.bool, device=seen.active.device)
-            _share(transfer, (_UNITS, point, seen.active.numel()), torch.cat([here, seen.active]))
+            units = seen.active.numel()
+            padded = units if transfer.is_alone else 1 << (units - 1).bit_length()
+            _share_numbers(transfer, (_UNIT_COUNT, point, padded), [1.0, units])
+            _share(transfer, (_UNITS, point, padded), torch.nn.functional.pad(seen.active, (0, padded - units)))
 
 
 def _share_scalars(transfer: Transfer, rows: Mapping[Hashable, Sequence[Tensor]]) -> None:
@@ -135,21 +138,25 @@ def unpack(host: Mapping[Hashable, Floats], topology: Topology, silent: SilentUn
                 mine[point] = mine[point] + arrived if point in mine else arrived
         elif kind == _UNITS:
             rows = host[name].reshape(topology.model, -1)
-            active.setdefault(rest[0], []).extend(rows[rows[:, 0] > 0, 1:])
+            counts = host[(_UNIT_COUNT, *rest)].reshape(topology.model, 2)
+            for row, (ranks, units) in zip(rows, counts, strict=True):
+                if ranks:
+                    active.setdefault(rest[0], []).append(row[: round(units / ranks)])
     for point, parts in active.items():  # of a layer that is split unevenly they have several lengths
         if parts and point in found:
             found[point]["dead_fraction"] = silent.update(point.name, np.concatenate(parts) > 0)
     calls: dict[str, Floats] = {}
     # only norms of one backward pass can be compared, so that the pass through the most points comes first
     for k in sorted(by_pass, key=lambda k: (-len(by_pass[k]), k)):
+        # the loss of each rank is a mean over its own batch, and a scaler may have changed between two passes
+        factor = multiplier / topology.data / float(host.get(("delta scale", k), np.ones(1))[0])
         for point, arrived in by_pass[k].items():
             values = found.setdefault(point, {})
             if "delta_norm" not in values:
-                # the loss of each rank is a mean over its own batch
-                values |= _delta_values(arrived, multiplier / topology.data) | {"backward_pass": float(k)}
+                values |= _delta_values(arrived, factor) | {"backward_pass": float(k)}
                 if len(arrived.squares) > 1:
                     values["calls"] = float(len(arrived.squares))
-                    calls[point.name] = _norms_of_calls(arrived, multiplier / topology.data)
+                    calls[point.name] = _norms_of_calls(arrived, factor)
     floors = [arrived.floor for points in by_pass.values() for arrived in points.values()]
     return Signals(found, calls, max(floors, default=math.nan))
 

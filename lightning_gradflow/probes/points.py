@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from lightning_gradflow.history import Point
 from lightning_gradflow.probes.layers import LayerMap
@@ -80,3 +81,13 @@ class PointNames:
             self._taken.add(unique)
             self._points[key] = Point(unique, module, key[2])
         return self._points[key]
+
+    def state_dict(self) -> list[list[Any]]:
+        """The names that were given: last layer, module, activation, its number, name, module to name to people."""
+        return [[*key, point.name, point.module] for key, point in self._points.items()]
+
+    def load_state_dict(self, state: Sequence[Sequence[Any]]) -> None:
+        """Gives the same names from now on."""
+        for last, module, op, nth, name, told in state:
+            self._points[last, module, op, int(nth)] = Point(name, told, op)
+            self._taken.add(name)

@@ -110,3 +110,10 @@ class RankSums:
             found[name] = summed[at : at + length]
             at += length
         return found
+
+
+def anyone_failed(failed: bool, device: torch.device) -> bool:
+    """Whether any of the ranks failed; all of them have to ask."""
+    failures = torch.tensor([float(failed)], device=device)
+    dist.all_reduce(failures)
+    return bool(failures.item() > 0)

@@ -67,6 +67,7 @@ class SignalProbe:
         self._seen: dict[Point, Seen] = {}
         self._before: dict[Point, Seen] = {}  # as it was when the batch began
         self._segment: dict[Point, list[_Call]] = {}  # what checkpointing has repeated since the last gradient
+        self._scales: dict[int, Tensor] = {}  # by backward pass
         self._pass = 0
         self._repeats = False
         self._error: Exception | None = None
@@ -112,8 +113,14 @@ class SignalProbe:
         else:
             self._observer.close()
 
-    def after_backward(self) -> None:
-        """A backward pass is over."""
+    def after_backward(self, scale: Tensor | None = None) -> None:
+        """A backward pass is over, or the batch.
+
+        Args:
+            scale: the factor of the gradient scaler that it was made with.
+        """
+        if scale is not None:
+            self._scales[self._pass] = scale
         self._observer.close()
         self._repeats = False
 
@@ -247,6 +254,8 @@ class SignalProbe:
         if self._error is not None:
             raise self._error
         pack(self._seen, self._transfer)
+        for k, scale in self._scales.items():
+            self._transfer.put(("delta scale", k), scale.reshape(1))
 
     def collect(self, host: Mapping[Hashable, Floats], multiplier: float = 1.0) -> Signals:
         """The statistics of each point in order of execution, out of what was fetched. Ends the sample.
@@ -257,6 +266,15 @@ class SignalProbe:
         """
         self._reset()
         return unpack(host, self._transfer.topology, self.silent, multiplier)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Names and silent units, so that a resumed run, or one with new layers, goes on with the same columns."""
+        return {"names": self._names.state_dict(), "silent": self.silent.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` gave."""
+        self._names.load_state_dict(state["names"])
+        self.silent.load_state_dict(state["silent"])
 
 
 def _plus(before: Tensor | None, value: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def _backward(sampler, model, step=0, scale=1.0):
     loss = model(torch.ones(4, 3)).square().mean()
     sampler.before_backward()
     (loss * scale).backward()
-    sampler.after_backward(more_to_come=False)
+    sampler.after_backward(more_to_come=False, scale=None if scale == 1.0 else torch.tensor(scale))
     sampler.take_loss(step, loss)
 
 

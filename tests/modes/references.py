@@ -231,8 +231,6 @@ def gan(weights: Weights, epochs, optimize, *, context=nullcontext, scale=None, 
             is_skipped.append(step.step_unless_overflown(part, optimizer, factor))
             if is_skipped[-1]:
                 scale *= backoff
-        if not any(is_skipped):
-            step.scalars["clip_factor"] = 1.0
         if scaled:
             step.scalars |= {"loss_scale": factor, "step_skipped": float(any(is_skipped))}
         steps.append(step)
@@ -274,7 +272,7 @@ def manual(weights: Weights, epochs, network, optimize, *, every=(1,), parts=(""
                 step.weights_after(part)
                 optimizer.zero_grad()
         if step.gradients:
-            step.scalars = {"clip_factor": 1.0}
+            step.scalars = {}
             if scale is not None:
                 step.scalars |= {"loss_scale": scale, "step_skipped": 0.0}
             steps.append(step)

@@ -152,7 +152,3 @@ def test_a_layer_that_never_ran_stands_behind_the_one_registered_before_it():
 def test_a_first_layer_that_never_ran_stands_first():
     layers = LayerMap(nn.Sequential(*(nn.Linear(1, 1) for _ in range(3))))
     assert layers.in_order(["2", "1"]) == ["0", "2", "1"]
-
-
-def test_a_model_without_parameters_is_on_the_cpu():
-    assert LayerMap(nn.ReLU()).device == torch.device("cpu")
