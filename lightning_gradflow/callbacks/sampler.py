@@ -12,17 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradflow.callbacks.pending import MAX_LOSSES, PendingLosses
-from lightning_gradflow.history import MAX_CALLS, Floats, History, Row
-from lightning_gradflow.metrics import METRICS, measured
+from lightning_gradflow.callbacks.rows import columns, evenly, mean, mean_loss, totals
+from lightning_gradflow.history import Floats, History, Row
 from lightning_gradflow.probes.gradients import GradientProbe
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.ranks import RankFailedError, Topology
 from lightning_gradflow.probes.signals import SignalProbe
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
-_CLIP_WINDOW = 50  # samples that the share of clipped steps is taken over
 _NONE = np.empty(0)
-_CLIPPED = 0.9999  # of the norm: what is left after clipping is below it; rounding alone never is
 
 
 class Sampler:
@@ -278,36 +276,20 @@ class Sampler:
         present = self._layers.in_order(executed)
         gone = [name for name in self._history.layers if not self._layers.is_layer(name)]
         self._history.layer_axis.reorder([*present, *gone])
-        values = self._columns({point.name: found for point, found in signals.points.items()}, "points")
-        values |= self._columns(layers, "layers")
+        values = columns({point.name: found for point, found in signals.points.items()}, self._history.point_axis)
+        values |= columns(layers, self._history.layer_axis)
         losses = self._losses.by_step(host.get("losses", _NONE), self._transfer.topology.ranks)
-        found = {**scalars, **self._totals(layers, host, scale), "loss": _mean_loss(losses), "val_loss": _mean(host)}
-        found["delta_floor"] = signals.floor
+        clip_factor = self._gradients.clip_factor(host, self._multiplier)
+        found = {**scalars, **totals(layers, clip_factor, self._history.scalar("clip_factor"), scale)}
+        found |= {"loss": mean_loss(losses), "val_loss": _validation(host), "delta_floor": signals.floor}
         return Row(
             step=step,
             values=values,
             scalars={name: value for name, value in found.items() if not math.isnan(value)},
             histograms=self._gradients.histograms(host, self._history.layers),
             losses=losses,
-            calls={name: _evenly(calls) for name, calls in signals.calls.items()},
+            calls={name: evenly(calls) for name, calls in signals.calls.items()},
         )
-
-    def _totals(
-        self, layers: Mapping[str, Mapping[str, float]], host: Mapping[Hashable, Floats], scale: float
-    ) -> dict[str, float]:
-        totals = {"loss_scale": scale}
-        if layers:
-            norms = np.array([found["grad_norm"] for found in layers.values()])
-            totals["grad_norm_total"] = float(np.sqrt(np.square(norms).sum()))
-            totals["clip_factor"] = self._gradients.clip_factor(host, self._multiplier)
-            before = self._history.scalar("clip_factor")[1 - _CLIP_WINDOW :]
-            factors = np.append(before, totals["clip_factor"])
-            factors = factors[np.isfinite(factors)]
-            totals["clipped_fraction"] = float((factors < _CLIPPED).mean()) if factors.size else math.nan
-        if layers and not math.isnan(scale):
-            broken = any(found["grad_nonfinite_fraction"] > 0 for found in layers.values())
-            totals["step_skipped"] = float(broken)
-        return totals
 
     def report_failure(self) -> None:
         """Takes part in the collective of this sample with nothing but the news that this rank has failed."""
@@ -326,7 +308,7 @@ class Sampler:
         """
         host = self._fetch_with_losses(validation, together=together)
         ranks = self._transfer.topology.ranks if together else 1
-        return self._losses.by_step(host.get("losses", _NONE), ranks), _mean(host)
+        return self._losses.by_step(host.get("losses", _NONE), ranks), _validation(host)
 
     def _fetch_with_losses(self, validation: Tensor | None, *, together: bool = True) -> dict[Hashable, Floats]:
         share = self._transfer.share if together else self._transfer.put
@@ -344,16 +326,6 @@ class Sampler:
             self.others_know = True
             raise
 
-    def _columns(self, found: Mapping[str, Mapping[str, float]], axis: str) -> dict[str, Floats]:
-        """Turns name -> metric -> value into one array a metric, by the identity of the names."""
-        names = self._history.layer_axis if axis == "layers" else self._history.point_axis
-        columns: dict[str, Floats] = {}
-        for name, values in found.items():
-            for metric, value in values.items():
-                column = columns.setdefault(metric, np.full(len(names), np.nan))
-                column[names.identity(name)] = value
-        return {metric: columns[metric] for metric in METRICS if metric in columns}
-
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -368,18 +340,5 @@ class Sampler:
         self._signals.load_state_dict(state["signals"])
 
 
-def _mean(host: Mapping[Hashable, Floats]) -> float:
-    total, number = host.get("validation", np.zeros(2))
-    return measured(total / number) if number else math.nan
-
-
-def _mean_loss(losses: Floats) -> float:
-    """Non-finite losses were measured: their mean is infinite, not missing."""
-    return measured(float(losses.mean())) if losses.size else math.nan
-
-
-def _evenly(calls: Floats) -> Floats:
-    if len(calls) <= MAX_CALLS:
-        return calls
-    chosen: Floats = calls[np.rint(np.linspace(0, len(calls) - 1, MAX_CALLS)).astype(np.int64)]
-    return chosen
+def _validation(host: Mapping[Hashable, Floats]) -> float:
+    return mean(*host.get("validation", (0.0, 0.0)))

@@ -1,0 +1,77 @@
+"""From what the probes found to what a row holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from lightning_gradflow.history import MAX_CALLS, Axis, Floats
+from lightning_gradflow.metrics import METRICS, measured
+
+CLIP_WINDOW = 50
+"""Samples that the share of clipped steps is taken over."""
+_CLIPPED = 0.9999  # of the norm: what is left after clipping is below it; rounding alone never is
+
+
+def columns(found: Mapping[str, Mapping[str, float]], axis: Axis[str]) -> dict[str, Floats]:
+    """Turns name -> metric -> value into one array a metric, by the identity of the names.
+
+    Example:
+        >>> columns({"b": {"grad_norm": 2.0}}, Axis(["a", "b"]))
+        {'grad_norm': array([nan,  2.])}
+    """
+    made: dict[str, Floats] = {}
+    for name, values in found.items():
+        for metric, value in values.items():
+            column = made.setdefault(metric, np.full(len(axis), np.nan))
+            column[axis.identity(name)] = value
+    return {metric: made[metric] for metric in METRICS if metric in made}
+
+
+def totals(
+    layers: Mapping[str, Mapping[str, float]], clip_factor: float, clip_factors_before: Floats, scale: float
+) -> dict[str, float]:
+    """What concerns all layers together.
+
+    Args:
+        layers: layer -> metric -> value.
+        clip_factor: total norm after clipping / before, or NaN.
+        clip_factors_before: (R,) the same of the samples before.
+        scale: the factor of the gradient scaler; NaN without one.
+
+    Example:
+        >>> totals({"a": {"grad_norm": 3.0}, "b": {"grad_norm": 4.0}}, 0.5, np.array([1.0]), math.nan)
+        {'loss_scale': nan, 'grad_norm_total': 5.0, 'clip_factor': 0.5, 'clipped_fraction': 0.5}
+    """
+    found = {"loss_scale": scale}
+    if not layers:
+        return found
+    norms = np.array([values["grad_norm"] for values in layers.values()])
+    found["grad_norm_total"] = float(np.sqrt(np.square(norms).sum()))
+    found["clip_factor"] = clip_factor
+    factors = np.append(clip_factors_before[1 - CLIP_WINDOW :], clip_factor)
+    factors = factors[np.isfinite(factors)]
+    found["clipped_fraction"] = float((factors < _CLIPPED).mean()) if factors.size else math.nan
+    if not math.isnan(scale):
+        found["step_skipped"] = float(any(values["grad_nonfinite_fraction"] > 0 for values in layers.values()))
+    return found
+
+
+def mean(total: float, number: float) -> float:
+    """The mean of what was summed over ranks; NaN where there was nothing."""
+    return measured(total / number) if number else math.nan
+
+
+def mean_loss(losses: Floats) -> float:
+    """Non-finite losses were measured: their mean is infinite, not missing."""
+    return measured(float(losses.mean())) if losses.size else math.nan
+
+
+def evenly(calls: Floats) -> Floats:
+    """(K,) -> at most 64 of the calls, evenly spread, the first and the last among them."""
+    if len(calls) <= MAX_CALLS:
+        return calls
+    chosen: Floats = calls[np.rint(np.linspace(0, len(calls) - 1, MAX_CALLS)).astype(np.int64)]
+    return chosen
