@@ -242,13 +242,21 @@ class Sampler:
 
     # -- after it ---------------------------------------------------------------------------------------------------
 
-    def finish(self, scalars: Mapping[str, float], validation: Tensor | None = None, decision: int = 0) -> Row:
+    def finish(
+        self,
+        scalars: Mapping[str, float],
+        validation: Tensor | None = None,
+        decision: int = 0,
+        *,
+        sees_clipping: bool = True,
+    ) -> Row:
         """The row of the present sample. One collective where there are several ranks, one copy from the device.
 
         Args:
             scalars: taken into the row as they are.
             validation: (2,) sum and number of the validation losses since the last row.
             decision: stands for what is about to be done; `is_agreed` then tells whether all ranks are about to do it.
+            sees_clipping: whether the gradients were read before they were clipped.
 
         Raises:
             RankFailedError: if another rank could not measure.
@@ -279,7 +287,7 @@ class Sampler:
         values = columns({point.name: found for point, found in signals.points.items()}, self._history.point_axis)
         values |= columns(layers, self._history.layer_axis)
         losses = self._losses.by_step(host.get("losses", _NONE), self._transfer.topology.ranks)
-        clip_factor = self._gradients.clip_factor(host, self._multiplier)
+        clip_factor = self._gradients.clip_factor(host, self._multiplier) if sees_clipping else math.nan
         found = {**scalars, **totals(layers, clip_factor, self._history.scalar("clip_factor"), scale)}
         found |= {"loss": mean_loss(losses), "val_loss": _validation(host), "delta_floor": signals.floor}
         return Row(

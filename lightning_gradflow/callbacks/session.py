@@ -231,7 +231,8 @@ class Session:
             self._border.switch_off("the mitigator", "the ranks do not find the same")
         if not sampler.is_alone:
             self._treat(module, trainer)
-        self._to_treat = self.recorder.add(row, row.step, trainer_facts.progress(trainer, row.step))
+        step = trainer_facts.logged_step(trainer)  # loggers are told in order, and a sample may take several steps
+        self._to_treat = self.recorder.add(row, step, trainer_facts.progress(trainer, step))
         if sampler.is_alone:
             self._treat(module, trainer)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from lightning_gradflow.callbacks.sampler import Sampler
 from lightning_gradflow.callbacks.validation import ValidationLoss
 from lightning_gradflow.history import Floats, Row
 
-_OF_CLIPPING = ("clip_factor", "clipped_fraction")
 _MAX_BATCHES = 16  # that a sample waits for a backward pass, or for an optimizer to step
 
 
@@ -163,12 +161,10 @@ class Steps:
         if not module.automatic_optimization and sampler.step is not None:
             read = [i for i, optimizer in enumerate(trainer.optimizers) if id(optimizer) in sampler.stepped]
             self._cadence.sampled(sampler.step, range(len(trainer.optimizers)), read)
-        row = sampler.finish(_scalars(trainer), self._validation.take(sampler.device), decision)
-        if not module.automatic_optimization:
-            # there is no hook before self.clip_gradients: what is read is what the optimizer gets
-            scalars = {name: value for name, value in row.scalars.items() if name not in _OF_CLIPPING}
-            row = replace(row, scalars=scalars)
-        return row
+        # there is no hook before self.clip_gradients: what is read is what the optimizer gets
+        sees_clipping = module.automatic_optimization
+        validation = self._validation.take(sampler.device)
+        return sampler.finish(_scalars(trainer), validation, decision, sees_clipping=sees_clipping)
 
     def _is_complete(self, trainer: Trainer, module: LightningModule) -> bool:
         if module.automatic_optimization:

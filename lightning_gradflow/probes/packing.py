@@ -18,7 +18,7 @@ from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
 # names of what is transferred begin with one of these
 _OUTPUT, _OUTPUT_COUNT, _DELTA, _DELTA_COUNT = "output", "output count", "delta", "delta count"
-_UNITS, _UNIT_COUNT = "units", "unit count"
+_UNITS, _UNIT_COUNT, _SCALE = "units", "unit count", "delta scale"
 
 
 @dataclass
@@ -60,8 +60,16 @@ class Signals:
     floor: float = math.nan
 
 
-def pack(sample: Mapping[Point, Seen], transfer: Transfer) -> None:
-    """Hands all that was seen to the transfer, point by point, so that ranks that saw other points can agree."""
+def pack(sample: Mapping[Point, Seen], scales: Mapping[int, Tensor], transfer: Transfer) -> None:
+    """Hands all that was seen to the transfer, point by point, so that ranks that saw other points can agree.
+
+    Args:
+        sample: what each point gave.
+        scales: backward pass -> the factor of the gradient scaler that it was made with, the same on all ranks.
+        transfer: takes it.
+    """
+    for k, scale in scales.items():
+        transfer.put((_SCALE, k), scale.reshape(1))
     scalars: dict[Hashable, list[Tensor]] = {}
     for point, seen in sample.items():
         if seen.output_square is not None:
@@ -149,7 +157,7 @@ def unpack(host: Mapping[Hashable, Floats], topology: Topology, silent: SilentUn
     # only norms of one backward pass can be compared, so that the pass through the most points comes first
     for k in sorted(by_pass, key=lambda k: (-len(by_pass[k]), k)):
         # the loss of each rank is a mean over its own batch, and a scaler may have changed between two passes
-        factor = multiplier / topology.data / float(host.get(("delta scale", k), np.ones(1))[0])
+        factor = multiplier / topology.data / float(host.get((_SCALE, k), np.ones(1))[0])
         for point, arrived in by_pass[k].items():
             values = found.setdefault(point, {})
             if "delta_norm" not in values:

@@ -253,9 +253,7 @@ class SignalProbe:
         self._observer.close()
         if self._error is not None:
             raise self._error
-        pack(self._seen, self._transfer)
-        for k, scale in self._scales.items():
-            self._transfer.put(("delta scale", k), scale.reshape(1))
+        pack(self._seen, self._scales, self._transfer)
 
     def collect(self, host: Mapping[Hashable, Floats], multiplier: float = 1.0) -> Signals:
         """The statistics of each point in order of execution, out of what was fetched. Ends the sample.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -11,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock  # torch brings it along
 
-from .launcher import RankError, launch
+from .launcher import RankError, launch_once
 from .program import HAS_FSDP2
 from .table import PROGRAM
 
@@ -37,19 +34,11 @@ def launched(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callab
     def get(group: str) -> Launched:
         if group in ("spread", "crossed") and not HAS_FSDP2:
             pytest.skip("FSDP2 runs on the CPU from torch 2.7 on")
-        folder, answers = root / group, root / f"{group}.json"
-        with FileLock(root / f"{group}.lock"):
-            if not answers.exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                try:
-                    found: Any = launch(PROGRAM, group, str(folder))
-                except RankError as error:
-                    found = str(error)
-                answers.write_text(json.dumps(found))
-        found = json.loads(answers.read_text())
-        if isinstance(found, str):
-            pytest.fail(found, pytrace=False)
-        return Launched(found, folder)
+        folder = root / group
+        folder.mkdir(exist_ok=True)
+        try:
+            return Launched(launch_once(root / f"{group}.json", PROGRAM, group, str(folder)), folder)
+        except RankError as error:
+            pytest.fail(str(error), pytrace=False)
 
     return get

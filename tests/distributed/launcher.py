@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock  # torch brings it along
+
 RANKS = 2
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,6 +63,25 @@ def launch(module: str, *arguments: str, ranks: int = RANKS, timeout: float = 24
             told = "\n".join(f"--- rank {rank} ---\n{_text(error)[-6000:]}" for rank, error in enumerate(errors))
             raise RankError(f"{' '.join([module, *arguments])}: {trouble}\n{told}")
         return [json.loads(_text(output).splitlines()[-1]) for output in outputs]
+
+
+def launch_once(answers: Path, module: str, *arguments: str, timeout: float = 240.0) -> list[Any]:
+    """The answers of a launch that the workers of pytest-xdist share: the first one makes it, the others read the file.
+
+    Raises:
+        RankError: as `launch`, for each of them.
+    """
+    with FileLock(answers.with_suffix(".lock")):
+        if not answers.exists():
+            try:
+                found: Any = launch(module, *arguments, timeout=timeout)
+            except RankError as error:
+                found = str(error)
+            answers.write_text(json.dumps(found))
+    found = json.loads(answers.read_text())
+    if isinstance(found, str):
+        raise RankError(found)
+    return list(found)
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> str:
