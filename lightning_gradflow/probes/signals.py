@@ -84,11 +84,6 @@ class SignalProbe:
         """Whether the forward pass is observed at present."""
         return self._observer.is_open and not self._repeats
 
-    @property
-    def had_backward(self) -> bool:
-        """Whether any loss gradient arrived in this sample."""
-        return any(seen.deltas for seen in self._seen.values())
-
     def start_batch(self) -> None:
         """A batch of the sampled step starts; its backward passes are added to those of the batches before."""
         self._pass = 0

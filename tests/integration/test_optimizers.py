@@ -1,11 +1,13 @@
 """Several optimizers, optimizers that share, and such as only look like one."""
 
+import csv
 import math
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
@@ -186,3 +188,11 @@ def test_a_network_that_vanishes_is_named_beside_one_that_steps_more_often_and_s
     assert finding.layers[0] == "generator.0"
     assert finding.step <= 5
     assert finding.resolved_step is None
+
+
+def test_a_row_of_several_batches_is_logged_at_the_last_one_of_them(tmp_path):
+    flow = _flow(4)
+    history = _fit(Manual(4, 4), flow, 12, logger=CSVLogger(tmp_path, version=0, flush_logs_every_n_steps=1))
+    with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open(encoding="utf-8") as file:
+        logged = [int(row["step"]) for row in csv.DictReader(file) if row["gradflow/grad_norm_total"]]
+    assert logged == [step + 3 for step in history.steps if step % 4 == 0]
