@@ -18,9 +18,9 @@ from lightning_gradflow import (
     GradFlow,
     GradFlowWarning,
 )
-from tests.zoo import quiet_trainer
-from tests.zoo.data import digits
-from tests.zoo.stacks import mlp
+from tests.benchmarks.zoo import quiet_trainer
+from tests.benchmarks.zoo.data import digits
+from tests.benchmarks.zoo.stacks import mlp
 
 STEPS = 12
 

@@ -22,7 +22,7 @@ from lightning_gradflow import (
     VanishingGradientWarning,
 )
 from lightning_gradflow.callbacks.base import Monitor
-from tests.zoo import HEALTHY, SICK, quiet_trainer
+from tests.benchmarks.zoo import HEALTHY, SICK, quiet_trainer
 
 PARTS = [AutoMitigator, GradNormLogger, PlateauDetector, SaturationMonitor]
 PROGRAM = """

@@ -10,8 +10,8 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import _get_current_function_mode_stack
 
 from lightning_gradflow import GradFlow
-from tests.zoo import quiet_trainer
-from tests.zoo.exact import EXACT, EXACT_DATA, STEPS
+from tests.benchmarks.zoo import quiet_trainer
+from tests.benchmarks.zoo.exact import EXACT, EXACT_DATA, STEPS
 
 EVERY = pytest.mark.parametrize("name", EXACT)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

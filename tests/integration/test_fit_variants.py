@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradflow import GradFlow, GradNormLogger, SaturationMonitor
+from tests.benchmarks.zoo import quiet_trainer
 from tests.integration.traces import Tiny, Validated, assert_same_run, data, fit, flow, process_traces, traces
-from tests.zoo import quiet_trainer
 
 BATCHES = 12
 

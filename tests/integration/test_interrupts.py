@@ -7,8 +7,8 @@ import lightning as L
 import pytest
 import torch
 
+from tests.benchmarks.zoo import quiet_trainer
 from tests.integration.traces import Tiny, Validated, data, fit, flow, process_traces, traces
-from tests.zoo import quiet_trainer
 
 STEP = 3
 ERRORS = [RuntimeError("out of luck"), KeyboardInterrupt("Ctrl-C")]

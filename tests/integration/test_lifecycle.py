@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_gradflow import GradFlow, GradFlowWarning, PlateauDetector, VanishingGradientWarning
-from tests.zoo import HEALTHY, SICK, quiet_trainer
+from tests.benchmarks.zoo import HEALTHY, SICK, quiet_trainer
 
 RESUMED = "ignore:You're resuming from a checkpoint that ended before the epoch ended:UserWarning"
 

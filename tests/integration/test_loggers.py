@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gradflow import GradFlow
-from tests.zoo import HEALTHY
+from tests.benchmarks.zoo import HEALTHY
 
 
 @pytest.fixture(scope="module")

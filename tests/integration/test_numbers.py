@@ -13,8 +13,8 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_gradflow import GradFlow, GradFlowWarning, SaturationMonitor
-from tests.zoo import quiet_trainer
-from tests.zoo.data import loader
+from tests.benchmarks.zoo import quiet_trainer
+from tests.benchmarks.zoo.data import loader
 
 STEPS, WINDOW = 5, 3
 PER_LAYER = ("grad_norm", "grad_rms", "grad_mean_abs", "grad_max_abs", "grad_zero_fraction", "weight_norm")

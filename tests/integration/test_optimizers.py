@@ -12,8 +12,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lightning_gradflow import GradFlow
+from tests.benchmarks.zoo import quiet_trainer
 from tests.integration.traces import data
-from tests.zoo import quiet_trainer
 
 
 class Manual(L.LightningModule):

@@ -8,8 +8,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lightning_gradflow import GradFlow, GradFlowWarning
-from tests.zoo import quiet_trainer
-from tests.zoo.data import digits
+from tests.benchmarks.zoo import quiet_trainer
+from tests.benchmarks.zoo.data import digits
 
 
 class Classifier(L.LightningModule):

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_gradflow import AutoMitigator, FindingKind, GradNormLogger, PlateauDetector, SaturationMonitor
+from tests.benchmarks.zoo.stacks import mlp, normal
 from tests.integration.traces import Tiny, Validated, assert_same_run, data, fit, flow
-from tests.zoo.stacks import mlp, normal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),

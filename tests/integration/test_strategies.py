@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_gradflow import GradFlow, GradFlowWarning
-from tests.zoo import HEALTHY
+from tests.benchmarks.zoo import HEALTHY
 
 # neither runs on a CPU: what is tested is what their names lead to
 FSDPStrategy = type("FSDPStrategy", (SingleDeviceStrategy,), {})

@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from lightning_gradflow import AutoMitigator, FindingKind, GradFlow, GradNormLogger, PlateauDetector, SaturationMonitor
-from tests.zoo import HEALTHY, SICK, quiet_trainer
+from tests.benchmarks.zoo import HEALTHY, SICK, quiet_trainer
 
 KINDS = {
     GradNormLogger: {

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 
+from tests.benchmarks.zoo import quiet_trainer
 from tests.integration.traces import Tiny, assert_same_run, data, fit, flow, process_traces, traces
-from tests.zoo import quiet_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*You have overridden `.*batch_size` attribute"),

@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from lightning_gradflow import FindingKind, GradFlow, GradFlowWarning, VanishingGradientWarning
-from tests.zoo import HEALTHY, SICK
+from tests.benchmarks.zoo import HEALTHY, SICK
 
 SEEDS = (0, 1, 2)
 

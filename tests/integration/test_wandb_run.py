@@ -8,8 +8,8 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_gradflow import GradFlow
+from tests.benchmarks.zoo import SICK
 from tests.wandb_reader import read_run
-from tests.zoo import SICK
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_gradflow import FindingKind, GradFlow
 from lightning_gradflow.history import History
-from tests.zoo import quiet_trainer
+from tests.benchmarks.zoo import quiet_trainer
 
 from .modes import MODES, Mode
 from .steps import CALLS, PER_LAYER, PER_POINT, QUANTITIES, SCALARS, Numbers, Weights, numbers

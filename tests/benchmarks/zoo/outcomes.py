@@ -1,4 +1,4 @@
-"""Train every case over some seeds and check its label by the outcome: ``python -m tests.zoo.outcomes [name ...]``."""
+"""Train every case over some seeds and check its label by the outcome: ``python -m tests.benchmarks.zoo.outcomes [name ...]``."""
 
 from __future__ import annotations
 

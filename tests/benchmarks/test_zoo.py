@@ -1,4 +1,4 @@
-"""The zoo's trainings repeat and run. That their labels hold is shown by ``python -m tests.zoo.outcomes``."""
+"""The zoo's trainings repeat and run. That their labels hold is shown by ``python -m tests.benchmarks.zoo.outcomes``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tests.zoo import HEALTHY, SICK, Case, quiet_trainer
-from tests.zoo.exact import EXACT, EXACT_DATA
+from tests.benchmarks.zoo import HEALTHY, SICK, Case, quiet_trainer
+from tests.benchmarks.zoo.exact import EXACT, EXACT_DATA
 
 CASES = {**SICK, **HEALTHY}
 EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

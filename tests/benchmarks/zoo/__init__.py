@@ -1,7 +1,7 @@
 """A zoo of small trainings on real data, labelled sick or healthy by how they end.
 
 Nothing in here knows the package under test, so that a label can't lean on what it is meant to judge.
-``python -m tests.zoo.outcomes`` trains every case and shows that the labels hold.
+``python -m tests.benchmarks.zoo.outcomes`` trains every case and shows that the labels hold.
 """
 
 from .case import Case, quiet_trainer
