@@ -47,7 +47,7 @@ class Row:
 
     Args:
         step: the optimizer step, from 0.
-        values: metric name -> (L,) or (P,) float64, by the identity of the layer or point (see `Axis`).
+        values: metric name -> (L,), (P,) or (F,) float64, by the identity of the layer, point or feature (see `Axis`).
         scalars: such as `loss`, `lr`, `grad_norm_total`, `epoch`.
         histograms: histogram name -> (HISTOGRAM_BINS + 2,) counts.
         losses: training loss of each step since the row before, oldest first; (n,) with n >= 0.
@@ -141,6 +141,7 @@ class History:
         self._rows: list[Row] = []
         self.layer_axis: Axis[str] = Axis()
         self.point_axis: Axis[str] = Axis()
+        self.feature_axis: Axis[str] = Axis()
         self._points: dict[str, Point] = {}
         self._losses: list[list[float]] = []
 
@@ -168,11 +169,14 @@ class History:
         return tuple(self._points[name] for name in self.point_axis.names)
 
     def names(self, metric: str) -> tuple[str, ...]:
-        """The names of the columns of `self[metric]`: layers, or points, whichever the metric has."""
+        """The names of the columns of `self[metric]`: layers, points or features, whichever the metric has."""
         return self._axis(metric).names
 
     def __getitem__(self, metric: str) -> Floats:
-        """(R, L) or (R, P) values of a metric, columns in order of execution; NaN where it was not measured."""
+        """(R, L), (R, P) or (R, F) values of a metric; NaN where it was not measured.
+
+        Columns stand in order of execution, features in the order of the input.
+        """
         axis = self._axis(metric)
         table = np.full((len(self._rows), len(axis)), np.nan)
         for i, row in enumerate(self._rows):
@@ -217,6 +221,10 @@ class History:
         for point in sequence:
             self._points.setdefault(point.name, point)
         self.point_axis.merge([point.name for point in sequence])
+
+    def add_features(self, number: int) -> None:
+        """Takes in the features of an input, named "0", "1", ...; one with more of them makes the axis longer."""
+        self.feature_axis.merge([str(i) for i in range(number)])
 
     def append(self, row: Row) -> None:
         """Adds the newest row.
@@ -263,7 +271,8 @@ class History:
         if metric not in METRICS:
             hint = " (a scalar: history.scalar)" if any(metric in row.scalars for row in self._rows) else ""
             raise KeyError(f"metric must be one of {sorted(METRICS)}, got {metric!r}{hint}")
-        return self.layer_axis if METRICS[metric].axis == "layers" else self.point_axis
+        axes = {"layers": self.layer_axis, "points": self.point_axis, "features": self.feature_axis}
+        return axes[METRICS[metric].axis]
 
     def state_dict(self) -> dict[str, Any]:
         """The history as arrays, lists, strings and numbers."""
@@ -271,6 +280,7 @@ class History:
             "layers": [self.layer_axis.names, self.layer_axis.order.tolist()],
             "points": [[p.name, p.module, p.op] for p in self._points.values()],
             "point_order": list(self.point_axis.names),
+            "features": len(self.feature_axis),
             "losses": [list(entry) for entry in self._losses],
             "rows": [
                 {
@@ -293,6 +303,8 @@ class History:
         self._points = {name: Point(name, module, op) for name, module, op in state["points"]}
         self.point_axis = Axis(list(self._points))
         self.point_axis.reorder(list(state["point_order"]))
+        self.feature_axis = Axis()
+        self.add_features(state["features"])
         self._losses = [list(entry) for entry in state["losses"]]
         self._rows = [
             Row(

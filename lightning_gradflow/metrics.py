@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-AxisName = Literal["layers", "points"]
+AxisName = Literal["layers", "points", "features"]
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,9 @@ class Metric:
     """One measured quantity.
 
     Args:
-        axis: `"layers"` (one column for each module that owns parameters) or `"points"` (one column for each
-            layer output and each activation, in order of execution).
+        axis: `"layers"` (one column for each module that owns parameters), `"points"` (one column for each
+            layer output and each activation, in order of execution) or `"features"` (one column for each feature, or
+            channel, of what goes into the first layer).
         unit: `"norm"` (non-negative, any scale), `"fraction"` (in [0, 1]), `"index"` (whole numbers from 0) or
             `"log2"` (a logarithm of any sign; -inf where what was measured is zero).
         meaning: what it tells, in a line.
@@ -33,9 +34,15 @@ METRICS: dict[str, Metric] = {
     "grad_max_abs": Metric("layers", "norm", "largest absolute gradient entry"),
     "grad_zero_fraction": Metric("layers", "fraction", "share of gradient entries that are exactly zero"),
     "grad_nonfinite_fraction": Metric("layers", "fraction", "share of gradient entries that are NaN or infinite"),
+    "grad_missing_fraction": Metric(
+        "layers", "fraction", "share of the entries that should have a gradient and have none (grad is None)"
+    ),
     "weight_norm": Metric("layers", "norm", "L2 norm of those parameters of the layer that have a gradient"),
     "update_norm": Metric("layers", "norm", "L2 norm of what the optimizer's step changed in those parameters"),
     "update_ratio": Metric("layers", "norm", "update_norm / weight_norm"),
+    "spectral_norm": Metric("layers", "norm", "largest singular value of the layer's largest weight matrix"),
+    "recurrent_radius": Metric("layers", "norm", "spectral radius of the hidden-to-hidden weights of a recurrence"),
+    "hh_to_ih": Metric("layers", "norm", "gradient norm of a recurrence's weights of the state / of the input"),
     "delta_norm": Metric("points", "norm", "L2 norm of the loss gradient at the output, over all calls"),
     "calls": Metric("points", "index", "calls of a point in a forward pass, up to the last one that got a gradient"),
     "delta_headroom": Metric(
@@ -43,8 +50,16 @@ METRICS: dict[str, Metric] = {
     ),
     "backward_pass": Metric("points", "index", "which backward pass of the step delta_norm was taken from"),
     "output_rms": Metric("points", "norm", "root mean square of the output"),
+    "output_spread": Metric("points", "fraction", "rms of a layer's output around its batch mean / output_rms"),
+    "in_graph": Metric("points", "fraction", "share of a layer's calls whose output was part of the autograd graph"),
+    "input_detached": Metric(
+        "points", "fraction", "share of a layer's calls whose input came from another layer, but without its graph"
+    ),
     "saturated_fraction": Metric("points", "fraction", "share of outputs of a bounded activation near its bound"),
+    "gate_fraction": Metric("points", "fraction", "1 if a bounded activation gates another signal, 0 if it does not"),
     "dead_fraction": Metric("points", "fraction", "share of units on the flat side for every sample of the window"),
+    "silent_fraction": Metric("points", "fraction", "share of units on the flat side for every input of the step"),
+    "input_rms": Metric("features", "norm", "root mean square of each feature of what goes into the first layer"),
 }
 """Every metric a [`Row`][lightning_gradflow.history.Row] may hold, by name."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from lightning_gradflow import advice
 from lightning_gradflow.border import Border, warn
 from lightning_gradflow.detectors.base import Detector
+from lightning_gradflow.detectors.consolidate import consolidate
 from lightning_gradflow.findings import WARNINGS, Action, Finding, FindingKind, Ledger, Suggestion
 from lightning_gradflow.history import Floats, History, Row
 from lightning_gradflow.metrics import METRICS
@@ -51,6 +52,8 @@ class Recorder:
         self.actions: list[Action] = []
         self.sinks: list[Sink] = []
         self.tells = True
+        self.holds: Callable[[Finding], bool] = lambda _: False
+        """Whether a new finding waits, because more is about to be known of it."""
         names = _numbered(f"detector {type(detector).__name__}" for detector in detectors)
         self._named_detectors = tuple(zip(names, detectors, strict=True))
         self._border = border
@@ -105,7 +108,10 @@ class Recorder:
             self._tell(self._open(is_sample=False))
 
     def _open(self, *, is_sample: bool) -> list[Finding]:
-        found = [finding for part, detector in self._named_detectors for finding in self._judge(part, detector)]
+        said = [finding for part, detector in self._named_detectors for finding in self._judge(part, detector)]
+        if is_sample:
+            said = [finding for finding in said if not (self.ledger.is_news(finding) and self.holds(finding))]
+        found = consolidate(said, self.ledger.open)
         told = [self._explain(finding) if self.ledger.is_news(finding) else finding for finding in found]
         return self.ledger.update(self.history.rows[-1].step, told, is_sample, self._was_seen)
 

@@ -283,11 +283,45 @@ def test_a_refused_row_leaves_nothing_behind(bad):
     assert len(history) == 0
 
 
+# -- features
+
+
+def _widened():
+    """A history of an input of two features, of none that could be measured, and of three."""
+    history = History()
+    for step, values in enumerate(([1.0, 2.0], [], [4.0, inf, 6.0])):
+        history.add_features(len(values))
+        history.append(Row(step, {"input_rms": np.array(values)} if values else {}))
+    return history
+
+
+def test_features_have_their_numbers_as_names():
+    assert _widened().names("input_rms") == ("0", "1", "2")
+
+
+def test_an_axis_of_features_only_grows():
+    expected = [[1.0, 2.0, nan], [nan, nan, nan], [4.0, inf, 6.0]]
+    np.testing.assert_array_equal(_widened()["input_rms"], expected)
+
+
+def test_features_come_in_their_own_order_beyond_nine():
+    history = History()
+    history.add_features(12)
+    assert history.names("input_rms") == tuple(map(str, range(12)))
+
+
+def test_more_values_than_features_are_refused():
+    with pytest.raises(ValueError, match="input_rms must have at most 0 values, got 1"):
+        History().append(Row(0, {"input_rms": np.array([1.0])}))
+
+
 # -- state
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("make", [History, grown_late, _called, made_up.history, lambda: long_history(200, 8)])
+@pytest.mark.parametrize(
+    "make", [History, grown_late, _called, _widened, made_up.history, lambda: long_history(200, 8)]
+)
 def test_a_loaded_history_is_the_one_that_was_saved(make, way):
     saved, loaded = make(), History(8)
     loaded.load_state_dict(WAYS[way](saved.state_dict()))

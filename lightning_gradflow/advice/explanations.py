@@ -45,9 +45,14 @@ SEEN: dict[FindingKind, Text] = {
     FindingKind.UPDATE_RATIO: (
         "The updates are out of proportion to the weights in {layers}",
         "one step changes them by {update_ratio} of their norm",
+        "all {planned_steps} planned steps together by {reach} at most",
+        "clipping leaves {clip_factor} of the gradient",
+        "the loss is {growth} times what it was",
     ),
 }
 """What is seen, for each kind."""
+
+_FEATURES = "input features that are too large: {features}, the worst of them {columns}"
 
 BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.VANISHING_GRADIENT, "saturation"): (
@@ -65,6 +70,8 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     ),
     (FindingKind.VANISHING_GRADIENT, "recurrence"): (
         "It is lost through time: the recurrence multiplies it by less than one at each time step",
+        "a factor of {time_decay} a step",
+        "after {memory_steps} of the {time_steps} steps a third of it is left",
     ),
     (FindingKind.VANISHING_GRADIENT, "underflow"): (
         "It falls below the smallest number of its format, such as 6e-8 in fp16, and is rounded to zero",
@@ -85,6 +92,8 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     ),
     (FindingKind.EXPLODING_GRADIENT, "recurrence"): (
         "It grows through time: the recurrence multiplies it by more than one at each time step",
+        "a factor of {time_decay} a step over {time_steps} steps",
+        "the spectral radius of its weights is {recurrent_radius}",
     ),
     (FindingKind.EXPLODING_GRADIENT, "learning_rate_too_large"): (
         "The norm leaves its own past behind while the loss rises: the steps are too large",
@@ -98,37 +107,81 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.NONFINITE_GRADIENT, "backward"): (
         "It began in the backward pass, at {first}: all outputs and the loss are finite",
     ),
+    (FindingKind.NONFINITE_GRADIENT, "optimizer_step"): (
+        "A step of the optimizer has made weights NaN or infinite, in {first} for one",
+    ),
+    (FindingKind.NONFINITE_GRADIENT, "learning_rate_too_large"): (
+        "The loss, the gradient or the weights left their range step by step before that: the steps are too large",
+    ),
+    (FindingKind.EXPLODING_GRADIENT, "unscaled_inputs"): (
+        "The inputs have become ten times as large as they were, and more: the data changed, not the network",
+        _FEATURES,
+    ),
+    (FindingKind.NONFINITE_GRADIENT, "unscaled_inputs"): (
+        "The inputs are so large that the numbers overflow",
+        _FEATURES,
+    ),
     (FindingKind.DEAD_UNITS, "initialisation"): (
         "They were dead from the first samples on: the initial weights or biases",
     ),
     (FindingKind.DEAD_UNITS, "learning_rate_too_large"): (
         "They were alive at first and died in training: a step that was too large pushed them there",
     ),
+    (FindingKind.DEAD_UNITS, "unscaled_inputs"): (
+        "The inputs are so large that the steps after them pushed them there",
+        _FEATURES,
+    ),
     (FindingKind.SATURATED_ACTIVATION, "unscaled_inputs"): (
-        "It is so from the start and behind the first layer: the inputs are too large for its weights",
+        "The inputs are too large for the weights, and next to nothing stands between them and it",
+        _FEATURES,
     ),
     (FindingKind.SATURATED_ACTIVATION, "weight_scale"): (
         "It is so from the start: the weights before it are too large",
     ),
     (FindingKind.SATURATED_ACTIVATION, "drift"): ("It was not so at the start: the weights grew in training",),
     (FindingKind.LOSS_PLATEAU, "vanishing_gradient"): ("The first layers get next to no gradient and cannot learn",),
-    (FindingKind.LOSS_PLATEAU, "learning_rate_too_small"): ("The steps are too small to get anywhere",),
-    (FindingKind.LOSS_PLATEAU, "learning_rate_too_large"): ("The steps are so large that each undoes the one before",),
+    (FindingKind.LOSS_PLATEAU, "learning_rate_too_small"): (
+        "The steps are too small to get anywhere",
+        "one of {line_best_factor} times the length would lower the loss of other batches by {line_gain_far}",
+    ),
+    (FindingKind.LOSS_PLATEAU, "learning_rate_too_large"): (
+        "The steps are so large that they undo, or have undone, what was learnt",
+        "along a step the curvature is {sharpness}, and above 2 it overshoots",
+    ),
     (FindingKind.LOSS_PLATEAU, "dead_units"): ("Dead units block the signal",),
+    (FindingKind.LOSS_PLATEAU, "saturation"): ("Saturated activations block the signal",),
     (FindingKind.LOSS_PLATEAU, "no_signal_in_data"): (
-        "A step helps on the batch it was made for and on no other: the targets do not follow from the inputs",
+        "The targets do not seem to follow from the inputs: a step helps on the batch it was made for and on no other",
+        "with targets dealt to other samples the loss is {line_shuffled} higher",
+        "the cosine between the gradients of two halves of the data is {gradient_cosine}",
+    ),
+    (FindingKind.NO_GRADIENT, "detached"): (
+        "The graph is cut behind them: the next layer takes their output detached, as data or through numpy",
     ),
     (FindingKind.NO_GRADIENT, "unused"): ("They take no part in the loss",),
-    (FindingKind.UPDATE_RATIO, "too_small"): ("At that pace they hardly move; about 0.001 is usual",),
-    (FindingKind.UPDATE_RATIO, "too_large"): ("At that pace they are overwritten; about 0.001 is usual",),
+    (FindingKind.UPDATE_RATIO, "learning_rate_too_small"): (
+        "At that pace they hardly move: the learning rate is too small; about 0.001 is usual",
+    ),
+    (FindingKind.UPDATE_RATIO, "unscaled_inputs"): (
+        "The inputs are so large that each step overwrites the weights, and the loss is the worse for it",
+        _FEATURES,
+    ),
+    (FindingKind.UPDATE_RATIO, "learning_rate_too_large"): (
+        "They are overwritten, and the loss is the worse for it: the learning rate is too large; about 0.001 is usual",
+    ),
 }
 """Why, for each kind and cause."""
 
 UNKNOWN = "The measurements do not tell why"
 """Why, for every cause that is not in the table."""
 
-_PERCENT = frozenset({"dead_fraction", "lost_share", "saturated_fraction", "progress"})
-_COUNT = frozenset({"points", "layers", "underflowed_points", "nonfinite_layers", "activations", "steps"})
+_PERCENT = frozenset(
+    {"dead_fraction", "lost_share", "saturated_fraction", "progress", "line_gain_far", "line_shuffled"}
+)
+_COUNT = frozenset(
+    {"points", "layers", "underflowed_points", "nonfinite_layers", "activations", "features"}
+    | {"planned_steps", "steps", "time_steps"}
+)
 _MOST_NAMES = 3
 
 
@@ -221,6 +274,8 @@ def _fields(finding: Finding) -> dict[str, str]:
             fields[key] = f"{value:.1f}"
         else:
             fields[key] = number(value)
+    if columns := [key for key in fields if key.startswith("feature_")]:
+        fields["columns"] = ", ".join(f"{key.removeprefix('feature_')} (rms {fields[key]})" for key in columns)
     fields["down"] = _down(finding.layers)
     # as evidence `layers` is a count; in a sentence it means their names
     fields["layers"] = names(finding.layers)

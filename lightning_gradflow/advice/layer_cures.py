@@ -214,14 +214,16 @@ def residuals(site: Site) -> list[Suggestion]:
 
 
 def scale_inputs(site: Site) -> list[Suggestion]:
-    """Standardised inputs for the first layer."""
+    """Standardised inputs for the first layer, with the features that are too large by index."""
     layer = (*site.layers, *site.feeding_named(), "")[0]
     if layer in ("", "(root)"):
         return []
+    large = [key.removeprefix("feature_") for key in site.finding.evidence if key.startswith("feature_")]
     code = [
         PASTE,
         "from torch import nn",
         "",
+        *([f"# features {', '.join(large)} are the largest of x[..., i], for images x[:, i]"] if large else []),
         f"first = {get(layer)}",
         "if isinstance(first, nn.Linear):",
         "    scale = nn.BatchNorm1d(first.in_features, affine=False)",
@@ -231,7 +233,7 @@ def scale_inputs(site: Site) -> list[Suggestion]:
     ]
     return [
         Suggestion(
-            "Scale the inputs to mean 0 and variance 1",
+            "Scale the inputs to mean 0 and variance 1" + (f", above all feature {large[0]}" if large else ""),
             "\n".join(code),
             "Initialisations are made for inputs of that size; pixels in [0, 255] drive an activation to its bounds. "
             "Scaling in the dataset, with the mean and deviation of the training data, does the same.",

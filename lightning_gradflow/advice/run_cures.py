@@ -91,7 +91,7 @@ def find_rate(site: Site) -> list[Suggestion]:
 
 def rate_of_layers(site: Site) -> list[Suggestion]:
     """A learning rate of their own for the layers of the finding."""
-    up = site.finding.cause == "too_small"
+    up = site.finding.cause == "learning_rate_too_small"
     rate = 1e-3 if math.isnan(site.lr) else site.lr
     code = [
         "# in configure_optimizers, with model = self",
@@ -222,6 +222,40 @@ def overfit_batch(site: Site) -> list[Suggestion]:
             "A model that learns one batch and not the data is healthy: look for shuffled targets, a wrong join or a "
             "preprocessing that removes the signal.",
             "Zhang et al. 2017, Understanding deep learning requires rethinking generalization",
+        )
+    ]
+
+
+def larger_eps(site: Site) -> list[Suggestion]:
+    """An eps that the number format of the weights can hold."""
+    rate = 1e-3 if math.isnan(site.lr) else site.lr
+    return [
+        Suggestion(
+            "Give the optimizer an eps that the weights' number format can hold",
+            "# in configure_optimizers, with model = self\n"
+            "import torch\n\n"
+            f"optimizer = torch.optim.AdamW(model.parameters(), lr={rate:.3g}, eps=1e-4)",
+            "Adam divides by the root of its second moment plus eps. In fp16 the usual eps of 1e-8 is zero, and so is "
+            "the square of a gradient below 1e-4: zero divided by zero is NaN.",
+            "Kingma and Ba 2015, Adam: a method for stochastic optimization",
+        )
+    ]
+
+
+def reconnect(site: Site) -> list[Suggestion]:
+    """The place where the graph is cut."""
+    code = [
+        f"# behind {(*site.named, 'them')[-1]}, on the way to the loss: no .detach(), .data, .numpy() or argmax",
+        f"for name in {literal(site.named)}:  # to be run after loss.backward()",
+        "    assert all(p.grad is not None for p in model.get_submodule(name).parameters()), name",
+    ]
+    return [
+        Suggestion(
+            "Let the gradient through where the graph is cut",
+            "\n".join(code),
+            "What is computed from a detached tensor gives the layers before it no gradient. If it is meant, run them "
+            "under torch.no_grad() and leave their parameters out of the optimizer.",
+            "Paszke et al. 2017, Automatic differentiation in PyTorch",
         )
     ]
 

@@ -37,6 +37,7 @@ class Monitor(Callback):
 
     measures_gradients = False
     measures_activations = False
+    explains_plateaus = False
     dead_window: int | None = None
     console = False
     report = False
@@ -145,7 +146,7 @@ class Monitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Opens a sample where one is due."""
-        self._drive("batch_start", trainer)
+        self._drive("batch_start", trainer, pl_module, batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The forward pass is over."""

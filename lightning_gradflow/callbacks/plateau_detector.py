@@ -30,6 +30,7 @@ class PlateauDetector(Monitor):
     """
 
     measures_activations = True
+    explains_plateaus = True
 
     def __init__(
         self,

@@ -46,16 +46,17 @@ def totals(
         {'loss_scale': nan, 'grad_norm_total': 5.0, 'clip_factor': 0.5, 'clipped_fraction': 0.5}
     """
     found = {"loss_scale": scale}
-    if not layers:
+    with_gradient = [values for values in layers.values() if "grad_norm" in values]
+    if not with_gradient:
         return found
-    norms = np.array([values["grad_norm"] for values in layers.values()])
+    norms = np.array([values["grad_norm"] for values in with_gradient])
     found["grad_norm_total"] = float(np.sqrt(np.square(norms).sum()))
     found["clip_factor"] = clip_factor
     factors = np.append(clip_factors_before[1 - CLIP_WINDOW :], clip_factor)
     factors = factors[np.isfinite(factors)]
     found["clipped_fraction"] = float((factors < _CLIPPED).mean()) if factors.size else math.nan
     if not math.isnan(scale):
-        found["step_skipped"] = float(any(values["grad_nonfinite_fraction"] > 0 for values in layers.values()))
+        found["step_skipped"] = float(any(values["grad_nonfinite_fraction"] > 0 for values in with_gradient))
     return found
 
 

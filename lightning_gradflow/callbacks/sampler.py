@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from lightning_gradflow.callbacks.rows import columns, evenly, mean, mean_loss, 
 from lightning_gradflow.history import Floats, History, Row
 from lightning_gradflow.probes.gradients import GradientProbe
 from lightning_gradflow.probes.layers import LayerMap
+from lightning_gradflow.probes.loss_line import unpack
 from lightning_gradflow.probes.ranks import RankFailedError, Topology
 from lightning_gradflow.probes.signals import SignalProbe
+from lightning_gradflow.probes.spectra import SpectralProbe
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
 _NONE = np.empty(0)
@@ -47,7 +49,7 @@ class Sampler:
         *,
         gradients: bool = True,
         activations: bool = True,
-        window: int = 4,
+        window: int = 3,
         topology: Topology | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -78,6 +80,7 @@ class Sampler:
         self._signals = SignalProbe(self._layers, self._transfer, self._measures_activations, self._window)
         if before is not None:
             self._signals.load_state_dict(before)
+        self._spectra = SpectralProbe(self._layers, self._transfer)
         self._gradients = GradientProbe(self._layers, self._transfer)
 
     @property
@@ -249,6 +252,7 @@ class Sampler:
         decision: int = 0,
         *,
         sees_clipping: bool = True,
+        line: Sequence[float] | None = None,
     ) -> Row:
         """The row of the present sample. One collective where there are several ranks, one copy from the device.
 
@@ -257,6 +261,7 @@ class Sampler:
             validation: (2,) sum and number of the validation losses since the last row.
             decision: stands for what is about to be done; `is_agreed` then tells whether all ranks are about to do it.
             sees_clipping: whether the gradients were read before they were clipped.
+            line: the packed numbers of the loss line, where it was measured; by all ranks or by none.
 
         Raises:
             RankFailedError: if another rank could not measure.
@@ -267,9 +272,13 @@ class Sampler:
         try:
             self._signals.finish()
             self._gradients.finish()
+            if self._measures_gradients:
+                self._spectra.measure()
             if self._scale is not None:
                 self._transfer.put("loss scale", self._scale.reshape(1))
             self._transfer.share_numbers("decision", [float(decision)])
+            if line is not None:
+                self._transfer.share_numbers("loss line", line)
             host = self._fetch_with_losses(validation)
             self.is_agreed = host["decision"][0] == decision * self._transfer.topology.ranks
         except Exception:
@@ -286,9 +295,14 @@ class Sampler:
         self._history.layer_axis.reorder([*present, *gone])
         values = columns({point.name: found for point, found in signals.points.items()}, self._history.point_axis)
         values |= columns(layers, self._history.layer_axis)
+        if signals.input_rms.size:
+            self._history.add_features(len(signals.input_rms))
+            values["input_rms"] = signals.input_rms
+        values |= columns(self._spectra.collect(host), self._history.layer_axis)
         losses = self._losses.by_step(host.get("losses", _NONE), self._transfer.topology.ranks)
         clip_factor = self._gradients.clip_factor(host, self._multiplier) if sees_clipping else math.nan
         found = {**scalars, **totals(layers, clip_factor, self._history.scalar("clip_factor"), scale)}
+        found |= unpack(host["loss line"]) if "loss line" in host else {}
         found |= {"loss": mean_loss(losses), "val_loss": _validation(host), "delta_floor": signals.floor}
         return Row(
             step=step,
@@ -340,12 +354,13 @@ class Sampler:
         """What a resumed run needs to go on as if nothing had happened: the losses since the last row, silent units."""
         # what a checkpoint holds comes from one rank, whose losses alone are not those of the run
         losses = self._losses.state_dict() if self.is_alone else []
-        return {"losses": losses, "signals": self._signals.state_dict()}
+        return {"losses": losses, "signals": self._signals.state_dict(), "spectra": self._spectra.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
         self._losses.load_state_dict(state["losses"])
         self._signals.load_state_dict(state["signals"])
+        self._spectra.load_state_dict(state.get("spectra", {}))
 
 
 def _validation(host: Mapping[Hashable, Floats]) -> float:

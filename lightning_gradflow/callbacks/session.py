@@ -20,7 +20,9 @@ from lightning_gradflow.callbacks.sampler import Sampler
 from lightning_gradflow.callbacks.state import from_checkpoint, to_checkpoint
 from lightning_gradflow.callbacks.steps import Steps
 from lightning_gradflow.callbacks.validation import ValidationLoss
+from lightning_gradflow.callbacks.why import Why, is_able
 from lightning_gradflow.detectors.base import Detector
+from lightning_gradflow.detectors.plateau import LossPlateau
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.probes.ranks import anyone_failed
 from lightning_gradflow.probes.shards import is_sharded as is_spread
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from lightning_gradflow.callbacks.base import Monitor
 
 MONITOR = "the monitor"
-_DEAD_WINDOW = 4  # samples, as SaturationMonitor has it, where none is among the monitors
+_DEAD_WINDOW = 3  # samples, as SaturationMonitor has it, where none is among the monitors
 
 
 def _digest(findings: Sequence[Finding]) -> int:
@@ -148,10 +150,20 @@ class Session:
             topology=topology,
             device=trainer.strategy.root_device,
         )
+        explains = any(part.explains_plateaus for part in self._parts) and not is_sharded and topology.model == 1
+        plateaus = [detector for detector in self._detectors if isinstance(detector, LossPlateau)]
+        why = Why(
+            self.recorder.history,
+            self._border,
+            is_able=explains and is_able(trainer, module),
+            suspects=lambda history: any(plateau.suspects(history) for plateau in plateaus),
+        )
+        self.recorder.holds = why.asks
         self._steps = Steps(
             sampler,
             Cadence(interval),
             self._validation,
+            why,
             train_loss=self._named("train_loss"),
             val_loss=self._named("val_loss"),
             run=self.run,

@@ -14,6 +14,7 @@ from lightning_gradflow.callbacks.cadence import Cadence
 from lightning_gradflow.callbacks.losses import find_loss, returned_loss
 from lightning_gradflow.callbacks.sampler import Sampler
 from lightning_gradflow.callbacks.validation import ValidationLoss
+from lightning_gradflow.callbacks.why import Why
 from lightning_gradflow.history import Floats, Row
 
 _MAX_BATCHES = 16  # that a sample waits for a backward pass, or for an optimizer to step
@@ -28,6 +29,7 @@ class Steps:
         sampler: makes the rows.
         cadence: which steps are sampled.
         validation: takes the validation loss.
+        why: keeps batches where a plateau is to be explained.
         train_loss: name under which the training loss is logged; None for the one that is returned or found.
         val_loss: the same for the validation loss.
         run: calls a hook of the session by name, inside the border.
@@ -39,6 +41,7 @@ class Steps:
         sampler: Sampler,
         cadence: Cadence,
         validation: ValidationLoss,
+        why: Why,
         *,
         train_loss: str | None,
         val_loss: str | None,
@@ -48,14 +51,17 @@ class Steps:
         self.sampler = sampler
         self._cadence = cadence
         self._validation = validation
+        self._why = why
         self._train_loss = train_loss
         self._val_loss = val_loss
         self._run = run
         self._tell = tell
         self._step_hooks: dict[int, RemovableHandle] = {}
 
-    def batch_start(self, trainer: Trainer) -> None:
+    def batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Opens a sample where one is due, or goes on with the one that is open."""
+        if not trainer_facts.skips_backward(trainer):
+            self._why.batch_start(trainer_facts.logged_step(trainer), batch, batch_idx)
         step = self._due_step(trainer)
         if step is not None:
             self.sampler.start_batch(step)
@@ -65,7 +71,8 @@ class Steps:
         if trainer_facts.skips_backward(trainer):
             return None
         step = trainer_facts.logged_step(trainer)
-        is_due = self.sampler.is_open or (self._cadence.is_due(step) and step > self.sampler.last_step)
+        is_due = self._cadence.is_due(step) or self._why.is_ready
+        is_due = self.sampler.is_open or (is_due and step > self.sampler.last_step)
         return step if is_due else None
 
     def before_backward(self) -> None:
@@ -164,7 +171,8 @@ class Steps:
         # there is no hook before self.clip_gradients: what is read is what the optimizer gets
         sees_clipping = module.automatic_optimization
         validation = self._validation.take(sampler.device)
-        return sampler.finish(_scalars(trainer), validation, decision, sees_clipping=sees_clipping)
+        line = self._why.answer(trainer, module) if self._why.is_ready else None
+        return sampler.finish(_scalars(trainer), validation, decision, sees_clipping=sees_clipping, line=line)
 
     def _is_complete(self, trainer: Trainer, module: LightningModule) -> bool:
         if module.automatic_optimization:
@@ -196,6 +204,7 @@ class Steps:
     def end(self, *, together: bool) -> tuple[Floats, float]:
         """(n,) the losses since the last row, and the validation loss; nothing is left behind."""
         self.release()
+        self._why.drop()
         self.sampler.drop()
         return self.sampler.rest(self._validation.take(self.sampler.device), together=together)
 
@@ -224,6 +233,8 @@ class Steps:
         """
         sampler = self.sampler
         if hook == "batch_start":
+            if not trainer_facts.skips_backward(trainer):
+                self._why.batch_start(trainer_facts.logged_step(trainer), keep=False)
             step = self._due_step(trainer)
             if step is not None:
                 sampler.start_muted(step)
@@ -251,4 +262,6 @@ def _scalars(trainer: Trainer) -> dict[str, float]:
         "optimizers": float(len(trainer.optimizers)),
         "epoch": float(trainer.current_epoch),
         "steps_per_epoch": trainer_facts.steps_per_epoch(trainer),
+        "planned_steps": trainer_facts.planned_steps(trainer),
+        "lr_scheduled": float(trainer_facts.has_schedule(trainer)),
     }

@@ -105,11 +105,21 @@ def steps_per_epoch(trainer: Any) -> float:
 
 def progress(trainer: Any, step: int) -> float:
     """Share of the planned steps that is done, in [0, 1]; NaN for a run without an end."""
+    total = planned_steps(trainer)
+    return min(1.0, (step + 1) / total) if total > 0 else math.nan
+
+
+def planned_steps(trainer: Any) -> float:
+    """Optimizer steps planned in the whole fit; NaN for a run without an end."""
     planned = [float(trainer.max_steps)] if trainer.max_steps and trainer.max_steps > 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         planned.append(trainer.max_epochs * steps_per_epoch(trainer))
-    total = min((steps for steps in planned if math.isfinite(steps)), default=math.nan)
-    return min(1.0, (step + 1) / total) if total > 0 else math.nan
+    return min((steps for steps in planned if math.isfinite(steps)), default=math.nan)
+
+
+def has_schedule(trainer: Any) -> bool:
+    """Whether a scheduler that Lightning steps may change the learning rate in the course of the run."""
+    return bool(trainer.lr_scheduler_configs)
 
 
 def learning_rate(trainer: Any) -> float:

@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
+from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped, offending_features
+from lightning_gradflow.detectors.onset import has_moved, loss_rose, weight_growth
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
 
 _CUT_SAMPLES = 3  # at the edge of death a unit fires in one batch and not in the next
+_MAX_PASSED = 0.01  # of the gradient: a smooth rectifier passes a little on where it is flat
 _PATIENCE = 50  # steps: units that are dead at the start often come to life as the layers around them learn
+_MIN_ALIVE = 0.4  # of the units fire in a layer that is well: half of them at a usual initialisation
+_WINDOW = 3  # samples after a death until `dead_fraction` tells of it
+_EARLY = 8  # steps: the loss is still that of the initialisation
+_FADED = 0.5  # of its weight norm: no single step does that
 
 
 @dataclass(frozen=True)
@@ -21,8 +27,21 @@ class DeadUnits:
     """Finds activations in which most units are on the flat side for every sample of several batches.
 
     Judged by unit, not by entry: a ReLU layer with 80 % zeros, each unit firing now and then, is sparse and well. It is
-    an alarm where it stops the training: where nothing gets past the dead units on the way back to the first layers, or
-    where 50 steps have passed and nothing was learnt. Else it is info: side branches and wide layers may do without.
+    an alarm where it stops the training:
+
+    - where next to nothing (1 %) of the gradient gets past the dead units to any layer before them, in three samples;
+    - where every unit of every activation was silent in three samples;
+    - where 50 steps have passed with it, and nothing was learnt;
+    - where the layer was alive (40 % of its units fired) and died, and the loss rose with it. If that happened within
+      three samples one is enough to tell: no batch silences a whole layer by chance. In the first 8 steps, where the
+      loss is still that of the initialisation, it does not have to rise.
+
+    Else it is info: side branches and wide layers may do without.
+
+    The cause is `initialisation` where the first samples have it; else `learning_rate_too_large`, since it takes a
+    large step, unless the weights before them have faded to half or were not seen to move (`unknown`: a strong weight
+    decay, or somebody else changed them). Both become
+    `unscaled_inputs` where the inputs are (see `offending_features`), in the first activation and the first 50 steps.
 
     Args:
         max_dead: share of dead units above which an activation is an alarm, in (0, 1]. The default of 0.9 leaves wide
@@ -40,9 +59,9 @@ class DeadUnits:
         >>> history = History()
         >>> history.add_points([Point("fc1", "fc1"), Point("fc1/relu", "fc1", "relu")])
         >>> sick = {"dead_fraction": np.array([np.nan, 1.0]), "delta_norm": np.array([0.0, 0.3])}
-        >>> history.append(Row(step=4, values=sick))
-        >>> [(f.severity.value, f.layers) for f in DeadUnits().judge(history)]
-        [('warning', ('fc1',))]
+        >>> history.append(Row(step=2, values=sick))
+        >>> [(f.severity.value, f.cause, f.layers) for f in DeadUnits().judge(history)]
+        [('warning', 'initialisation', ('fc1',))]
     """
 
     max_dead: float = 0.9
@@ -54,28 +73,46 @@ class DeadUnits:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        table = history["dead_fraction"]
+        table, silent = history["dead_fraction"], history["silent_fraction"]
         if not table.size:
             return []
         dead = np.nan_to_num(table[-1])
+        if len(history) > 1:  # who was alive a moment ago need not be silent for a whole window
+            was_alive = (silent[-1 - _WINDOW : -1] <= 1 - _MIN_ALIVE).any(axis=0)
+            dead = np.where(was_alive & (silent[-1] >= self.max_dead), silent[-1], dead)
         worst = float(dead.max())
         if worst < self.noted_dead:
             return []
-        alarm = worst >= self.max_dead and (_cuts(history, dead >= self.max_dead) or _stands(history))
-        limit = self.max_dead if worst >= self.max_dead else self.noted_dead
+        alive = {int(i): _last_alive(table[:, i], silent[:, i]) for i in np.flatnonzero(dead >= self.max_dead)}
+        alarms = [i for i, row in alive.items() if self._is_alarm(history, i, row)]
+        limit = self.max_dead if alive else self.noted_dead
         over = [int(i) for i in np.argsort(-dead, kind="stable") if dead[i] >= limit]
-        measured = table[~np.isnan(table[:, over[0]]), over[0]]
-        later = "learning_rate_too_large" if alarm else "unknown"
+        first = alarms[0] if alarms else over[0]
+        measured = table[~np.isnan(table[:, first]), first]
+        is_born = alive.get(first) is None and (not measured.size or measured[0] >= limit)
+        cause = "initialisation" if is_born else "unknown"
+        if alarms:
+            cause = _cause(history, min(alive), alive[first], cause)
+        evidence = {"dead_fraction": worst, "activations": float(len(over))}
         return [
             Finding(
                 kind=FindingKind.DEAD_UNITS,
-                severity=Severity.WARNING if alarm else Severity.INFO,
+                severity=Severity.WARNING if alarms else Severity.INFO,
                 step=history.rows[-1].step,
                 layers=tuple(dict.fromkeys(history.points[i].module for i in over)),
-                cause="initialisation" if measured[0] >= limit else later,
-                evidence={"dead_fraction": worst, "activations": float(len(over))},
+                cause=cause,
+                evidence=evidence | (feature_evidence(history) if cause == "unscaled_inputs" else {}),
             )
         ]
+
+    def _is_alarm(self, history: History, at: int, alive: int | None) -> bool:
+        """Whether the dead activation `at` stops the training; `alive` is the last row in which it was not dead."""
+        step = history.rows[-1].step
+        if alive is not None and loss_rose(history, alive):
+            return True
+        if alive is not None and history.steps[alive] < _EARLY and step < _PATIENCE:
+            return True
+        return not has_learnt(history) and (step >= _PATIENCE or _cuts(history, at) or _nothing_lives(history, at))
 
 
 def mostly_dead(history: History, max_dead: float = 0.9) -> bool:
@@ -85,18 +122,41 @@ def mostly_dead(history: History, max_dead: float = 0.9) -> bool:
     return bool(known) and bool(np.nanmax(known[-1]) >= max_dead)
 
 
-def _cuts(history: History, dead: npt.NDArray[np.bool_]) -> bool:
-    """Whether in each recent sample no gradient got past one of the activations `dead` (P,): exact zeros before it."""
-    deltas = history["delta_norm"][-_CUT_SAMPLES:]
-    zero_before = np.array([[_nothing_but_zeros(row[:i]) for i in range(len(row))] for row in deltas], dtype=bool)
-    return bool((dead & (zero_before & (np.nan_to_num(deltas) > 0)).all(axis=0)).any())
+def _last_alive(dead: Floats, silent: Floats) -> int | None:
+    """The last row in which enough units of an activation fired; None if there was none."""
+    # of a few inputs alone nothing can be said: there the window has to tell
+    shares = np.where(np.isnan(silent), dead, silent)
+    rows = np.flatnonzero(shares <= 1 - _MIN_ALIVE)
+    return int(rows[-1]) if rows.size else None
 
 
-def _nothing_but_zeros(deltas: Floats) -> bool:
-    known = deltas[~np.isnan(deltas)]
-    return known.size > 0 and not known.any()
+def _cuts(history: History, at: int) -> bool:
+    """Whether in each recent sample next to no gradient got past the activation `at` to any layer before it."""
+    deltas = history["delta_norm"][-_CUT_SAMPLES:, : at + 1]
+    before = deltas[:, :at]
+    if not at or np.isnan(before).all(axis=1).any():
+        return False
+    passed = np.nanmax(before, axis=1)
+    return bool((deltas[:, at] > 0).all() and (passed <= _MAX_PASSED * deltas[:, at]).all())
 
 
-def _stands(history: History) -> bool:
-    """Whether there was time to learn, and nothing was learnt."""
-    return history.rows[-1].step >= _PATIENCE and not has_learnt(history)
+def _nothing_lives(history: History, at: int) -> bool:
+    """Whether in each recent sample every unit of every activation was silent: no way leads around them."""
+    dead = history["dead_fraction"][-1]
+    silent = history["silent_fraction"][-_CUT_SAMPLES:]
+    known = ~np.isnan(dead)
+    if len(silent) < _CUT_SAMPLES or not (dead[known] == 1).all() or not known[at]:
+        return False
+    return bool((np.nan_to_num(silent[:, known], nan=1.0) == 1).all())
+
+
+def _cause(history: History, at: int, alive: int | None, cause: str) -> str:
+    is_first = not any(point.op for point in history.points[:at])
+    in_time = is_first if alive is None else history.steps[alive] < _PATIENCE or inputs_jumped(history)
+    if in_time and offending_features(history):
+        return "unscaled_inputs"
+    if alive is None:
+        return cause
+    if weight_growth(history, at, alive) < _FADED or not has_moved(history, at, alive):
+        return "unknown"
+    return "learning_rate_too_large"

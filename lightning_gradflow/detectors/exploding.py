@@ -7,12 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
+from lightning_gradflow.detectors.decay import is_evened_out
+from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped, offending_features
 from lightning_gradflow.detectors.profile import depth_profile, is_skipped, recent_profiles
+from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
 _MIN_PAST = 8  # rows before the run's own median means something
-_LARGE_WEIGHT_GAIN = 2.0  # twice what keeps the signal as it is
+_LARGE_GAIN = 1.25  # of a layer and its activation together: weights at the critical scale for it reach 1
+_EARLY = 50  # steps: inputs that were too large from the start have done their harm by then
+_CERTAIN = 4.0  # decades: with less, an optimizer that evens the updates out learns
 
 
 @dataclass(frozen=True)
@@ -20,13 +25,17 @@ class ExplodingGradient:
     """Finds a signal that grows exponentially with depth, and a gradient norm that leaves its own past far behind.
 
     With depth: the span of the depth profile is at or above `max_growth` decades in the last two samples, or in the
-    first. In time: the total gradient norm of the last two samples is above `max_jump` times the median of all before,
-    and the loss is above all that it was: big gradients alone, with a loss that falls, are left alone. Steps that a
+    first. Below 4 decades that is info where the optimizer moves all layers about as fast (`update_ratio` within a
+    factor of 20), and at any size in a run that has learnt; else a warning.
+
+    In time: the total gradient norm of the last two samples is above `max_jump` times the median of all before, and the
+    loss is above all that it was: big gradients alone, with a loss that falls, are left alone. Where the inputs have
+    become ten times as large with it one sample is enough, and they are the cause (`unscaled_inputs`). Steps that a
     gradient scaler skipped do not count: there the gradient was infinite because of the scale.
 
     Args:
-        max_growth: decades that the signal may gain from the last to the first layer, in (0, 100). The default of 4 is
-            the mirror image of the limit for vanishing gradients.
+        max_growth: decades that the signal may gain from the last to the first layer, in (0, 100). The default of 3 is
+            the mirror image of the limit for vanishing gradients; networks that learn gain up to 2.4.
         max_jump: factor over the median of the run's own total norms, in (1, inf). The default of 1000 is far above
             what batches, warm-up and loss spikes do in runs that recover by themselves.
 
@@ -45,7 +54,7 @@ class ExplodingGradient:
         [('warning', 'weight_scale', 'fc0')]
     """
 
-    max_growth: float = 4.0
+    max_growth: float = 3.0
     max_jump: float = 1000.0
 
     def __post_init__(self) -> None:
@@ -63,19 +72,27 @@ class ExplodingGradient:
         if not all(profile.span >= self.max_growth for profile in profiles):
             return []
         profile = profiles[0]
-        gains = profile.gains(of_layers=True)
-        gain = float(np.median(gains)) if gains.size else np.nan
         top = profile.delta_norm[profile.usable][-1]
+        layers = profile.modules(profile.usable & (profile.delta_norm > 100 * top))[::-1]
+        if not layers:
+            return []
+        is_layer = np.array([point.is_layer for point in profile.points], dtype=bool)
         evidence = {"span": profile.span, "slope": profile.slope, "points": float(profile.usable.sum())}
-        if gains.size:
-            evidence["weight_gain"] = gain
+        for name, where in (("weight_gain", is_layer), ("activation_gain", ~is_layer)):
+            gains = profile.gains[where]
+            if not np.isnan(gains).all():
+                evidence[name] = float(np.nanmedian(gains))
+        cause = self._cause(history, evidence.get("weight_gain", np.nan) * evidence.get("activation_gain", 1.0))
+        if cause == "unscaled_inputs":
+            evidence |= feature_evidence(history)
+        heals = profile.span < _CERTAIN and is_evened_out(history, layers)
         return [
             Finding(
                 kind=FindingKind.EXPLODING_GRADIENT,
-                severity=Severity.WARNING,
+                severity=Severity.INFO if heals or has_learnt(history) else Severity.WARNING,
                 step=profile.step,
-                layers=profile.modules(profile.usable & (profile.delta_norm > 100 * top))[::-1],
-                cause=self._cause(history, gain),
+                layers=layers,
+                cause=cause,
                 evidence=evidence,
             )
         ]
@@ -86,9 +103,12 @@ class ExplodingGradient:
             for i, row in enumerate(history.rows)
             if not is_skipped(row) and (p := depth_profile(history, i)) is not None
         )
+        is_new = history.rows[-1].step < _EARLY or inputs_jumped(history)
+        if first.span < self.max_growth / 2 and is_new and offending_features(history):
+            return "unscaled_inputs"
         if first.span < self.max_growth / 2:
             return "learning_rate_too_large"  # it was well at first, and the steps made it so
-        return "weight_scale" if gain > _LARGE_WEIGHT_GAIN else "depth"
+        return "weight_scale" if gain > _LARGE_GAIN else "depth"
 
     def _in_time(self, history: History) -> list[Finding]:
         total, loss = history.scalar("grad_norm_total"), history.scalar("loss")
@@ -96,9 +116,13 @@ class ExplodingGradient:
         total, loss = total[known], loss[known]
         if len(total) < _MIN_PAST + 2 or not known[-1]:
             return []
-        median = float(np.median(total[:-2]))
-        before = loss[:-2][np.isfinite(loss[:-2])]
-        if median == 0 or not np.all(total[-2:] > self.max_jump * median) or not loss[-1] > before.max(initial=-np.inf):
+        jumped = inputs_jumped(history)
+        newest = 1 if jumped else 2  # with a reason at hand one sample is enough
+        median = float(np.median(total[:-newest]))
+        before = loss[:-newest][np.isfinite(loss[:-newest])]
+        if median == 0 or not np.all(total[-newest:] > self.max_jump * median):
+            return []
+        if not loss[-1] > before.max(initial=-np.inf):
             return []
         norms = history["grad_norm"][-1]
         worst = [i for i in np.argsort(-np.nan_to_num(norms)) if np.isfinite(norms[i])]
@@ -108,7 +132,11 @@ class ExplodingGradient:
                 severity=Severity.WARNING,
                 step=history.rows[-1].step,
                 layers=tuple(history.layers[i] for i in worst[:8]),
-                cause="learning_rate_too_large",
-                evidence={"growth": float(total[-1] / median), "grad_norm_total": float(total[-1])},
+                cause="unscaled_inputs" if jumped else "learning_rate_too_large",
+                evidence={
+                    "growth": float(total[-1] / median),
+                    "grad_norm_total": float(total[-1]),
+                    **(feature_evidence(history) if jumped else {}),
+                },
             )
         ]

@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
-from lightning_gradflow.detectors.dead_units import mostly_dead
+from lightning_gradflow.detectors.plateau_causes import AGREE, cause_of, is_unpaired, line_of
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.trend import mann_kendall, steepest_fall, theil_sen
-from lightning_gradflow.detectors.vanishing import is_vanishing
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
 
@@ -24,6 +23,9 @@ _GROWTH = 1.5  # from one length of a stretch to the next
 _SURE = 2.5  # z score of "no faster than this", twice running: healthy runs are judged at hundreds of samples
 _FALLS = -1.645  # z of the Mann-Kendall test: a falling trend at 5 %, one-sided
 _SMALL_LR = 0.1  # of the largest one so far: below, the tail of a schedule explains a flat loss
+_STILL = 1e-3  # of the weights, in a whole window: healthy runs move as much in one step
+_SLOW = 0.05  # in a window: so much is gained by learning noise by heart; it only leads to a measurement
+_LEFT = 0.5  # of the starting loss: below, something was learnt
 _LONG_EPOCH = 5  # windows: longer epochs are not waited for
 
 
@@ -36,8 +38,25 @@ class LossPlateau:
     epoch is known): it must be below `min_progress`, now and half a stretch ago. The stretch is the last `window`
     steps; where small batches make the loss too noisy to be sure, longer ones are tried, as far as the run goes back.
 
+    Where the loss is too noisy for all of that, and the weights move by less than 0.1 % in `window` steps, it counts as
+    standing still too; it is a finding then if longer steps are seen to help.
+
+    The cause is the first that holds: a loss that was once driven above its start (`learning_rate_too_large`), a signal
+    that vanishes, dead units, blocked saturated activations, updates below the precision of the weights
+    (`learning_rate_too_small`), inputs that are all alike (`no_signal_in_data`). Else the loss along the update tells,
+    which is measured once a plateau is suspected: a gain of 1 % on other batches at 1000 steps at once or more (0.1 %
+    where the gradients have a common direction) is `learning_rate_too_small`; a loss that one step raises by 1 % and a
+    tenth of it does not as much is `learning_rate_too_large`; gradients without a common direction are
+    `no_signal_in_data`.
+
+    Where labels are random, a loss above what a constant gives falls to it, and then on while samples are learnt by
+    heart. So a run that keeps half of its starting loss and falls by less than 5 % in `window` steps, twice running, is
+    suspected too (`suspects`): that makes it measured and no finding. It is `no_signal_in_data`, a warning, where that
+    finds no relation between inputs and targets (see `pairing`): a gap below 15 %, and no agreement (z below 2.5).
+
     It is a warning where another sign explains it, or where less than 1 % of the starting loss is gone. A loss that
-    has clearly fallen by more, and stands, may have a large constant in it or little to learn from: that is info.
+    has clearly fallen by more, and stands, may have a large constant in it or little to learn from: that is info, and
+    so is one of unknown cause on whose gradients the batches agree.
 
     Not judged: while the learning rate rises or is below a tenth of its maximum, while the validation loss falls or the
     training loss clearly rises, and with several optimizers, whose losses play against each other. A run that has
@@ -78,39 +97,99 @@ class LossPlateau:
         """The finding of the newest row, if there is one."""
         if not history.rows or history.scalar("optimizers")[-1] > 1:
             return []
-        steps, losses = history.loss_steps, history.losses
-        finite = np.isfinite(losses)
-        steps, losses = steps[finite], losses[finite]
-        learning = _at_full_rate(history, steps)
-        if not learning.size or not learning[-1]:
+        steps, losses = self._at_full_rate(history)
+        if not steps.size or self._validation_falls(history):
             return []
-        if has_learnt(history, self.min_learnt, self.window):
+        length, is_sure = None, False
+        if not has_learnt(history, self.min_learnt, self.window):
+            length = self._standstill(steps, losses, self._epoch(history))
+            is_sure = length is not None
+            if length is None and self._hardly_moves(history) and steps[-1] - steps[0] + 1 >= 1.5 * self.window:
+                length = float(self.window)
+        if not is_sure and is_unpaired(history) and self.suspects(history):
+            shortest = self._shortest(steps, self._epoch(history))
+            if (cause := cause_of(history)) == "no_signal_in_data":
+                return [self._finding(history, steps, losses, shortest, cause, Severity.WARNING)]
+        if length is None:
             return []
-        steps, losses = steps[learning], losses[learning]
-        epoch = float(np.nan_to_num(history.scalar("steps_per_epoch")[-1]))
-        length = self._standstill(steps, losses, epoch if epoch <= _LONG_EPOCH * self.window else 0.0)
-        if length is None or self._validation_falls(history):
+        cause = cause_of(history)
+        if not is_sure and cause != "learning_rate_too_small" and not (cause == "unknown" and not line_of(history)):
             return []
+        was_shifted = has_learnt(history, _SHIFTED, self.window) or not is_sure
+        return [self._finding(history, steps, losses, length, cause, _severity(history, cause, was_shifted))]
+
+    def suspects(self, history: History) -> bool:
+        """Whether it is worth a measurement if there is anything to learn, although the loss may fall a little.
+
+        Noise in the loss and learning by heart hide for long that nothing is learnt. What is asked here is only that
+        the Theil-Sen slope is below 5 % in `window` steps, twice running, and that half of the starting loss is left.
+        """
+        if not history.rows or history.scalar("optimizers")[-1] > 1:
+            return False
+        steps, losses = self._at_full_rate(history)
+        if not steps.size:
+            return False
+        length = self._shortest(steps, self._epoch(history))
+        start = float(np.median(losses[: max(1, min(10, len(losses) // 10))]))
+        if steps[-1] - steps[0] + 1 < 1.5 * length or losses.min() <= 0:
+            return False
+        if np.median(losses[steps > steps[-1] - length]) < _LEFT * start:
+            return False
+        for back in (0.0, length / 2):
+            chosen = (steps <= steps[-1] - back) & (steps > steps[-1] - back - length)
+            if chosen.sum() < _BLOCKS:
+                return False
+            at, blocks = (
+                np.array([part.mean() for part in np.array_split(series[chosen], _BLOCKS)])
+                for series in (steps, losses)
+            )
+            if abs(theil_sen(at, blocks)) * self.window >= _SLOW * np.median(blocks):
+                return False
+        return True
+
+    def _finding(
+        self, history: History, steps: Floats, losses: Floats, length: float, cause: str, severity: Severity
+    ) -> Finding:
         stretch = steps > steps[-1] - length
         now = float(np.median(losses[stretch]))
-        level = abs(now)
         moved = theil_sen(steps[stretch], losses[stretch]) * length
-        cause = _cause(history)
-        was_shifted = has_learnt(history, _SHIFTED, self.window)
-        return [
-            Finding(
-                kind=FindingKind.LOSS_PLATEAU,
-                severity=Severity.WARNING if cause != "unknown" or not was_shifted else Severity.INFO,
-                step=history.rows[-1].step,
-                cause=cause,
-                evidence={"progress": -moved / level if level > 0 else 0.0, "steps": length, "loss": now},
-            )
-        ]
+        progress = -moved / abs(now) if now else 0.0
+        return Finding(
+            kind=FindingKind.LOSS_PLATEAU,
+            severity=severity,
+            step=history.rows[-1].step,
+            cause=cause,
+            evidence={"progress": progress, "steps": length, "loss": now, **line_of(history)},
+        )
+
+    def _at_full_rate(self, history: History) -> tuple[Floats, Floats]:
+        """The finite losses and their steps, at the learning rate that matters; none where the last one is not."""
+        finite = np.isfinite(history.losses)
+        steps, losses = history.loss_steps[finite], history.losses[finite]
+        learning = _at_full_rate(history, steps)
+        if not learning.size or not learning[-1]:
+            return np.empty(0), np.empty(0)
+        return steps[learning], losses[learning]
+
+    def _epoch(self, history: History) -> float:
+        """Steps of an epoch, 0 where they are not known or too many to wait for."""
+        epoch = float(np.nan_to_num(history.scalar("steps_per_epoch")[-1]))
+        return epoch if epoch <= _LONG_EPOCH * self.window else 0.0
+
+    def _shortest(self, steps: Floats, epoch: float) -> float:
+        # where the loss is known at the samples only, a stretch has to be long enough to hold a value a block
+        return max(float(self.window), 2 * epoch, float(steps[-1] - steps[-min(_BLOCKS, len(steps))] + 1))
+
+    def _hardly_moves(self, history: History) -> bool:
+        """Whether no layer can have moved far enough for the loss to fall, however much noise there is in it."""
+        recent = history.steps > history.steps[-1] - self.window
+        ratios = history["update_ratio"][recent]
+        known = ratios[np.isfinite(ratios)]
+        return known.size > 0 and bool(known.max() * self.window < _STILL)
 
     def _standstill(self, steps: Floats, losses: Floats, epoch: float) -> float | None:
         """Length of the shortest stretch in which the loss surely stood still, twice running; None without one."""
-        # where the loss is known at the samples only, a stretch has to be long enough to hold a value a block
-        length = max(float(self.window), 2 * epoch, float(steps[-1] - steps[-min(_BLOCKS, len(steps))] + 1))
+        length = self._shortest(steps, epoch)
         while steps[-1] - steps[0] + 1 >= 1.5 * length:
             whole = epoch * math.ceil(length / epoch) if epoch else length
             most = [self._most_progress(steps, losses, steps[-1] - back, whole, epoch) for back in (0.0, length / 2)]
@@ -160,10 +239,12 @@ def _at_full_rate(history: History, steps: Floats) -> Bools:
     return np.asarray((rates[after] <= rates[before]) & (rates[after] >= _SMALL_LR * rates.max()))
 
 
-def _cause(history: History) -> str:
-    """What else is wrong at the same time, for a plateau is a consequence."""
-    if is_vanishing(history):
-        return "vanishing_gradient"
-    if mostly_dead(history):
-        return "dead_units"
-    return "unknown"
+def _severity(history: History, cause: str, was_shifted: bool) -> Severity:
+    """An alarm where a sign explains it, or next to nothing was learnt."""
+    if cause == "no_signal_in_data" and is_unpaired(history):
+        return Severity.WARNING
+    if cause == "unknown" and line_of(history).get("gradient_agreement", 0.0) >= AGREE:
+        return Severity.INFO  # the batches agree on where to go: slow, but not in vain
+    if cause in ("unknown", "no_signal_in_data") and was_shifted:
+        return Severity.INFO  # data with little to learn look the same as data with nothing to learn
+    return Severity.WARNING

@@ -12,6 +12,25 @@ from lightning_gradflow.detectors.trend import theil_sen
 from lightning_gradflow.history import Floats, History, Point, Row
 
 _MIN_FOR_STEPS = 6  # points: in fewer one step may be all the depth there is
+_LARGEST_STEP = 1.0  # decades that a point may lose in a section: what loses more is a branch, or one bad layer
+_MIN_FOR_CHOKE = 3  # layers with weights, to say that one of them is unlike the others
+_CHOKING = 0.01  # of the median largest singular value
+_USABLE = 1e-3  # of the last layer's signal: the decay from which plain SGD learns no more
+
+
+@dataclass(frozen=True)
+class Section:
+    """Neighbouring points of a profile, and the decades that the signal gains on its way back through them.
+
+    Args:
+        start: its first point.
+        stop: the point behind its last one.
+        span: decades; negative where the signal dies.
+    """
+
+    start: int
+    stop: int
+    span: float
 
 
 @dataclass(frozen=True)
@@ -28,6 +47,8 @@ class DepthProfile:
             depend on the size of the loss.
         headroom: (P,) bits between each delta, as the backward pass held it, and the smallest number of its format;
             NaN where it was not measured.
+        spectral_norm: (P,) the largest singular value of each layer's weights; NaN at activations, and where it was not
+            measured.
     """
 
     step: int
@@ -36,24 +57,65 @@ class DepthProfile:
     slope: float
     span: float
     headroom: Floats
+    spectral_norm: Floats
 
     @property
     def usable(self) -> npt.NDArray[np.bool_]:
         """(P,) where the delta norm is finite and above zero."""
         return np.isfinite(self.delta_norm) & (self.delta_norm > 0)
 
-    def gains(self, of_layers: bool) -> Floats:
-        """Factors by which the norm changes on its way back through the weights of the layers, or the activations.
+    @property
+    def gains(self) -> Floats:
+        """(P,) factor by which the norm changes on its way back through each point; NaN where it can't be told."""
+        gains = np.full(len(self.points), np.nan)
+        both = self.usable[1:] & self.usable[:-1]
+        gains[1:][both] = self.delta_norm[:-1][both] / self.delta_norm[1:][both]
+        return gains
 
-        Args:
-            of_layers: True for the layers, False for the activations.
+    @property
+    def section(self) -> Section:
+        """The stretch of neighbouring points that loses most: norms grow again where a normalisation stands before it.
 
-        Returns:
-            (G,) delta norm before / behind, for each usable point whose neighbour before it is usable too.
+        A point loses one decade at most, so that a branch beside the others does not make a section.
         """
-        behind = np.array([point.is_layer == of_layers for point in self.points[1:]], dtype=bool)
-        chosen = behind & self.usable[1:] & self.usable[:-1]
-        return self.delta_norm[:-1][chosen] / self.delta_norm[1:][chosen]
+        at = np.flatnonzero(self.usable)
+        if len(at) < 2:
+            return Section(0, len(self.points), 0.0)
+        lost = np.minimum(np.diff(np.log10(self.delta_norm[at])), _LARGEST_STEP)
+        total = np.concatenate([[0.0], np.cumsum(lost)])
+        falls = total - np.minimum.accumulate(total)
+        stop = int(np.argmax(falls))
+        start = int(np.argmin(total[: stop + 1]))
+        return Section(int(at[start]), int(at[stop]) + 1, -float(falls[stop]))
+
+    @property
+    def choke(self) -> int | None:
+        """The one layer whose weights are next to nothing, and behind which the signal is: all before it gets a crumb.
+
+        In a branch beside others the signal is well again before it; it must be small at every point before the layer.
+        """
+        norms = self.spectral_norm
+        known = norms[np.isfinite(norms) & (norms > 0)]
+        if len(known) < _MIN_FOR_CHOKE:
+            return None
+        for i in np.flatnonzero(norms < _CHOKING * np.median(known)):
+            before, behind = self.delta_norm[:i][self.usable[:i]], self.delta_norm[i:][self.usable[i:]]
+            if len(before) and len(behind) > 1 and before.max() < _USABLE * behind.min():
+                return int(i)
+        return None
+
+    @property
+    def effective_depth(self) -> tuple[int, int]:
+        """How many layers get a usable signal, and how many were reached or should have been.
+
+        Usable is a thousandth of the signal at the last layer or more. A layer that got zero or infinity counts as one
+        that gets none.
+        """
+        layers = np.array([point.is_layer for point in self.points], dtype=bool)
+        if not (layers & self.usable).any():
+            return 0, int(layers.sum())
+        last = self.delta_norm[layers & self.usable][-1]
+        return int((layers & self.usable & (self.delta_norm >= _USABLE * last)).sum()), int(layers.sum())
 
     def modules(self, where: npt.NDArray[np.bool_]) -> tuple[str, ...]:
         """The layers among the points at which `where` (P,) holds, the smallest delta norm first."""
@@ -133,7 +195,10 @@ def depth_profile(history: History, row: int = -1) -> DepthProfile | None:
         slope = float(logs[0] - logs[-1]) / (n - 1)
     else:
         slope = -theil_sen(np.arange(n, dtype=np.float64), _without_lone_step(logs))
-    return DepthProfile(source.step, points, deltas, slope, slope * (n - 1), headroom)
+    norms_in_order = in_order(source.values.get("spectral_norm", np.empty(0)), history.layer_axis.order)
+    norms = dict(zip(history.layers, norms_in_order, strict=True))
+    spectral = np.array([norms.get(point.module, math.nan) if point.is_layer else math.nan for point in points])
+    return DepthProfile(source.step, points, deltas, slope, slope * (n - 1), headroom, spectral)
 
 
 def _without_lone_step(logs: Floats) -> Floats:

@@ -5,10 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
+from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped, is_measured, offending_features
+from lightning_gradflow.detectors.onset import loss_rose, weight_growth
+from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
+
+Mask = npt.NDArray[np.bool_]
+
+_WIDE = 0.7  # of the outputs, in most activations: from there on plain stacks learn far worse than with smaller weights
+_OPEN = 0.5  # at most so many outputs are saturated in an activation that was well
+_GROWN = 1.5  # times the weight norm: an odd batch saturates an activation too, and leaves the weights as they are
+_GATE = 0.5  # of the places where it was seen (several ranks): they all run the same code
 
 
 @dataclass(frozen=True)
@@ -16,8 +27,19 @@ class SaturatedActivation:
     """Finds bounded activations (sigmoid, tanh, ...) that stand near their bounds and let no gradient through.
 
     Two signs must line up in each of the last three samples: the share of saturated outputs, and the factor by which
-    the delta norm shrinks on its way back through the activation. An activation behind the last layer is left out, and
-    saturation that does let the gradient through is info: gates and outputs saturate by design.
+    the delta norm shrinks on its way back through the activation. One sample is enough where the activation was open a
+    moment ago, the weights before it have grown by half since, and the loss has risen. Less is enough, 70 % and no
+    shrinking, where most of at least two activations have had it from the start: such a network is all but made of
+    switches, and the large weights between them hide what the activations hold back. Gates, whose output is multiplied
+    with another signal, and activations behind the last layer are left out: they saturate by design.
+
+    It is an alarm as long as the run has not learnt anything, or where the loss rose with it. Saturation that lets
+    the gradient through is info, and so is a drift where several optimizers work against each other, whose losses do
+    not tell.
+
+    The cause is `drift` where it was not so in the first samples; else `unscaled_inputs` in the first activation if the
+    inputs are (see `offending_features`; where they were not measured, if no other activation saturates), else
+    `weight_scale`.
 
     Args:
         max_saturated: share of saturated outputs, in (0, 1]. By default 0.9.
@@ -53,36 +75,86 @@ class SaturatedActivation:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        table = history["saturated_fraction"]
+        table = np.where(_is_hidden(history), history["saturated_fraction"], np.nan)
         rows = np.flatnonzero(~np.isnan(table).all(axis=1))
-        if len(rows) < self.samples or rows[-1] != len(history) - 1:
+        if not rows.size or rows[-1] != len(history) - 1:
             return []
         recent = rows[-self.samples :]
-        saturated = np.nan_to_num(table[recent]).min(axis=0) >= self.max_saturated
-        layers = [i for i, point in enumerate(history.points) if point.is_layer]
-        saturated[max(layers, default=-1) + 1 :] = False
-        if not saturated.any():
-            return []
         gains = _gains(history["delta_norm"][recent])
-        blocked = saturated & (np.nan_to_num(gains, nan=1.0).max(axis=0) <= self.min_gain)
-        chosen = blocked if blocked.any() else saturated
-        over = sorted(np.flatnonzero(chosen), key=lambda i: -table[-1, i])
-        worst = over[0]
-        layers_before = sum(point.is_layer for point in history.points[:worst])
-        from_start = np.nan_to_num(table[rows[: self.samples], worst]).min() >= self.max_saturated
+        over = np.nan_to_num(table[recent]) >= self.max_saturated
+        blocks = over & (np.nan_to_num(gains, nan=1.0) <= self.min_gain)
+        is_full = len(recent) == self.samples
+        saturated, blocked = over.all(axis=0) & is_full, blocks.all(axis=0) & is_full
+        sudden = self._sudden(history, table[recent], blocks[-1], recent)
+        wide = _wide(table[np.union1d(rows[: self.samples], recent)]) & is_full
+        if not (saturated | sudden | wide).any():
+            return []
+        chosen = next(mask for mask in (blocked | sudden, wide, saturated) if mask.any())
+        places = sorted(np.flatnonzero(chosen), key=lambda i: -table[-1, i])
+        worst, first = int(places[0]), int(min(places))
+        at_start = float(np.nan_to_num(table[rows[: self.samples], first]).min())
+        from_start = bool(wide[first] or (at_start >= self.max_saturated and not sudden[first]))
+        cause = _cause(history, table[-1] >= min(self.max_saturated, _WIDE), first) if from_start else "drift"
+        if cause == "drift" and inputs_jumped(history):
+            cause = "unscaled_inputs"
         evidence = {"saturated_fraction": float(table[-1, worst])}
         if np.isfinite(gains[-1, worst]):
             evidence["activation_gain"] = float(gains[-1, worst])
+        well = np.flatnonzero(table[:, first] <= _OPEN)
+        alarm = bool((blocked | wide).any()) and _stops(history, from_start, int(well[-1]) if well.size else None)
         return [
             Finding(
                 kind=FindingKind.SATURATED_ACTIVATION,
-                severity=Severity.WARNING if blocked.any() else Severity.INFO,
+                severity=Severity.WARNING if alarm or sudden.any() else Severity.INFO,
                 step=history.rows[-1].step,
-                layers=tuple(dict.fromkeys(history.points[i].module for i in over)),
-                cause=("unscaled_inputs" if layers_before <= 1 else "weight_scale") if from_start else "drift",
-                evidence=evidence,
+                layers=tuple(dict.fromkeys(history.points[i].module for i in places)),
+                cause=cause,
+                evidence=evidence | (feature_evidence(history) if cause == "unscaled_inputs" else {}),
             )
         ]
+
+    def _sudden(self, history: History, shares: Floats, blocks: Mask, rows: npt.NDArray[np.intp]) -> Mask:
+        """(P,) the activations that were open in one of the samples before, and which a step has closed."""
+        sudden = np.zeros(len(blocks), dtype=bool)
+        for i in np.flatnonzero(blocks & (shares[:-1] <= _OPEN).any(axis=0)):
+            well = int(rows[:-1][shares[:-1, i] <= _OPEN][-1])
+            sudden[i] = weight_growth(history, int(i), well) >= _GROWN and loss_rose(history, well)
+        return sudden
+
+
+def _is_hidden(history: History) -> Mask:
+    """(P,) the activations that stand before a layer and gate nothing."""
+    layers = [i for i, point in enumerate(history.points) if point.is_layer]
+    hidden = np.arange(len(history.points)) < max(layers, default=-1) + 1
+    gates = history["gate_fraction"]
+    return np.asarray(hidden & ~(np.nan_to_num(gates) > _GATE).any(axis=0), dtype=bool)
+
+
+def _wide(shares: Floats) -> Mask:
+    """(P,) the activations that are partly saturated in each of the rows (R, P), if most of them are."""
+    lowest = np.min(shares, axis=0)
+    known = np.sort(lowest[~np.isnan(lowest)])
+    if len(known) < 2 or known[(len(known) - 1) // 2] < _WIDE:
+        return np.zeros(len(lowest), dtype=bool)
+    return np.asarray(np.nan_to_num(lowest) >= _WIDE, dtype=bool)
+
+
+def _stops(history: History, from_start: bool, well: int | None) -> bool:
+    """Whether the run does not learn with it; `well` is the last row in which it was not so."""
+    if not from_start and history.scalar("optimizers")[-1] > 1:
+        return False
+    return not has_learnt(history) or (well is not None and loss_rose(history, well))
+
+
+def _cause(history: History, saturated: Mask, first: int) -> str:
+    """Why it is so from the start; `first` is the first place, in order of execution."""
+    if any(point.op for point in history.points[:first]):
+        return "weight_scale"
+    if is_measured(history):
+        return "unscaled_inputs" if offending_features(history) else "weight_scale"
+    others = np.delete(saturated, first)
+    known = np.delete(~np.isnan(history["saturated_fraction"][-1]), first)
+    return "unscaled_inputs" if known.any() and not others.any() else "weight_scale"
 
 
 def _gains(deltas: Floats) -> Floats:

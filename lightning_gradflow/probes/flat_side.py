@@ -37,14 +37,17 @@ def saturated(op: str, output: Tensor, arguments: Mapping[str, Any]) -> Tensor |
 def flat(op: str, output: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
     """Which outputs stand on the flat side of an activation that has one; None for the others.
 
-    Exact zeros for ReLU, ReLU6 and Hardswish; for the smooth ones the last hundredth before their lower limit.
+    Exact zeros for ReLU, ReLU6 and Hardswish, and what ReLU6 cuts off at 6; for the smooth ones the last hundredth
+    before their lower limit.
 
     Example:
         >>> import torch
         >>> flat("relu", torch.tensor([0.0, 0.1]), {})
         tensor([ True, False])
     """
-    if op in ("relu", "relu6", "hardswish"):
+    if op == "relu6":
+        return (output == 0) | (output == 6)
+    if op in ("relu", "hardswish"):
         return output == 0
     if output.dtype in (torch.float16, torch.bfloat16):
         output = output.float()

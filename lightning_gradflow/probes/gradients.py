@@ -32,6 +32,7 @@ class _Group:
     parameters: list[nn.Parameter]
     owners: list[str] = field(default_factory=list)
     numel: list[int] = field(default_factory=list)
+    is_frozen: list[bool] = field(default_factory=list)
     has_gradient: list[bool] = field(default_factory=list)
     before: list[Tensor] = field(default_factory=list)  # the weights that the optimizer is about to change
     found: dict[str, Tensor] = field(default_factory=dict)
@@ -67,10 +68,11 @@ class GradientProbe:
         self._layers = layers
         self._transfer = transfer
         self._groups: list[_Group] = []
+        self._without: dict[int, tuple[str, int]] = {}  # no gradient where one is due: owner and number of entries
 
     @torch.no_grad()
     def measure(self, optimizer: int, parameters: Iterable[nn.Parameter], multiplier: Tensor | float = 1.0) -> None:
-        """Reads the gradients of `parameters`; those without a gradient are left out, and so missing, not zero.
+        """Reads the gradients of `parameters`; those without a gradient are missing, not zero.
 
         A parameter that two optimizers share is read with the first of them, its update too.
 
@@ -90,6 +92,8 @@ class GradientProbe:
             # ranks that share agree on a list; else those without a gradient are left out
             if is_shared or parameter.grad is not None:
                 by_device.setdefault(parameter.device, []).append(parameter)
+            elif parameter.requires_grad:
+                self._without[id(parameter)] = self._layers.owner(parameter) or "", _entries(parameter)
         for device, its_members in by_device.items():
             group = _Group(optimizer, device, is_shared, its_members)
             self._measure_group(group, multiplier)
@@ -101,7 +105,8 @@ class GradientProbe:
         weights = [_part(parameter.detach()) for parameter in group.parameters]
         group.owners = [self._layers.owner(parameter) or "" for parameter in group.parameters]
         # a sparse gradient has entries for the touched rows only; the rest of the parameter is a true zero
-        group.numel = [p.numel() * (2 if p.is_complex() else 1) for p in group.parameters]
+        group.numel = [_entries(parameter) for parameter in group.parameters]
+        group.is_frozen = [not parameter.requires_grad for parameter in group.parameters]
         group.has_gradient = [parameter.grad is not None for parameter in group.parameters]
         group.before = [weight.clone() for weight in weights]
         wide = wide_dtype(group.device)
@@ -179,7 +184,8 @@ class GradientProbe:
                 mine = columns["optimizer"] == optimizer
                 if columns["nonfinite"][mine].sum() > 0:
                     columns["update"][mine] = np.nan
-        found = {}
+        missing = self._missing(columns, owners)
+        found = {layer: {"grad_missing_fraction": 1.0} for layer in missing}
         for layer in dict.fromkeys(owners[columns["has"] > 0]):
             mine = {name: column[(owners == layer) & (columns["has"] > 0)] for name, column in columns.items()}
             total = float(mine["numel"].sum())
@@ -191,6 +197,7 @@ class GradientProbe:
                 "grad_max_abs": measured(float(mine["max"].max())),
                 "grad_zero_fraction": 1.0 - float(mine["nonzero"].sum()) / total,
                 "grad_nonfinite_fraction": float(mine["nonfinite"].sum()) / total,
+                "grad_missing_fraction": missing.get(layer, 0.0) / (total + missing.get(layer, 0.0)),
                 "weight_norm": measured(weight),
             }
             if not np.isnan(mine["update"]).any():
@@ -199,6 +206,16 @@ class GradientProbe:
                     values["update_ratio"] = measured(update / weight)
             found[layer] = values
         return found
+
+    def _missing(self, columns: Mapping[str, Floats], owners: npt.NDArray[np.str_]) -> dict[str, float]:
+        """Entries that should have a gradient and have none: layer -> number of them."""
+        frozen = np.array([frozen for group in self._groups for frozen in group.is_frozen], dtype=bool)
+        on_no_rank = np.flatnonzero((columns["has"] == 0) & ~frozen)
+        without = [*self._without.values(), *((str(owners[i]), int(columns["numel"][i])) for i in on_no_rank)]
+        missing: dict[str, float] = {}
+        for owner, entries in without:
+            missing[owner] = missing.get(owner, 0.0) + entries
+        return missing
 
     def clip_factor(self, host: Mapping[Hashable, Floats], factor: float = 1.0) -> float:
         """Total norm after clipping / before, in [0, 1]; NaN where that is not known, or a gradient was not finite.
@@ -261,6 +278,10 @@ def _key(i: int, group: _Group, name: str) -> Hashable:
 
 def _joint(norms: Floats) -> float:
     return math.sqrt(float(np.square(norms).sum()))
+
+
+def _entries(parameter: nn.Parameter) -> int:
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
 def _on_device(numbers: Sequence[float], device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gradflow.probes.detached import Detached
+from lightning_gradflow.probes.gates import PRODUCTS
 from lightning_gradflow.probes.layers import ROOT, LayerMap
 from lightning_gradflow.probes.shards import is_cut, local
 
@@ -55,6 +57,9 @@ _ABOUT_HOOKS = r"Using `torch\.compile\(module\)` when there are global hooks"
 
 LayerSeen = Callable[[str, Tensor], None]
 ActivationSeen = Callable[[str, str, Tensor, Mapping[str, Any]], None]
+RecurrenceSeen = Callable[[str, nn.RNNBase, tuple[Any, ...], Any], None]
+InputSeen = Callable[[nn.Module, tuple[Any, ...]], None]
+ProductSeen = Callable[[tuple[Any, ...]], None]
 
 
 class ForwardObserver(TorchFunctionMode):
@@ -70,6 +75,9 @@ class ForwardObserver(TorchFunctionMode):
         on_layer: called with the layer's name and its (first) output tensor.
         on_activation: called with the name of the module that applied it, its op, its output, and its arguments.
         guard: makes a context around all that is done inside the user's forward pass, to keep errors out of it.
+        on_recurrence: called with the name of an RNN, LSTM or GRU, the module, its positional arguments and its output.
+        on_input: called with a layer and the positional arguments of its call, before `on_layer`.
+        on_product: called with the factors of a product.
     """
 
     def __init__(
@@ -78,13 +86,22 @@ class ForwardObserver(TorchFunctionMode):
         on_layer: LayerSeen,
         on_activation: ActivationSeen,
         guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        on_recurrence: RecurrenceSeen | None = None,
+        on_input: InputSeen | None = None,
+        on_product: ProductSeen | None = None,
     ) -> None:
         super().__init__()
         self._layers = layers
         self._on_layer = on_layer
         self._on_activation = on_activation
-        self._guard = guard
-        self._stack: list[tuple[nn.Module, str | None]] = []  # what is running; None for a network of others
+        self._keep_errors = guard
+        self._on_recurrence = on_recurrence
+        self._on_input = on_input
+        self._on_product = on_product
+        # what is running: its name, None for a network of others, and whether its input is detached
+        self._stack: list[tuple[nn.Module, str | None, bool]] = []
+        self._detached = Detached()
+        self.input_is_detached = False  # of the layer that is reported
         self._handles: list[RemovableHandle] = []
         self._spread: set[str] = set()
         self.cut_shapes: dict[str, torch.Size | None] = {}
@@ -92,6 +109,12 @@ class ForwardObserver(TorchFunctionMode):
         self._entered = False
         self._is_open = False
         self._repeats = False
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        """What we do ourselves is no part of the forward pass: no mode is asked about it, ours or the user's."""
+        with self._keep_errors(), torch._C.DisableTorchFunction():
+            yield
 
     @property
     def is_open(self) -> bool:
@@ -124,6 +147,7 @@ class ForwardObserver(TorchFunctionMode):
     def close(self) -> None:
         """Stops to report and leaves nothing behind; may be called at any time and any number of times."""
         self._is_open = False
+        self._detached.clear()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -139,6 +163,11 @@ class ForwardObserver(TorchFunctionMode):
         """Runs `func`, and reports it if it is an activation."""
         result = func(*args, **(kwargs or {}))
         op = ACTIVATIONS.get(func) if self._is_open else None
+        if self._is_open and not self._repeats:
+            with self._guard():
+                self._detached.note(result, (*args, *(kwargs or {}).values()))
+                if self._on_product is not None and func in PRODUCTS:
+                    self._on_product(args)
         if op is not None:
             with self._guard():
                 self._after_activation(op, result, args, kwargs or {})
@@ -152,7 +181,7 @@ class ForwardObserver(TorchFunctionMode):
                 op = "relu6"  # torch's own ReLU6 module is a hardtanh from 0 to 6
             self._on_activation(name, op, result, arguments)
 
-    def _before_module(self, module: nn.Module, _args: Any) -> None:
+    def _before_module(self, module: nn.Module, args: Any) -> None:
         with self._guard():
             # a mode is off inside of a call that it was asked about, and `backward` is such a call; what is entered
             # in a node of the backward pass is left with the node
@@ -160,20 +189,26 @@ class ForwardObserver(TorchFunctionMode):
                 self.__enter__()  # type: ignore[no-untyped-call]
             name = self._layers.name_of(module)
             if name is not None or self._is_foreign(module):
-                self._stack.append((module, name))
+                self._stack.append((module, name, self._detached.holds(args)))
 
     def _is_foreign(self, module: nn.Module) -> bool:
         """Whether it has weights, and not ours: so not a wrapper of the model, nor an `nn.ReLU()` made on the spot."""
         parameter = next(module.parameters(), None)
         return parameter is not None and self._layers.owner(parameter) is None
 
-    def _after_module(self, module: nn.Module, _args: Any, output: Any) -> None:
+    def _after_module(self, module: nn.Module, args: Any, output: Any) -> None:
         with self._guard():
+            self.input_is_detached = False
             if self._stack and self._stack[-1][0] is module:
-                self._stack.pop()
+                *_, self.input_is_detached = self._stack.pop()
             name = self._layers.name_of(module)
+            if self._on_input is not None and name is not None and self._layers.is_layer(name):
+                self._on_input(module, args)
             if name is not None and name not in self._spread:
                 self._report_layer(name, output)
+                # its steps are no calls of anything: they are looked for at what goes in
+                if self._on_recurrence is not None and isinstance(module, nn.RNNBase):
+                    self._on_recurrence(name, module, args, output)
             elif name is not None:
                 whole = first_tensor(output)
                 part = local(whole) if whole is not None and is_cut(whole) else None

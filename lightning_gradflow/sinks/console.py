@@ -171,6 +171,9 @@ def _print(console: Console, view: View) -> None:
     alarms = [f for f in words.worst_first(view.findings) if f.is_open and f.severity.is_alarm]
     tone = _COLOURS[alarms[0].severity.value] if alarms else "green" if len(view.history) else "yellow"
     console.print(Text(words.verdict(view), style=f"bold {tone}"))
+    depth = words.effective_depth(view)
+    if depth:
+        console.print(Text(depth))
     lines = layer_lines(view.history)
     if lines and len(view.history):
         shown = _worst(lines, view.findings, MAX_LAYERS)

@@ -68,7 +68,7 @@ def page(view: View, figures: bool = True) -> str:
     facts = f"{len(steps)} sampled steps, {steps[0]} to {steps[-1]}" if len(steps) else "no sampled steps"
     blocks = [
         f'<header class="{mood}"><p class="kicker">Gradient report: {escape(view.model)}, {facts}</p>',
-        f"<h1>{escape(words.verdict(view))}</h1></header>",
+        f"<h1>{escape(words.verdict(view))}</h1><p>{escape(words.effective_depth(view))}</p></header>",
         *_around(_findings(view) + _actions(view.actions), _figures(view) if figures else []),
     ]
     title = f"Gradient report: {escape(view.model)}"
@@ -183,7 +183,7 @@ main { max-width: 1100px; margin: 0 auto; padding: 28px 24px 64px; }
 header { border-left: 6px solid var(--calm); padding: 2px 0 2px 18px; margin-bottom: 28px; }
 header.critical { border-color: var(--critical); } header.warning { border-color: var(--warning); }
 .kicker { margin: 0; color: var(--soft); } h1 { margin: 4px 0; font-size: 26px; line-height: 1.3; }
-h2 { font-size: 19px; margin: 36px 0 10px; } h3 { font-size: 17px; margin: 0 0 6px; }
+header p { margin: 4px 0; } h2 { font-size: 19px; margin: 36px 0 10px; } h3 { font-size: 17px; margin: 0 0 6px; }
 summary { cursor: pointer; font-weight: 600; }
 article { --tone: var(--info); border: 1px solid var(--line); border-left: 4px solid var(--tone); border-radius: 6px;
   padding: 14px 18px; margin: 12px 0; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from lightning_gradflow.detectors.profile import depth_profile
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.sinks.base import View
 
@@ -52,6 +53,27 @@ def verdict(view: View) -> str:
     if alarms:
         return f"No sign of trouble in the gradients any more: {_count(len(alarms), 'earlier finding')} resolved."
     return NO_TROUBLE
+
+
+def effective_depth(view: View) -> str:
+    """How many layers the signal reached in the newest sample that shows it; empty where none does.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_gradflow.history import History, Point, Row
+        >>> history = History()
+        >>> history.add_points([Point("fc1", "fc1"), Point("fc2", "fc2")])
+        >>> history.append(Row(0, {"delta_norm": np.array([1e-5, 1.0])}))
+        >>> effective_depth(View(history, (), (), step=0, progress=0.0, model="Net"))
+        "Effective depth: 1 of 2 layers gets a thousandth of the last layer's signal or more."
+    """
+    measured = [i for i, row in enumerate(view.history.rows) if "delta_norm" in row.values]
+    profile = depth_profile(view.history, measured[-1]) if measured else None
+    if profile is None:
+        return ""
+    reached, layers = profile.effective_depth
+    who = f"{reached} of {_count(layers, 'layer')} {'gets' if reached == 1 else 'get'}"
+    return f"Effective depth: {who} a thousandth of the last layer's signal or more."
 
 
 def message(finding: Finding) -> str:

@@ -7,15 +7,16 @@ from lightning_gradflow.history import History, Point, Row
 
 VOCABULARY = {
     "vanishing_gradient": "saturation weight_scale depth recurrence underflow dead_units unknown",
-    "exploding_gradient": "weight_scale depth recurrence learning_rate_too_large unknown",
-    "nonfinite_gradient": "forward loss backward",
-    "dead_units": "initialisation learning_rate_too_large unknown",
+    "exploding_gradient": "weight_scale depth recurrence learning_rate_too_large unscaled_inputs unknown",
+    "nonfinite_gradient": "forward loss backward optimizer_step learning_rate_too_large unscaled_inputs",
+    "dead_units": "initialisation learning_rate_too_large unscaled_inputs unknown",
     "saturated_activation": "unscaled_inputs weight_scale drift unknown",
     "loss_plateau": (
-        "vanishing_gradient learning_rate_too_small learning_rate_too_large dead_units no_signal_in_data unknown"
+        "vanishing_gradient dead_units saturation learning_rate_too_small learning_rate_too_large no_signal_in_data "
+        "unknown"
     ),
-    "no_gradient": "unused",
-    "update_ratio": "too_small too_large",
+    "no_gradient": "detached unused",
+    "update_ratio": "learning_rate_too_small learning_rate_too_large unscaled_inputs",
 }
 PAIRS = [(FindingKind(kind), cause) for kind, causes in VOCABULARY.items() for cause in causes.split()]
 EVIDENCE = {
@@ -33,6 +34,9 @@ EVIDENCE = {
     "dead_fraction": 0.97,
     "activations": 2.0,
     "saturated_fraction": 0.93,
+    "features": 2.0,
+    "feature_12": 746.9,
+    "feature_4": 99.7,
     "progress": 0.0012,
     "steps": 400.0,
     "loss": 2.3026,

@@ -16,11 +16,13 @@ from tests.advice.cases import PAIRS, Net, finding, history_of
 ANY_MODEL = {
     "clip",
     "find_rate",
+    "larger_eps",
     "lower_rate",
     "overfit_batch",
     "raise_rate",
     "scale_gradients",
     "scale_loss",
+    "read_all_steps",
     "stable_loss",
     "warm_up",
     "wider_format",
@@ -93,6 +95,12 @@ def test_a_finding_that_names_an_activation_is_cured_at_the_layer_before_it():
     cures = suggest(finding("dead_units", "initialisation", layers=("net.3",)), history_of(model))
     assert '("net.2",)' in cures[0].code
     assert '("net.3",)' in cures[1].code
+
+
+def test_inputs_that_are_too_large_are_named_by_their_index():
+    cure = suggest(finding("dead_units", "unscaled_inputs"), history_of(Net(act=nn.ReLU)))[0]
+    assert cure.title.endswith("above all feature 12")
+    assert "features 12, 4" in cure.code
 
 
 def test_an_underflow_is_cured_by_a_scaler_a_wider_format_or_a_larger_loss():

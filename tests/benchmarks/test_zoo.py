@@ -1,4 +1,7 @@
-"""The zoo's trainings repeat and run. That their labels hold is shown by ``python -m tests.benchmarks.zoo.outcomes``."""
+"""The zoo's trainings repeat and run.
+
+That their labels hold is shown by ``python -m tests.benchmarks.zoo.outcomes``.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.benchmarks.zoo import HEALTHY, SICK, Case, quiet_trainer
+from tests.benchmarks.zoo.case import halved
 from tests.benchmarks.zoo.exact import EXACT, EXACT_DATA
 
 CASES = {**SICK, **HEALTHY}
@@ -34,6 +38,26 @@ def test_no_case_is_in_both_registries() -> None:
 
 def test_every_sick_case_has_a_fault_free_twin() -> None:
     assert all(case.twin for case in SICK.values())
+
+
+def test_every_sick_case_says_what_is_wrong_and_where_it_may_be_found() -> None:
+    for case in SICK.values():
+        assert case.kinds, case.name
+        assert case.causes, case.name
+        assert 0 <= case.onset < case.max_steps, case.name
+        assert set(case.layers) <= dict(case.build(0).named_modules()).keys(), case.name
+
+
+def test_whole_families_are_in_one_half_and_both_halves_are_of_a_size() -> None:
+    halves = {(case.family, case.half) for case in CASES.values()}
+    assert len(halves) == len({family for family, _ in halves})
+    for registry in (SICK, HEALTHY):
+        fitted = sum(case.half == "fit" for case in registry.values())
+        assert 0.3 < fitted / len(registry) < 0.7
+
+
+def test_healthy_families_do_not_move_a_sick_one_to_the_other_half() -> None:
+    assert halved(SICK, HEALTHY)[0] == halved(SICK)[0]
 
 
 def test_the_labels_do_not_lean_on_the_package_under_test() -> None:
@@ -68,6 +92,13 @@ def test_building_leaves_the_global_generator_as_it_was(case: Case) -> None:
 def test_the_first_step_runs(case: Case) -> None:
     trained = case.fit(0, max_steps=1, limit_val_batches=1)
     assert trained.trainer.global_step >= 1
+    if case.name in HEALTHY:
+        assert all(p.isfinite().all() for p in trained.parameters())
+
+
+@pytest.mark.parametrize("case", SICK.values(), ids=SICK)
+def test_the_first_step_of_the_twin_runs(case: Case) -> None:
+    trained = case.without_fault.fit(0, max_steps=1, limit_val_batches=1)
     assert all(p.isfinite().all() for p in trained.parameters())
 
 

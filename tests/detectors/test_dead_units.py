@@ -121,3 +121,106 @@ def test_a_cut_must_last_three_samples_to_be_an_alarm():
         history.append(Row(step, {"dead_fraction": row(0, 1, 0), "delta_norm": np.array(deltas, dtype=float)}))
         found += [finding.severity.value for finding in DeadUnits().judge(history)]
     assert found == ["info", "info", "info", "warning"]
+
+
+def test_a_smooth_rectifier_cuts_where_it_passes_less_than_a_hundredth():
+    assert _run((0, 1, 0), [0.009, 0.009, 0.01, 1, 1, 1, 1]) == ["warning"]
+    assert _run((0, 1, 0), [0.009, 0.009, 0.011, 1, 1, 1, 1]) == ["info"]
+
+
+def test_dead_units_of_a_run_that_learns_are_no_alarm_even_where_they_cut():
+    learnt = np.linspace(1.0, 0.01, 60)  # a hinge loss, whose margins are all kept by now
+    assert _run((0, 0, 1), [0, 0, 0, 0, 0, 1, 0], 60, learnt) == ["info"]
+
+
+def _history(*rows, weights=(), inputs=()):
+    """Rows of (step, silent share of act1, losses), the deltas alive; the window of three is never full."""
+    history = History()
+    history.add_points(POINTS)
+    history.layer_axis.merge([f"fc{i}" for i in range(4)])
+    history.add_features(len(inputs))
+    for i, (step, share, losses) in enumerate(rows):
+        values = {"silent_fraction": row(0.1, share, 0.1), "dead_fraction": row(0, 0, 0)}
+        values["weight_norm"] = np.array([1.0, weights[i] if weights else 1.0 + 0.1 * i, 1.0, 1.0])
+        values["input_rms"] = np.array(inputs, dtype=float)
+        history.append(Row(step, values, losses=np.array(losses, dtype=float)))
+    return history
+
+
+FALL, LOW, HIGH = [*np.linspace(2.3, 0.3, 25), *[0.3] * 25], [0.3] * 50, [2.3] * 50
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([(49, 0.6, FALL), (99, 0.9, HIGH)], [("warning", LATER, ("act1",))]),
+        ([(49, 0.6, FALL), (99, 0.89, HIGH)], []),
+        ([(49, 0.61, FALL), (99, 0.9, HIGH)], []),  # it was half dead before
+        ([(49, nan, FALL), (99, 0.9, HIGH)], []),  # too few inputs to tell
+        ([(49, 0.6, FALL), (99, 0.9, LOW)], [("info", "unknown", ("act1",))]),
+        ([(0, 0.5, [15.0]), (1, 1.0, [1.1])], [("warning", LATER, ("act1",))]),  # nothing had been learnt
+        ([(9, 0.5, [2.3] * 10), (19, 1.0, [2.3] * 10)], [("info", "unknown", ("act1",))]),
+    ],
+)
+def test_a_layer_that_dies_is_told_at_once(rows, expected):
+    assert verdict(DeadUnits().judge(_history(*rows))) == expected
+
+
+def test_it_is_told_until_the_window_is_full():
+    rows = [(49, 0.5, FALL), (99, 1.0, HIGH), (149, 1.0, HIGH), (199, 1.0, HIGH), (249, 1.0, HIGH)]
+    found = [len(DeadUnits().judge(_history(*rows[:n]))) for n in range(1, 6)]
+    assert found == [0, 1, 1, 1, 0]  # from here on dead_fraction, which is 0 here, would tell
+
+
+def test_a_layer_whose_weights_have_faded_did_not_die_of_a_large_step():
+    rows = [(49, 0.5, FALL), (99, 1.0, HIGH)]
+    causes = [DeadUnits().judge(_history(*rows, weights=(1, w)))[0].cause for w in (0.51, 0.49)]
+    assert causes == [LATER, "unknown"]
+
+
+@pytest.mark.parametrize(
+    ("weight", "ratio", "rate", "cause"),
+    [
+        (1.09, 0.029, 1.5, "unknown"),  # a bias that somebody overwrote
+        (1.11, 0.029, 1.5, LATER),
+        (0.89, 0.029, 1.5, LATER),
+        (1.09, 0.031, 1.5, LATER),
+        (1.09, 0.029, 1.6, LATER),
+        (1.09, nan, 1.0, "unknown"),
+        (nan, nan, 1.0, LATER),  # nobody looked
+    ],
+)
+def test_a_layer_that_was_not_moved_did_not_die_of_a_large_step(weight, ratio, rate, cause):
+    history = _history((49, 0.5, FALL), (99, 1.0, HIGH), weights=(1, weight))
+    for row, lr in zip(history.rows, (1.0, rate), strict=True):
+        row.values["update_ratio"] = np.array([nan, ratio, nan, nan])
+        row.scalars["lr"] = lr
+    (finding,) = DeadUnits().judge(history)
+    assert finding.cause == cause
+
+
+@pytest.mark.parametrize(
+    ("samples", "last", "expected"), [(3, 1.0, ["warning"]), (2, 1.0, ["info"]), (3, 0.95, ["info"])]
+)
+def test_where_every_unit_of_every_activation_is_silent_no_way_is_left(samples, last, expected):
+    history = History()
+    history.add_points(POINTS)
+    for step in range(samples):  # all weights are zero: nothing comes back either
+        share = row(1.0, 1.0, last)
+        history.append(Row(step, {"dead_fraction": share, "silent_fraction": share, "delta_norm": np.zeros(7)}))
+    assert [str(finding.severity) for finding in DeadUnits().judge(history)] == expected
+
+
+@pytest.mark.parametrize(("start", "cause"), [(0, "unscaled_inputs"), (49, "unscaled_inputs"), (50, LATER)])
+def test_the_inputs_are_blamed_in_the_first_steps(start, cause):
+    history = _history((start, 0.5, [0.3]), (start + 50, 1.0, HIGH), inputs=[1.0, 750.0])
+    (finding,) = DeadUnits().judge(history)
+    assert finding.cause == cause
+    assert ("feature_1" in finding.evidence) == (cause == "unscaled_inputs")
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_size_of_the_loss_changes_no_verdict(scale):
+    for after, severity in ((HIGH, "warning"), (LOW, "info")):
+        rows = [(49, 0.6, scale * np.array(FALL)), (99, 0.9, scale * np.array(after))]
+        assert [finding.severity.value for finding in DeadUnits().judge(_history(*rows))] == [severity]

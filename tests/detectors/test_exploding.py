@@ -15,9 +15,9 @@ def profile(decades, points=9):
 
 
 DEPTH = {
-    "just inside the limit": ([profile(3.99)], []),
-    "just beyond the limit": ([profile(4.01)], [("warning", "weight_scale", tuple(f"fc{i}" for i in range(5)))]),
-    "slowly over many layers": ([profile(5, 41)], [("warning", "depth", tuple(f"fc{i}" for i in range(24)))]),
+    "just inside the limit": ([profile(2.99)], []),
+    "just beyond the limit": ([profile(3.01)], [("warning", "weight_scale", ("fc0", "fc1", "fc2"))]),
+    "slowly over many layers": ([profile(3.5, 41)], [("warning", "depth", tuple(f"fc{i}" for i in range(18)))]),
     "vanishing": ([profile(-9)], []),
     "no row": ([], []),
     "one odd batch": ([profile(0), profile(9)], []),
@@ -143,3 +143,42 @@ def test_a_skipped_step_is_not_what_the_run_was_like_at_first():
     for step, (decades, skipped) in enumerate([(0, 1.0), (9, 0.0), (9, 0.0)]):
         history.append(Row(step, {"delta_norm": profile(decades)}, {"step_skipped": skipped}))
     assert [finding.cause for finding in ExplodingGradient().judge(history)] == ["weight_scale"]
+
+
+def of_layers(decades, ratios, losses=(2.3,)):
+    points = stack(9)
+    history = History()
+    history.layer_axis.merge([point.name for point in points])
+    history.add_points(points)
+    history.append(Row(0, {"delta_norm": profile(decades), "update_ratio": np.array(ratios)}, losses=np.array(losses)))
+    return [str(finding.severity) for finding in ExplodingGradient().judge(history)]
+
+
+@pytest.mark.parametrize(
+    ("decades", "ratios", "expected"),
+    [
+        (3.5, [1e-3] * 9, ["info"]),  # as with Adam
+        (3.5, [1e0] * 3 + [1e-3] * 6, ["warning"]),  # as with SGD
+        (4.5, [1e-3] * 9, ["warning"]),
+    ],
+)
+def test_what_the_optimizer_evens_out_is_info_below_4_decades(decades, ratios, expected):
+    assert of_layers(decades, ratios) == expected
+
+
+def test_a_run_that_learns_gets_an_info():
+    assert of_layers(5, [1e-3] * 9, np.linspace(2.3, 1.0, 100)) == ["info"]
+
+
+def test_inputs_that_have_become_larger_are_the_cause_and_one_sample_is_enough():
+    history = in_time([1.0] * 12, [0.5] * 12)
+    history.add_features(2)
+    for row in history.rows:
+        row.values["input_rms"] = np.array([1.0, 1.0])
+    values = {"grad_norm": np.array([9e4, 1e4]), "input_rms": np.array([1.0, 255.0])}
+    history.append(Row(12, values, {"grad_norm_total": 1e5, "loss": 50.0}))
+    (finding,) = ExplodingGradient().judge(history)
+    assert (finding.cause, finding.evidence["feature_1"]) == ("unscaled_inputs", 255.0)
+    calm = in_time([1.0] * 12, [0.5] * 12)
+    calm.append(Row(12, {"grad_norm": np.array([9e4, 1e4])}, {"grad_norm_total": 1e5, "loss": 50.0}))
+    assert ExplodingGradient().judge(calm) == []

@@ -138,3 +138,103 @@ def test_a_loss_that_is_mostly_not_finite_counts_even_where_the_gradients_are(lo
     values = {"grad_nonfinite_fraction": np.zeros(1), "output_rms": np.ones(1), "delta_norm": np.ones(1)}
     history.append(Row(0, values, losses=np.array(losses, dtype=float)))
     assert len(NonfiniteGradient().judge(history)) == found
+
+
+def led(*rows, sizes=None):
+    """Rows of two layers: (step, losses, {metric: both values}, scalars)."""
+    history = History()
+    history.layer_axis.merge(["fc0", "fc1"])
+    history.add_points(stack(2))
+    if sizes is not None:
+        history.add_features(len(sizes))
+    for step, losses, values, scalars in rows:
+        found = {"grad_nonfinite_fraction": np.zeros(2)} | {k: np.array(v, dtype=float) for k, v in values.items()}
+        if sizes is not None:
+            found["input_rms"] = np.array(sizes, dtype=float)
+        history.append(Row(step, found, scalars, losses=np.array(losses, dtype=float)))
+    return history
+
+
+HUGE = {"grad_nonfinite_fraction": [1, 1], "output_rms": [1e3, inf]}
+FORWARD = {"grad_nonfinite_fraction": [1, 1], "output_rms": [1, inf]}
+WEIGHTS = {"grad_nonfinite_fraction": [1, 1], "output_rms": [inf, inf], "weight_norm": [inf, 1]}
+QUIET = [(step, [2.3], {"update_ratio": [1e-3, 1e-3], "weight_norm": [1, 1]}, {"lr": 0.1}) for step in range(3)]
+LARGE = [(step, losses, {**values, "output_rms": [1e3, 1e3]}, scalars) for step, losses, values, scalars in QUIET]
+LATE = (50, [2.2] * 47, {"update_ratio": [1e-3, 1e-3]}, {"lr": 0.1})
+LED = {
+    "the first sample": ([(0, [nan], FORWARD, {})], None, ("forward", ("fc1",))),
+    "out of nothing": ([*QUIET, (4, [2.3, nan], FORWARD, {})], None, ("forward", ("fc1",))),
+    "after a rise of the loss": (
+        [*QUIET, (8, [3, 60, 4e9, nan, nan], FORWARD, {})],
+        None,
+        ("learning_rate_too_large", ("fc1",)),
+    ),
+    "after a rise of the loss, in the backward pass": (
+        [*QUIET, (8, [3, 60, 4e9], {"grad_nonfinite_fraction": [1, 1]}, {})],
+        None,
+        ("learning_rate_too_large", ("fc1", "fc0")),
+    ),
+    "noise is no rise": ([*QUIET, (8, [1, 5, 9, nan, nan], FORWARD, {})], None, ("forward", ("fc1",))),
+    "after a step larger than the weights": (
+        [(0, [2.3], {"update_ratio": [50, 70], "weight_norm": [1, 1]}, {}), (1, [nan], FORWARD, {})],
+        None,
+        ("learning_rate_too_large", ("fc1",)),
+    ),
+    "a pole of the backward pass after a large step": (
+        [
+            (0, [2.3], {"update_ratio": [50, 70], "weight_norm": [1, 1]}, {}),
+            (1, [2.3], {"grad_nonfinite_fraction": [1, 1]}, {}),
+        ],
+        None,
+        ("backward", ("fc1", "fc0")),
+    ),
+    "after a jump of the gradient": (
+        [
+            *[(step, [2.3], {}, {"grad_norm_total": 1e4 if step == 8 else 1.0}) for step in range(9)],
+            (9, [nan], FORWARD, {}),
+        ],
+        None,
+        ("learning_rate_too_large", ("fc1",)),
+    ),
+    "after a jump of the learning rate": (
+        [*QUIET, LATE, (100, [2.2] * 9 + [nan] * 41, WEIGHTS, {"lr": 30.0})],
+        None,
+        ("learning_rate_too_large", ("fc0", "fc1")),
+    ),
+    "weights that were spoilt between two samples": (
+        [*QUIET, LATE, (100, [2.2] * 9 + [nan] * 41, WEIGHTS, {"lr": 0.1})],
+        None,
+        ("forward", ("fc0", "fc1")),  # by a batch as well as by a step: nobody saw it
+    ),
+    "weights that were so from the start": ([(0, [nan], WEIGHTS, {})], None, ("forward", ("fc0", "fc1"))),
+    "a step that spoils weights, at once": (
+        [*QUIET, (3, [2.3], {"update_norm": [1, inf]}, {})],
+        None,
+        ("optimizer_step", ("fc1",)),
+    ),
+    "unscaled inputs": ([(0, [inf], HUGE, {})], [1, 1e30], ("unscaled_inputs", ("fc1",))),
+    "unscaled inputs that take a few steps": (
+        [*LARGE, (8, [3, 60, 4e9, nan, nan], HUGE, {})],
+        [1, 900],
+        ("unscaled_inputs", ("fc1",)),
+    ),
+    "unscaled inputs that did not hurt so far": (
+        [*LARGE, LATE, (100, [2.2] * 9 + [nan] * 41, HUGE, {"lr": 0.1})],
+        [1, 900],
+        ("forward", ("fc1",)),
+    ),
+    "a NaN among the inputs": ([(0, [nan], HUGE, {})], [1, inf], ("forward", ("fc1",))),
+}
+
+
+@pytest.mark.parametrize("case", LED)
+def test_what_led_there(case):
+    rows, sizes, expected = LED[case]
+    assert verdict(NonfiniteGradient().judge(led(*rows, sizes=sizes))) == [("critical", *expected)]
+
+
+def test_the_cause_stays_the_same_while_it_lasts():
+    rows, _, expected = LED["after a rise of the loss"]
+    later = [(step, [nan] * 50, WEIGHTS, {"lr": 0.1}) for step in (50, 100, 150, 200)]
+    (finding,) = NonfiniteGradient().judge(led(*rows, *later))
+    assert finding.cause == expected[0]

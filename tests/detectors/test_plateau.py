@@ -248,3 +248,130 @@ def severities(losses, **how):
 )
 def test_a_loss_that_has_clearly_moved_before_it_stood_is_an_info(losses, expected):
     assert severities(losses) == expected
+
+
+LINE = {
+    "loss_line": 1.0,
+    "line_gain_tenth": 0.0,
+    "line_gain_1x": 0.0,
+    "line_gain_own": 0.02,
+    "line_gain_other": 0.0,
+    "line_gain_far": 0.0,
+    "gradient_agreement": 0.3,
+}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "cause"),
+    [
+        ({}, "no_signal_in_data"),
+        ({"line_gain_far": 0.011}, "learning_rate_too_small"),
+        ({"line_gain_far": 0.009}, "no_signal_in_data"),
+        ({"line_gain_far": 0.002, "gradient_agreement": 3.1}, "learning_rate_too_small"),
+        ({"line_gain_far": 0.0009, "gradient_agreement": 3.1}, "unknown"),
+        ({"line_gain_1x": -0.011}, "learning_rate_too_large"),
+        ({"line_gain_1x": -0.009}, "no_signal_in_data"),
+        ({"line_gain_1x": -0.011, "line_gain_tenth": -0.02}, "no_signal_in_data"),
+        ({"gradient_agreement": 3.1}, "unknown"),
+        ({"gradient_agreement": 2.9}, "no_signal_in_data"),
+        ({"gradient_agreement": 1.6, "line_gain_other": 0.02}, "unknown"),
+        ({"gradient_agreement": math.nan, "line_gain_far": math.nan}, "unknown"),
+    ],
+)
+def test_the_loss_line_tells_the_cause(numbers, cause):
+    history = History()
+    scalars = {name: value for name, value in {**LINE, **numbers}.items() if not math.isnan(value)}
+    history.append(Row(399, scalars=scalars, losses=flat(400)))
+    assert [found.cause for found in LossPlateau().judge(history)] == [cause]
+
+
+@pytest.mark.parametrize(("peak", "cause"), [(PRIOR * 1.4, "unknown"), (PRIOR * 1.6, "learning_rate_too_large")])
+def test_a_loss_that_was_driven_above_its_start_had_too_large_steps(peak, cause):
+    history = History()
+    history.append(Row(399, losses=put(flat(400), slice(2, 6), peak)))
+    assert [found.cause for found in LossPlateau().judge(history)] == [cause]
+
+
+def with_ratio(ratio, losses):
+    history = History()
+    history.layer_axis.merge(["fc"])
+    history.append(Row(len(losses) - 1, {"update_ratio": np.array([ratio])}, losses=losses))
+    return history
+
+
+@pytest.mark.parametrize(("ratio", "causes"), [(1e-8, ["learning_rate_too_small"]), (4e-6, ["unknown"]), (6e-6, [])])
+def test_weights_that_hardly_move_stand_still_in_any_noise(ratio, causes):
+    found = LossPlateau().judge(with_ratio(ratio, noisy(flat(400), 0.4)))
+    assert [finding.cause for finding in found] == causes
+
+
+def memorised(steps=700, pace=0.02):
+    """A random start that falls to the prior, and then a little more with every epoch, in noise."""
+    return noisy((PRIOR + 0.5 * np.exp(-t(steps) / 10)) * (1 - pace) ** (t(steps) / 200), 0.03)
+
+
+UNPAIRED = {**LINE, "line_shuffled": 0.04, "line_shuffled_z": 3.0, "pairing_agreement": 0.5}
+
+
+def judged(losses, numbers):
+    history = History()
+    known = {name: value for name, value in numbers.items() if not math.isnan(value)}
+    for row in rows_of(losses, **known):
+        history.append(row)
+    return [(found.cause, found.severity.value) for found in LossPlateau().judge(history)]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "is_found"),
+    [
+        ({}, True),
+        ({"pairing_agreement": 2.4}, True),
+        ({"pairing_agreement": 2.6}, False),
+        ({"line_shuffled": 0.14}, True),
+        ({"line_shuffled": 0.16}, False),
+        ({"gradient_agreement": 2.9}, True),
+        ({"gradient_agreement": 3.1}, False),
+        ({"line_gain_far": 0.2}, True),  # an optimizer with a memory
+        ({"pairing_agreement": math.nan, "line_shuffled": math.nan}, False),
+    ],
+)
+def test_learning_by_heart_is_no_signal_where_the_measurement_says_so(numbers, is_found):
+    expected = [("no_signal_in_data", "warning")] if is_found else []
+    assert judged(memorised(), {**UNPAIRED, **numbers}) == expected
+
+
+def test_a_suspicion_by_itself_is_no_finding():
+    assert judged(memorised(), {}) == []
+
+
+@pytest.mark.parametrize("numbers", [{"pairing_agreement": 3.1}, {"pairing_agreement": 8.0, "line_shuffled": 0.0}])
+def test_a_standstill_on_targets_that_follow_from_the_inputs_has_another_cause(numbers):
+    assert judged(flat(400), {**UNPAIRED, **numbers}) == [("unknown", "warning")]
+
+
+def test_a_small_fall_to_the_prior_is_a_warning_where_targets_were_found_unpaired():
+    losses = flat(600) + 0.08 * np.exp(-t(600) / 30)
+    assert judged(losses, LINE) == [("no_signal_in_data", "info")]
+    assert judged(losses, UNPAIRED) == [("no_signal_in_data", "warning")]
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_suspicious"),
+    [
+        (memorised(), True),
+        (memorised(299), False),
+        (noisy(PRIOR * 0.96 ** (t(700) / 200), 0.03), True),
+        (noisy(PRIOR * 0.93 ** (t(700) / 200), 0.03), False),
+        (noisy(PRIOR * 1.07 ** (t(700) / 200), 0.03), False),
+        (noisy(PRIOR * (0.55 + 0.45 * np.exp(-t(700) / 10)), 0.03), True),
+        (noisy(PRIOR * (0.35 + 0.65 * np.exp(-t(700) / 10)), 0.03), False),
+        (memorised() - 2.0, False),  # of both signs
+        (np.full(700, math.nan), False),
+    ],
+)
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e6])
+def test_a_run_that_hardly_falls_and_keeps_half_of_its_loss_is_suspicious(losses, is_suspicious, scale):
+    history = History()
+    for row in rows_of(scale * losses):
+        history.append(row)
+    assert LossPlateau().suspects(history) == is_suspicious

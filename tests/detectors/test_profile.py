@@ -68,10 +68,46 @@ def test_a_point_younger_than_the_row_is_left_out():
     assert depth_profile(history).span == pytest.approx(-3)
 
 
-def test_the_gains_of_layers_and_of_activations_are_told_apart():
+def test_a_gain_is_the_norm_before_a_point_over_the_norm_behind_it():
     profile = depth_profile(measured(stack(3, "tanh"), "delta_norm", [1.0, 2.0, 6.0, 24.0, 120.0]))
-    np.testing.assert_allclose(profile.gains(of_layers=True), [1 / 3, 1 / 5])
-    np.testing.assert_allclose(profile.gains(of_layers=False), [1 / 2, 1 / 4])
+    np.testing.assert_allclose(profile.gains, [np.nan, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
+
+
+def test_what_was_not_measured_or_is_not_finite_has_no_gain():
+    profile = depth_profile(measured(stack(5), "delta_norm", [1.0, 0.0, 6.0, np.inf, 120.0]))
+    assert np.isnan(profile.gains).all()
+
+
+@pytest.mark.parametrize(
+    ("logs", "start", "stop", "span"),
+    [
+        ([-4, -3, -2, -1, 0], 0, 5, -4.0),
+        ([0, 0, -6, -5.5, -5, -4.5, -4], 2, 7, -2.0),  # grows again before it: a normalisation
+        ([0, -3, 0, -3, 0], 1, 3, -1.0),  # branches beside each other; a point counts one decade at most
+        ([0, -1, -2, -3], 0, 1, 0.0),
+        ([0, -0.5, 0, 0.5, 0.2, 1.0], 1, 6, -1.5),
+    ],
+)
+def test_the_section_is_the_stretch_that_loses_most(logs, start, stop, span):
+    section = depth_profile(measured(stack(len(logs)), "delta_norm", 10.0 ** np.array(logs))).section
+    assert (section.start, section.stop) == (start, stop)
+    assert section.span == pytest.approx(span)
+
+
+def test_the_section_equals_that_of_all_stretches_tried():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        logs = np.cumsum(rng.uniform(-1, 1, 12))
+        section = depth_profile(measured(stack(12), "delta_norm", 10.0**logs)).section
+        assert -section.span == pytest.approx(max(logs[j] - logs[i] for i in range(12) for j in range(i, 12)))
+
+
+def test_the_effective_depth_counts_layers_that_get_a_thousandth_or_more():
+    points = stack(4, "relu")
+    profile = depth_profile(measured(points, "delta_norm", [0.0, 1e-9, 0.9e-3, 1e-3, 1.1e-3, 1.0, 1.0]))
+    assert profile.effective_depth == (2, 4)
+    nothing = depth_profile(measured(points, "delta_norm", [0.0] * 7))
+    assert nothing.effective_depth == (0, 4)
 
 
 def test_modules_are_layers_smallest_norm_first():
@@ -92,3 +128,28 @@ def test_a_branch_beside_the_others_is_no_depth():
 
 def test_a_decay_in_equal_steps_keeps_all_of_them():
     assert depth_profile(measured(stack(9), "delta_norm", np.logspace(-8, 0, 9))).span == pytest.approx(-8)
+
+
+def with_norms(deltas, norms):
+    points = stack(len(norms), "relu")
+    history = History()
+    history.layer_axis.merge([point.name for point in points if point.is_layer])
+    history.add_points(points)
+    history.append(Row(0, {"delta_norm": np.array(deltas), "spectral_norm": np.array(norms)}))
+    return depth_profile(history)
+
+
+@pytest.mark.parametrize(
+    ("deltas", "norms", "choke"),
+    [
+        ([1e-6, 1e-6, 1e-6, 1e-6, 1.0, 1.0, 1.0], [1, 1, 1e-6, 1], 4),
+        ([1e-6, 1e-6, 1e-6, 1e-6, 1.0, 1.0, 1.0], [1, 1, 0.5, 1], None),  # it is not the weights of that layer
+        ([1.0, 1.0, 1e-6, 1e-6, 1.0, 1.0, 1.0], [1, 1, 1e-6, 1], None),  # a branch: it is well again before it
+        ([1e-2, 1e-2, 1e-2, 1e-2, 1.0, 1.0, 1.0], [1, 1, 1e-6, 1], None),
+        ([1e-6, 1e-6, 1e-6, 1e-6, 1.0], [1, 1, 1e-6], None),  # the head itself: behind it is the loss
+        ([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0], [1, 1, 0.0, 1], None),  # zeros heal in a step
+        ([1e-6, 1e-6, 1e-6, 1e-6, 1.0, 1.0, 1.0], [math.nan] * 4, None),
+    ],
+)
+def test_a_choke_is_the_one_layer_before_which_nothing_is_left(deltas, norms, choke):
+    assert with_norms(deltas, norms).choke == choke

@@ -29,10 +29,10 @@ FULL = (0.95, 0.95)
 TABLE = {
     "no row": ([], []),
     "two samples are too few": ([(FULL, BLOCKED)] * 2, []),
-    "both signs line up": ([(FULL, BLOCKED)] * 3, [("warning", "unscaled_inputs", ("act0", "act1"))]),
-    "just inside the share": ([((0.89, 0.89), BLOCKED)] * 3, []),
+    "both signs line up": ([(FULL, BLOCKED)] * 3, [("warning", "weight_scale", ("act0", "act1"))]),
+    "just inside the share": ([((0.89, 0.1), BLOCKED)] * 3, []),
     "just at the share": ([((0.9, 0.1), BLOCKED)] * 3, [("warning", "unscaled_inputs", ("act0",))]),
-    "the gradient gets through": ([(FULL, OPEN)] * 3, [("info", "unscaled_inputs", ("act0", "act1"))]),
+    "the gradient gets through": ([((0.95, 0.1), OPEN)] * 3, [("info", "unscaled_inputs", ("act0",))]),
     "just lets enough through": (
         [((0.95, 0), [0.11, 1, 1, 1, 1])] * 3,
         [("info", "unscaled_inputs", ("act0",))],
@@ -54,9 +54,9 @@ TABLE = {
     "not measured now": ([*[(FULL, BLOCKED)] * 3, ((nan, nan), BLOCKED)], []),
     "not measured between": (
         [(FULL, BLOCKED), ((nan, nan), BLOCKED), *[(FULL, BLOCKED)] * 2],
-        [("warning", "unscaled_inputs", ("act0", "act1"))],
+        [("warning", "weight_scale", ("act0", "act1"))],
     ),
-    "one activation not measured": ([((0.95, nan), BLOCKED)] * 3, [("warning", "unscaled_inputs", ("act0",))]),
+    "one activation not measured": ([((0.95, nan), BLOCKED)] * 3, [("warning", "weight_scale", ("act0",))]),
     "no delta known": ([((0.95, 0), [nan] * 5)] * 3, [("info", "unscaled_inputs", ("act0",))]),
     "an exact zero comes through": (
         [((0.95, 0), [0.0, 1, 1, 1, 1])] * 3,
@@ -79,7 +79,8 @@ def test_multiplying_the_loss_changes_no_verdict(case, scale):
     assert verdict(SaturatedActivation().judge(run(*rows, scale=scale))) == expected
 
 
-@pytest.mark.parametrize("case", sorted(set(TABLE) - {"not measured between"}))  # then that sample has been measured
+# with them that sample has been measured, or the one activation is not alone
+@pytest.mark.parametrize("case", sorted(set(TABLE) - {"not measured between", "one activation not measured"}))
 def test_healthy_layers_change_no_verdict(case):
     rows, expected = TABLE[case]
     more = [((*shares, 0.2, 0.3), [*deltas, 1.0, 1.0, 1.0, 1.0]) for shares, deltas in rows]
@@ -97,6 +98,115 @@ def test_points_that_never_run_change_no_verdict(case):
 def test_an_activation_behind_the_last_layer_is_left_out():
     history = run(*[((0.1, 0.95), [1.0, 1.0, 1e-2, 1.0])] * 3, points=POINTS[:4])
     assert SaturatedActivation().judge(history) == []
+
+
+def _with(history, losses=(), inputs=(), weights=None, **metrics):
+    """The same rows with more in them; `weights` are the norms of the layer before act0, row by row."""
+    made = History()
+    made.add_points(history.points)
+    made.layer_axis.merge(["fc0", "fc1", "fc2"])
+    made.add_features(len(inputs))
+    for i, row in enumerate(history.rows):
+        values = {**row.values, **{name: np.array(column, dtype=float) for name, column in metrics.items()}}
+        if len(inputs):
+            values["input_rms"] = np.array(inputs, dtype=float)
+        if weights is not None:
+            values["weight_norm"] = np.array([weights[i], 1.0, 1.0])
+        made.append(Row(row.step, values, {"optimizers": 1.0}, losses=np.array(losses[i : i + 1], dtype=float)))
+    return made
+
+
+FIRST = ((0.95, 0.1), [1e-2, 1.0, 1.0, 1.0, 1.0])
+
+
+WIDE, NARROW = ((0.7, 0.7), OPEN), ((0.69, 0.7), OPEN)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([WIDE] * 3, [("warning", "weight_scale", ("act0", "act1"))]),
+        ([NARROW] * 3, []),
+        ([((0.7, nan), OPEN)] * 3, []),  # one alone
+        ([WIDE] * 2, []),
+        ([NARROW, *[WIDE] * 3], []),  # not from the start
+        ([*[WIDE] * 3, NARROW], []),
+    ],
+)
+def test_less_is_enough_where_most_activations_have_it_from_the_start(rows, expected):
+    assert verdict(SaturatedActivation().judge(run(*rows))) == expected
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_gate_is_left_out(share):
+    gates = [nan, share, nan, nan, nan]
+    assert bool(SaturatedActivation().judge(_with(run(*[FIRST] * 3), gate_fraction=gates))) == (share == 0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "cause", "evidence"),
+    [
+        ([1.0, 1.0], "weight_scale", {}),
+        ([1.0, 750.0], "unscaled_inputs", {"features": 1.0, "feature_1": 750.0}),
+        ([], "unscaled_inputs", {}),  # not measured, and nothing else saturates
+    ],
+)
+def test_the_inputs_are_blamed_behind_the_first_layer_if_they_are_too_large(inputs, cause, evidence):
+    (finding,) = SaturatedActivation().judge(_with(run(*[FIRST] * 3), inputs=inputs))
+    assert finding.cause == cause
+    assert evidence.items() <= finding.evidence.items()
+    assert len(finding.evidence) == 2 + len(evidence)
+
+
+def test_the_inputs_are_not_blamed_behind_the_second_layer():
+    second = ((0.1, 0.95), [1.0, 1.0, 1e-2, 1.0, 1.0])
+    assert verdict(SaturatedActivation().judge(_with(run(*[second] * 3), inputs=[750.0]))) == [
+        ("warning", "weight_scale", ("act1",))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("weights", "losses", "expected"),
+    [
+        ([1, 1.5], [0.3, 2.3], ["warning"]),
+        ([1, 1.4], [0.3, 2.3], []),  # an odd batch
+        ([1, 1.5], [0.3, 0.3], []),
+        (None, [0.3, 2.3], []),
+    ],
+)
+def test_one_sample_is_enough_where_a_step_closed_it(weights, losses, expected):
+    history = _with(run(((0.4, 0.1), OPEN), FIRST), losses, weights=weights)
+    found = SaturatedActivation().judge(history)
+    assert [finding.severity.value for finding in found] == expected
+    assert {finding.cause for finding in found} <= {"drift"}
+
+
+LEARNT = np.linspace(2.3, 0.3, 100)
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"), [(0.3, "info"), (2.5, "warning")], ids=["the loss stays low", "the loss rose with it"]
+)
+def test_a_drift_of_a_run_that_has_learnt_is_an_alarm_only_if_the_loss_rose(after, expected):
+    history = History()
+    history.add_points(POINTS)
+    share, blocked = np.array([nan, 0.1, nan, 0.1, nan]), np.array([nan, 0.95, nan, 0.1, nan])
+    history.append(Row(99, {"saturated_fraction": share, "delta_norm": np.ones(5)}, losses=LEARNT))
+    for step in (119, 139, 159):
+        values = {"saturated_fraction": blocked, "delta_norm": np.array(FIRST[1])}
+        history.append(Row(step, values, losses=np.full(20, after)))
+    assert verdict(SaturatedActivation().judge(history)) == [(expected, "drift", ("act0",))]
+
+
+@pytest.mark.parametrize("number", [1.0, 2.0])
+def test_a_drift_among_several_optimizers_is_info(number):
+    history = History()
+    history.add_points(POINTS)
+    for step, share in enumerate([0.1, 0.95, 0.95, 0.95]):
+        values = {"saturated_fraction": np.array([nan, share, nan, 0.1, nan]), "delta_norm": np.array(FIRST[1])}
+        history.append(Row(step, values, {"optimizers": number}))
+    (finding,) = SaturatedActivation().judge(history)
+    assert finding.severity.is_alarm == (number == 1)
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_a_run_of_nothing_but_zeros_cannot_be_told_apart():
     assert severities([-inf] * 9, STEPS) == [""] * 8
 
 
-@pytest.mark.parametrize(("bits_a_point", "cause"), [(0.8, "underflow"), (1.0, "depth")])
+@pytest.mark.parametrize(("bits_a_point", "cause"), [(0.8, "underflow"), (1.0, "weight_scale")])
 def test_what_would_vanish_in_float32_too_keeps_its_cause(bits_a_point, cause):
     # 15 points, 8 of them in fp16: the decay carried on to the first is 14 times the bits; 4 decades are 13.3 bits
     kept = bits_a_point * np.arange(8) - 2

@@ -37,7 +37,8 @@ def reference(run: Run, weights: Sequence[Mapping[str, Tensor]]) -> list[Numbers
         before, after = weights[window[0]], weights[window[-1] + 1]
         net.load_state_dict({name.removeprefix("net."): tensor for name, tensor in before.items()})
         gradients, outputs, deltas, loss = _backward(run, net, window)
-        numbers = _layer_numbers(gradients, before, after) | _point_numbers(outputs, deltas, silent)
+        numbers = _layer_numbers(gradients, before, after) | _point_numbers(net, outputs, deltas, silent)
+        numbers |= _input_numbers(run, window)
         total = math.sqrt(sum(value**2 for value in numbers["grad_norm"].values()))
         limit = run.kwargs.get("gradient_clip_val", math.inf)
         clipped = min(1.0, limit / (total + 1e-6))  # the small number is what torch adds
@@ -103,14 +104,17 @@ def _layer_numbers(gradients: Any, before: Mapping[str, Tensor], after: Mapping[
     return numbers
 
 
-def _point_numbers(outputs: Any, deltas: Any, silent: dict[str, list[Any]]) -> Numbers:
+def _point_numbers(net: Traced, outputs: Any, deltas: Any, silent: dict[str, list[Any]]) -> Numbers:
     numbers: Numbers = {
         "delta_norm": {},
         "output_rms": {},
+        "output_spread": {},
+        "in_graph": {},
         "saturated_fraction": {},
         "dead_fraction": {},
         "call_delta": {},
     }
+    layers = {name for name, module in net.named_modules() if list(module.parameters(recurse=False))}
     for point, rows in outputs.items():
         name = f"net.{point}".rstrip(".")
         entries = _flat([tensor for row in rows for tensor in row])
@@ -119,6 +123,10 @@ def _point_numbers(outputs: Any, deltas: Any, silent: dict[str, list[Any]]) -> N
         if len(by_turn) > 1:
             numbers["call_delta"] |= {f"{name} {turn}": value for turn, value in enumerate(by_turn)}
         numbers["output_rms"][name] = float(np.sqrt((entries**2).mean()))
+        if point in layers:
+            spread = _flat([tensor - tensor.mean(0) for row in rows for tensor in row])
+            numbers["output_spread"][name] = float(np.sqrt((spread**2).mean() / (entries**2).mean()))
+            numbers["in_graph"][name] = 1.0
         if point.endswith(_SATURATED):
             low = 0.01 if point.endswith("sigmoid") else -0.99
             numbers["saturated_fraction"][name] = float(((entries < low) | (entries > 0.99)).mean())
@@ -128,6 +136,13 @@ def _point_numbers(outputs: Any, deltas: Any, silent: dict[str, list[Any]]) -> N
             if len(silent[point]) >= WINDOW:
                 numbers["dead_fraction"][name] = float(np.all(silent[point][-WINDOW:], axis=0).mean())
     return numbers
+
+
+def _input_numbers(run: Run, window: range) -> Numbers:
+    if run.input_is_cut:
+        return {"input_rms": {}}
+    x = torch.cat([x for batch in window for x, _ in _batches(run, batch)]).double()
+    return {"input_rms": {str(i): float(column.square().mean().sqrt()) for i, column in enumerate(x.T)}}
 
 
 def silent_units(run: Run, rank: int, weights: Mapping[str, Tensor]) -> set[int]:

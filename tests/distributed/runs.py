@@ -44,6 +44,7 @@ class Run:
         replicas: Ranks with different batches; the ranks of a tensor parallel run see the same ones.
         dtype: Of weights and data.
         ranks: How many there are.
+        input_is_cut: Whether the features that go into the first layer are spread over the ranks.
         kwargs: What the run asks of its Trainer besides.
     """
 
@@ -55,6 +56,7 @@ class Run:
     replicas: int = RANKS
     dtype: torch.dtype = torch.float32
     ranks: int = RANKS
+    input_is_cut: bool = False
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -177,7 +179,7 @@ SHARDED = {
     "tensor parallel, DTensors throughout": Run(Mixed, prepare=_parallel(_as_dtensors), **_TP),
     "tensor parallel, float32": Run(partial(Mixed, width=8), tensor_parallel, _parallel(_local), replicas=1),
     "tensor parallel, equal parts": Run(partial(Alike, width=8), prepare=_parallel(_local), **_TP),
-    "sequence parallel": Run(Sequences, prepare=_parallel(_sequences), **_TP),
+    "sequence parallel": Run(Sequences, prepare=_parallel(_sequences), input_is_cut=True, **_TP),
 }
 """Runs in which weights are spread over the ranks."""
 

@@ -18,9 +18,9 @@ PROGRAM = "tests.distributed.program"
 
 _LAYERS = ("grad_norm", "grad_rms", "grad_mean_abs", "grad_max_abs", "grad_zero_fraction", "grad_nonfinite_fraction")
 _WEIGHTS = ("weight_norm", "update_norm", "update_ratio")
-_POINTS = ("delta_norm", "call_delta", "output_rms", "saturated_fraction", "dead_fraction")
+_POINTS = ("delta_norm", "call_delta", "output_rms", "output_spread", "in_graph", "saturated_fraction", "dead_fraction")
 _SCALARS = ("loss", "grad_norm_total", "clip_factor")
-QUANTITIES = (*_LAYERS, *_WEIGHTS, *_POINTS, *_SCALARS)
+QUANTITIES = (*_LAYERS, *_WEIGHTS, *_POINTS, "input_rms", *_SCALARS)
 """What is compared; `call_delta` stands for `history.calls(...)`."""
 
 

@@ -16,7 +16,7 @@ from lightning_gradflow.history import History
 from tests.benchmarks.zoo import quiet_trainer
 
 from .modes import MODES, Mode
-from .steps import CALLS, PER_LAYER, PER_POINT, QUANTITIES, SCALARS, Numbers, Weights, numbers
+from .steps import CALLS, INPUT, PER_LAYER, PER_POINT, QUANTITIES, SCALARS, Numbers, Weights, numbers
 
 FLOOR = 1e-3  # of the largest value of a row: what is smaller is measured against this
 Rows = list[tuple[int, dict[str, float]]]  # step, and name of the layer, the point or the call -> value
@@ -133,7 +133,7 @@ def _measured(history: History, quantity: str) -> Rows:
             for row, values in zip(rows, history.calls(point.name), strict=True):
                 row.update({f"{point.name}[{nth}]": value for nth, value in enumerate(values)})
     else:
-        assert quantity in PER_LAYER + PER_POINT
+        assert quantity in (*PER_LAYER, *PER_POINT, INPUT)
         rows = [dict(zip(history.names(quantity), row, strict=True)) for row in history[quantity]]
     return [(int(step), _present(row)) for step, row in zip(history.steps, rows, strict=True)]
 

@@ -26,7 +26,7 @@ def mlp(net: Pass, x):
 
 def tied(net: Pass, x):
     up = net.w["net.up.weight"]
-    x = net.tanh("net.up/tanh", net.see("net.up", F.linear(x, up, net.w["net.up.bias"])))
+    x = net.tanh("net.up/tanh", net.see("net.up", F.linear(net.begin(x), up, net.w["net.up.bias"])))
     x = net.tanh("net.down/tanh", net.see("net.down", F.linear(x, up, net.w["net.down.bias"])))
     return net.linear("net.head", x)
 
@@ -56,7 +56,7 @@ def convolutions(net: Pass, x):
 
 def complex_numbers(net: Pass, x):
     # complex outputs are no points
-    x = F.linear(x.cfloat(), net.w["net.mix.weight"], net.w["net.mix.bias"])
+    x = F.linear(net.begin(x.cfloat()), net.w["net.mix.weight"], net.w["net.mix.bias"])
     return net.linear("net.head", x.abs())
 
 
@@ -217,6 +217,8 @@ def gan(weights: Weights, epochs, optimize, *, context=nullcontext, scale=None, 
     for at, (x, _) in enumerate(batch for batches in epochs for batch in batches):
         step, is_skipped = Step(at), []
         for turn, (part, optimizer) in enumerate(zip(parts, optimizers, strict=True)):
+            for name, w in weights.items():
+                w.requires_grad_(name in part)
             optimizer.zero_grad()
             net, factor = step.new_pass(weights, turn), scale or 1.0
             with context():

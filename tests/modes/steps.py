@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DEAD_WINDOW = 4  # samples in a row in which a unit must be silent
+DEAD_WINDOW = 3  # samples in a row in which a unit must be silent
 PER_LAYER = (
     *("grad_norm", "grad_rms", "grad_mean_abs", "grad_max_abs", "grad_zero_fraction"),
     *("weight_norm", "update_norm", "update_ratio"),
 )
-PER_POINT = ("delta_norm", "output_rms", "saturated_fraction", "dead_fraction")
+PER_POINT = ("delta_norm", "output_rms", "output_spread", "in_graph", "saturated_fraction", "dead_fraction")
+INPUT = "input_rms"
 SCALARS = ("loss", "grad_norm_total", "clip_factor", "loss_scale", "step_skipped")
 CALLS = "calls"
-QUANTITIES = (*PER_LAYER, *PER_POINT, CALLS, *SCALARS)
+QUANTITIES = (*PER_LAYER, *PER_POINT, CALLS, INPUT, *SCALARS)
 
 Weights = dict[str, Tensor]
 Numbers = dict[str, dict[str, float]]  # quantity -> name of the layer, the point or the call -> value
@@ -42,19 +43,28 @@ class Pass:
     def __init__(self, weights: Weights):
         self.w = weights
         self.outputs: list[Output] = []
+        self.input: Tensor | None = None  # (features, entries) of the first layer
+        self._has_begun = False
+
+    def begin(self, x, dim=-1):
+        """Takes what goes into the first layer."""
+        if not self._has_begun and x.is_floating_point():
+            self.input = x.detach().movedim(dim, 0).flatten(1)
+        self._has_begun = True
+        return x
 
     def see(self, point, tensor, op=""):
         self.outputs.append(Output(point, op, tensor))
         return tensor
 
     def linear(self, name, x):
-        return self.see(name, F.linear(x, self.w[f"{name}.weight"], self.w[f"{name}.bias"]))
+        return self.see(name, F.linear(self.begin(x), self.w[f"{name}.weight"], self.w[f"{name}.bias"]))
 
     def conv(self, name, x):
-        return self.see(name, F.conv2d(x, self.w[f"{name}.weight"], self.w[f"{name}.bias"]))
+        return self.see(name, F.conv2d(self.begin(x, 1), self.w[f"{name}.weight"], self.w[f"{name}.bias"]))
 
     def rows(self, name, index, sparse):
-        return self.see(name, F.embedding(index, self.w[f"{name}.weight"], sparse=sparse))
+        return self.see(name, F.embedding(self.begin(index), self.w[f"{name}.weight"], sparse=sparse))
 
     def tanh(self, point, x):
         return self.see(point, torch.tanh(x), "tanh")
@@ -142,7 +152,7 @@ def numbers(steps: Sequence[Step], sampled: Callable[[int], bool]) -> list[tuple
     for step in steps:
         losses.append(np.mean(step.losses) if step.losses else math.nan)
         if sampled(step.at) and step.gradients:
-            rows.append((step.at, _layers(step) | _points(step, silent) | _scalars(step, losses)))
+            rows.append((step.at, _layers(step) | _points(step, silent) | _input(step) | _scalars(step, losses)))
             losses = []
     return rows
 
@@ -179,6 +189,10 @@ def _points(step: Step, silent: dict[str, list[np.ndarray]]) -> Numbers:
         mine = [output for output in everything if output.point == point]
         out = np.concatenate([entries(output.tensor).ravel() for output in mine])
         found["output_rms"][point] = np.sqrt((out**2).mean())
+        if not mine[0].op:
+            spread = np.concatenate([(out - out.mean(0)).ravel() for out in (entries(o.tensor) for o in mine)])
+            found["output_spread"][point] = np.sqrt((spread**2).mean() / (out**2).mean())
+            found["in_graph"][point] = np.mean([output.tensor.requires_grad for output in mine])
         if mine[0].op == "tanh":
             found["saturated_fraction"][point] = (np.abs(out) > 0.99).mean()
         if mine[0].op == "sigmoid":
@@ -198,6 +212,13 @@ def _points(step: Step, silent: dict[str, list[np.ndarray]]) -> Numbers:
                 found[CALLS] |= {f"{point}[{nth}]": norm(deltas) for nth, deltas in mine.items()}
     # a delta that overflowed was measured
     return {quantity: {n: v if np.isfinite(v) else math.inf for n, v in row.items()} for quantity, row in found.items()}
+
+
+def _input(step: Step) -> Numbers:
+    # of a batch that goes through several networks in turn, what goes into the first
+    parts = [made.input.double().numpy() for made in step.backwards[0] if made.input is not None]
+    columns = np.concatenate(parts, axis=1) if parts else np.empty((0, 1))
+    return {INPUT: {str(i): float(np.sqrt((column**2).mean())) for i, column in enumerate(columns)}}
 
 
 def _deltas(passes: list[Pass]) -> dict[tuple[str, int], list[np.ndarray]]:

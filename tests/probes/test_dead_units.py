@@ -5,8 +5,13 @@ import random
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from lightning_gradflow.probes.dead_units import SilentUnits
+from lightning_gradflow.probes.layers import LayerMap
+from lightning_gradflow.probes.signals import SignalProbe
+from lightning_gradflow.probes.transfer import Transfer
 
 
 def _feed(silent, *samples):
@@ -73,3 +78,30 @@ def test_what_was_counted_before_is_forgotten_where_counts_are_loaded():
     _feed(silent, [0])
     silent.load_state_dict({})
     assert silent.state_dict() == {}
+
+
+def _silent_fraction(*batches):
+    """What one accumulated step over these batches gives for a ReLU with weights 1 and -1, and a unit that is dead."""
+    model = nn.Sequential(nn.Linear(1, 3), nn.ReLU())
+    model[0].weight.data, model[0].bias.data = torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([0.0, 0.0, -1.0])
+    transfer = Transfer()
+    probe = SignalProbe(LayerMap(model), transfer)
+    for batch in batches:
+        probe.start_batch()
+        loss = model(batch).sum()
+        probe.before_backward()
+        loss.backward()
+        probe.after_backward()
+    probe.finish()
+    found = {point.name: values for point, values in probe.collect(transfer.fetch()).points.items()}
+    return found["1"].get("silent_fraction")
+
+
+def test_a_single_sample_tells_the_units_that_are_silent_in_it_from_16_inputs_on():
+    assert _silent_fraction(torch.ones(16, 1)) == pytest.approx(2 / 3)
+    assert _silent_fraction(torch.ones(15, 1)) is None
+
+
+def test_inputs_of_an_accumulated_step_and_positions_count_together():
+    assert _silent_fraction(torch.ones(8, 1), -torch.ones(8, 1)) == pytest.approx(1 / 3)
+    assert _silent_fraction(torch.ones(4, 4, 1)) == pytest.approx(2 / 3)

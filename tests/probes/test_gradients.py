@@ -73,6 +73,7 @@ def test_every_statistic_of_a_known_gradient_is_right():
         "grad_max_abs": 4.0,
         "grad_zero_fraction": 0.5,
         "grad_nonfinite_fraction": 0.0,
+        "grad_missing_fraction": 0.0,
         "weight_norm": 3.0,
     }
 
@@ -91,11 +92,36 @@ def test_weight_and_bias_of_a_layer_are_taken_together():
 def test_a_layer_without_gradient_is_missing_and_not_zero():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight.grad = torch.ones(2, 2)
-    assert list(_measure(model)[0]) == ["1"]
+    found = _measure(model)[0]
+    assert found["0"] == {"grad_missing_fraction": 1.0}
+    assert found["1"]["grad_norm"] == 2.0
+    assert found["1"]["grad_missing_fraction"] == pytest.approx(2 / 6)  # its bias
 
 
-def test_without_any_gradient_nothing_is_found():
-    assert _measure(nn.Linear(1, 1)) == ({}, {})
+def test_without_any_gradient_all_of_it_is_missing():
+    assert _measure(nn.Linear(1, 1)) == ({"(root)": {"grad_missing_fraction": 1.0}}, {})
+
+
+def test_a_frozen_parameter_is_not_missing_a_gradient():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    model[1].weight.grad = torch.ones(2, 2)
+    found = _measure(model)[0]
+    assert list(found) == ["1"]
+    assert found["1"]["grad_missing_fraction"] == 0.0
+
+
+def test_a_gradient_that_one_of_two_optimizers_misses_counts_once():
+    model = nn.Linear(3, 1)
+    assert _measure(model, model.parameters(), model.parameters())[0] == {"(root)": {"grad_missing_fraction": 1.0}}
+
+
+def test_a_complex_entry_without_gradient_counts_both_parts():
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1, dtype=torch.complex64))
+    model.a.grad = torch.ones(2)
+    assert _measure(model)[0]["(root)"]["grad_missing_fraction"] == 0.5
 
 
 def test_parameters_of_a_stranger_are_left_out():
@@ -245,6 +271,7 @@ def test_a_multiplier_scales_norms_and_leaves_shares(multiplier):
         "grad_max_abs": 16.0,
         "grad_zero_fraction": 0.5,
         "grad_nonfinite_fraction": 0.0,
+        "grad_missing_fraction": 0.0,
         "weight_norm": 3.0,
     }
 

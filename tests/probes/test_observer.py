@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
@@ -54,6 +54,33 @@ def _nothing_is_left():
     assert not module_hooks._global_forward_pre_hooks
     assert not module_hooks._global_forward_hooks_always_called
     assert not _get_current_function_mode_stack()
+
+
+class Counts(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_done_with_what_is_reported_is_seen_by_no_mode():
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.Tanh()), torch.ones(3, 2)
+
+    def functions(observed):
+        observer = ForwardObserver(
+            LayerMap(model), lambda _, out: out.detach().norm(), lambda m, op, out, a: out.detach().norm()
+        )
+        with Counts() as mode:
+            if observed:
+                observer.open()
+            model(x)
+            observer.close()
+        return [func for func in mode.seen if func in (torch.tanh, F.linear, Tensor.norm, Tensor.detach)]
+
+    assert functions(True) == functions(False) != []
 
 
 MODULES = {

@@ -80,7 +80,9 @@ def test_statistics_of_spread_parameters_are_those_of_whole_ones(answers, layer)
 
 
 def test_a_spread_parameter_without_gradient_is_missing_and_not_zero(answers):
-    assert list(answers[0]["gradients"]["spread"]["found"]) == LAYERS
+    found = answers[0]["gradients"]["spread"]["found"]
+    assert set(found) == {*LAYERS, "frozen"}
+    assert found["frozen"] == {"grad_missing_fraction": 1.0}
 
 
 def test_histograms_of_spread_parameters_are_those_of_whole_ones(answers):

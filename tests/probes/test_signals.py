@@ -518,6 +518,170 @@ def test_a_delta_that_is_not_finite_has_an_infinite_headroom(bad):
     assert _headroom([1.0, bad]) == math.inf
 
 
+# -- spread over the batch
+
+
+def _scale(factor=1.0):
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, factor)
+    return model
+
+
+def _spread(model, *inputs):
+    found = Sampled(model).step(*(lambda x=x: model(x).sum() for x in inputs))
+    return found["(root)"].get("output_spread")
+
+
+def test_the_spread_is_the_rms_around_the_batch_mean_over_the_rms():
+    assert _spread(_scale(), torch.tensor([[1.0], [3.0]])) == pytest.approx(1 / math.sqrt(5))
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e6])
+def test_the_spread_does_not_depend_on_the_size_of_the_output(factor):
+    assert _spread(_scale(factor), torch.tensor([[1.0], [3.0]])) == pytest.approx(1 / math.sqrt(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_same_output_for_every_sample_has_no_spread(dtype):
+    model = nn.Linear(4, 8).to(dtype)
+    assert _spread(model, torch.full((37, 4), 0.3, dtype=dtype)) < 1e-8
+
+
+def test_outputs_around_zero_have_a_spread_of_one():
+    assert _spread(_scale(), torch.tensor([[1.0], [-1.0], [3.0], [-3.0]])) == 1.0
+
+
+def test_positions_that_differ_are_no_spread():
+    positions = torch.arange(5.0).reshape(1, 5, 1).expand(3, 5, 1)
+    assert _spread(_scale(), positions) == 0.0
+
+
+def test_each_batch_of_a_step_spreads_around_its_own_mean():
+    assert _spread(_scale(), torch.tensor([[1.0], [1.0]]), torch.tensor([[9.0], [9.0]])) == 0.0
+
+
+def test_each_call_spreads_around_its_own_mean():
+    model = Calls(lambda self, x: self.cell(x) + self.cell(9 * x), cell=_scale())
+    x = torch.tensor([[1.0], [3.0]])
+    assert Sampled(model).step(lambda: model(x).sum())["cell"]["output_spread"] == pytest.approx(1 / math.sqrt(5))
+
+
+def test_a_batch_of_one_sample_has_no_part_in_the_spread():
+    one, two = torch.tensor([[7.0]]), torch.tensor([[1.0], [3.0]])
+    assert _spread(_scale(), one) is None
+    assert _spread(_scale(), one, two) == _spread(_scale(), two)
+
+
+def test_an_output_of_nothing_but_zeros_has_no_spread():
+    assert _spread(_scale(), torch.zeros(4, 1)) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_spread_that_is_not_finite_was_measured(bad):
+    assert _spread(_scale(), torch.tensor([[1.0], [bad]])) == math.inf
+
+
+def test_spread_is_that_of_numpy_on_pictures():
+    torch.manual_seed(0)
+    model, x = nn.Conv2d(3, 4, 3), torch.randn(6, 3, 8, 8) + 2
+    out = model(x).detach().double().numpy()
+    assert _spread(model, x) == pytest.approx(np.sqrt(((out - out.mean(0)) ** 2).mean() / (out**2).mean()))
+
+
+def test_the_output_itself_is_left_alone():
+    model = nn.Linear(2, 2).double()
+    seen = []
+    model.register_forward_hook(lambda *args: seen.append(args[-1].detach().clone()))
+    sampled = Sampled(model)
+    sampled.probe.start_batch()
+    output = model(torch.arange(6.0, dtype=torch.float64).reshape(3, 2))
+    sampled.probe.drop()
+    assert torch.equal(output, seen[0])
+
+
+def test_activations_have_neither_spread_nor_share_in_the_graph():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Tanh())
+    found = Sampled(model).step(lambda: model(torch.tensor([[1.0], [2.0]])).sum())
+    assert not {"output_spread", "in_graph"} & set(found["1"])
+
+
+# -- in the graph
+
+
+def _in_graph(model, loss):
+    return {name: values.get("in_graph") for name, values in Sampled(model).step(loss).items()}
+
+
+def test_a_layer_under_no_grad_is_not_in_the_graph_and_one_that_is_detached_later_is():
+    def loss():
+        with torch.no_grad():
+            hidden = model[0](torch.ones(1, 2))
+        return model[2](model[1](hidden).detach()).sum()
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    assert _in_graph(model, loss) == {"0": 0.0, "1": 1.0, "2": 1.0}
+
+
+def test_a_layer_whose_own_forward_is_under_no_grad_is_not_in_the_graph():
+    class Frozen(nn.Linear):
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x)
+
+    model = nn.Sequential(Frozen(2, 2), nn.Linear(2, 2))
+    assert _in_graph(model, lambda: model(torch.ones(1, 2)).sum()) == {"0": 0.0, "1": 1.0}
+
+
+def test_frozen_layers_are_in_the_graph_where_something_before_them_is_trained():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(False)
+    assert _in_graph(model, lambda: model(torch.ones(1, 2)).sum()) == {"0": 0.0, "1": 1.0, "2": 1.0}
+
+
+def test_the_share_in_the_graph_is_that_of_the_calls():
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.cell(self.cell(self.cell(x)))
+        return self.cell(x)
+
+    model = Calls(forward, cell=_scale())
+    assert _in_graph(model, lambda: model(torch.ones(1, 1)).sum()) == {"cell": 0.25}
+
+
+def test_of_a_checkpointed_layer_that_is_detached_later_it_cannot_be_told():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+
+    def loss():
+        hidden = checkpoint(model[0], torch.ones(1, 2, requires_grad=True), use_reentrant=True).detach()
+        return checkpoint(model[2], model[1](hidden), use_reentrant=True).sum()
+
+    assert _in_graph(model, loss) == {"0": None, "1": 1.0, "2": 1.0}
+
+
+def test_a_teacher_inside_of_a_checkpointed_segment_is_not_in_the_graph():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    def segment(x):
+        with torch.no_grad():
+            target = model[0](x)
+        return model[1](x) - target
+
+    x = torch.ones(1, 2, requires_grad=True)
+    assert _in_graph(model, lambda: checkpoint(segment, x, use_reentrant=True).sum()) == {"0": 0.0, "1": 1.0}
+
+
+def test_a_checkpointed_layer_is_in_the_graph_and_the_one_under_no_grad_before_it_is_not():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    def loss():
+        with torch.no_grad():
+            hidden = model[0](torch.ones(1, 2))
+        return checkpoint(model[1], hidden.requires_grad_(), use_reentrant=True).sum()
+
+    assert _in_graph(model, loss) == {"0": 0.0, "1": 1.0}
+
+
 # -- activation checkpointing
 
 

@@ -1,5 +1,12 @@
+import numpy as np
+
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.sinks.words import shown
+from lightning_gradflow.history import History, Row
+from lightning_gradflow.sinks import summary
+from lightning_gradflow.sinks.base import scalars
+from lightning_gradflow.sinks.report import page
+from lightning_gradflow.sinks.words import effective_depth, shown
+from tests import made_up
 
 PLATEAU, DEAD = FindingKind.LOSS_PLATEAU, FindingKind.DEAD_UNITS
 
@@ -20,3 +27,25 @@ def test_findings_of_other_kinds_hide_nothing():
     early = Finding(PLATEAU, Severity.INFO, step=10, resolved_step=40)
     other = Finding(DEAD, Severity.INFO, step=40)
     assert shown([early, other]) == [other, early]
+
+
+def test_the_effective_depth_is_said_wherever_a_run_is_shown():
+    view = made_up.view()  # a decade at each of seven points: the last two of four layers get a thousandth or more
+    said = "Effective depth: 2 of 4 layers get a thousandth of the last layer's signal or more."
+    assert effective_depth(view) == said
+    assert said in " ".join(summary(view).split())
+    assert said.replace("'", "&#x27;") in page(view, figures=False)
+    assert scalars(view.history)["gradflow/effective_depth"] == 2
+
+
+def test_without_a_signal_nothing_is_said_of_it():
+    shown = History()
+    shown.append(Row(0, scalars={"loss": 2.3}))
+    assert effective_depth(made_up.view(shown)) == ""
+    assert "gradflow/effective_depth" not in scalars(shown)
+
+
+def test_a_sample_without_signal_does_not_hide_the_one_before():
+    shown = made_up.history(rows=2)
+    shown.append(Row(20, {"grad_norm": np.ones(4)}))
+    assert effective_depth(made_up.view(shown)).startswith("Effective depth: 2 of 4 layers")

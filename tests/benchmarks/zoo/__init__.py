@@ -4,8 +4,10 @@ Nothing in here knows the package under test, so that a label can't lean on what
 ``python -m tests.benchmarks.zoo.outcomes`` trains every case and shows that the labels hold.
 """
 
-from .case import Case, quiet_trainer
-from .healthy import HEALTHY
-from .sick import SICK
+from .case import Case, halved, quiet_trainer
+from .healthy import HEALTHY as _HEALTHY
+from .sick import SICK as _SICK
+
+SICK, HEALTHY = halved(_SICK, _HEALTHY)
 
 __all__ = ["HEALTHY", "SICK", "Case", "quiet_trainer"]

@@ -10,9 +10,9 @@ from .data import digits
 from .stacks import mlp
 
 
-def pretrained(steps: int = 120) -> nn.Sequential:
+def pretrained(steps: int = 120, *, width: int = 64) -> nn.Sequential:
     """A ReLU network that already reads upright digits; the cases adapt it to transposed ones."""
-    net = mlp(3, nn.ReLU)
+    net = mlp(3, nn.ReLU, width=width)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     batches = digits(int(torch.randint(2**31, ())))
     with torch.enable_grad():

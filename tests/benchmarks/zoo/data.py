@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits  # type: ignore[import-untyped]
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -34,9 +34,16 @@ def _digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(pixels / 8 - 1, dtype=torch.float32), torch.tensor(labels)
 
 
-def digits(seed: int, *, image: bool = False, transposed: bool = False, batch_size: int = 64) -> DataLoader[Any]:
-    """1500 handwritten digits, pixels in [-1, 1], as (64,) or as image (1, 8, 8), with their class."""
+def digits(
+    seed: int, *, image: bool = False, transposed: bool = False, raw: bool = False, batch_size: int = 64
+) -> DataLoader[Any]:
+    """1500 handwritten digits, as (64,) or as image (1, 8, 8), with their class.
+
+    Pixels are in [-1, 1], or in [0, 16] as they were recorded if ``raw``.
+    """
     x, y = _digits()[0][:1500], _digits()[1][:1500]
+    if raw:
+        x = (x + 1) * 8
     if transposed:
         x = x.view(-1, 8, 8).mT.reshape(-1, 64)
     return loader(x.view(-1, 1, 8, 8) if image else x, y, seed=seed, batch_size=batch_size)
@@ -67,16 +74,31 @@ def digit_images() -> Tensor:
     return _digits()[0][:1500]
 
 
-def breast_cancer(seed: int) -> DataLoader[Any]:
-    """569 tumours, 30 standardised features, two classes."""
+def noisy_images(seed: int) -> DataLoader[Any]:
+    """Digits under heavy noise, with the clean image as target."""
+    clean = digit_images().view(-1, 1, 8, 8)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    return loader(clean + 0.7 * noise, clean, seed=seed)
+
+
+def breast_cancer(seed: int, *, scaled: bool = True, batch_size: int = 64) -> DataLoader[Any]:
+    """569 tumours, 30 features, two classes; unscaled the features reach from thousandths to thousands."""
     x, y = load_breast_cancer(return_X_y=True)
-    return loader(_standardised(x), torch.tensor(y), seed=seed)
+    inputs = _standardised(x) if scaled else torch.tensor(x).float()
+    return loader(inputs, torch.tensor(y), seed=seed, batch_size=batch_size)
 
 
-def diabetes(seed: int) -> DataLoader[Any]:
-    """442 patients, 10 standardised features, standardised progression (N, 1)."""
+def wine(seed: int, *, batch_size: int = 178) -> DataLoader[Any]:
+    """178 wines, 13 standardised features, three classes; all of them in one batch unless said."""
+    x, y = load_wine(return_X_y=True)
+    return loader(_standardised(x), torch.tensor(y), seed=seed, batch_size=batch_size)
+
+
+def diabetes(seed: int, *, scaled: bool = True, batch_size: int = 64) -> DataLoader[Any]:
+    """442 patients, 10 standardised features, progression (N, 1): standardised, or as it is, from 25 to 346."""
     x, y = load_diabetes(return_X_y=True)
-    return loader(_standardised(x), _standardised(y[:, None]), seed=seed)
+    target = _standardised(y[:, None]) if scaled else torch.tensor(y[:, None]).float()
+    return loader(_standardised(x), target, seed=seed, batch_size=batch_size)
 
 
 def _standardised(values: Any) -> Tensor:
@@ -109,10 +131,19 @@ def _text() -> Tensor:
 
 def characters(seed: int, *, length: int = 32, batch_size: int = 16) -> DataLoader[Any]:
     """English text in windows of ``length`` characters, with the next characters as target."""
-    text = _text()
+    return loader(*_windows(_text(), length), seed=seed, batch_size=batch_size)
+
+
+def source_code(seed: int, *, length: int = 32, batch_size: int = 8) -> DataLoader[Any]:
+    """The source of a standard module in windows of ``length`` characters, with the next characters as target."""
+    code = inspect.getsource(importlib.import_module("argparse"))[:60_000]
+    text = torch.tensor([ord(letter) for letter in code if ord(letter) < CHARACTERS])
+    return loader(*_windows(text, length), seed=seed, batch_size=batch_size)
+
+
+def _windows(text: Tensor, length: int) -> tuple[Tensor, Tensor]:
     windows = (len(text) - 1) // length
-    x, y = text[: windows * length].view(windows, length), text[1 : windows * length + 1].view(windows, length)
-    return loader(x, y, seed=seed, batch_size=batch_size)
+    return text[: windows * length].view(windows, length), text[1 : windows * length + 1].view(windows, length)
 
 
 @cache
@@ -128,6 +159,6 @@ def _words() -> tuple[Tensor, Tensor]:
     return torch.tensor(rows), torch.tensor(labels)
 
 
-def bags_of_words(seed: int) -> DataLoader[Any]:
+def bags_of_words(seed: int, *, batch_size: int = 64) -> DataLoader[Any]:
     """Docstrings as up to 24 hashed words, zero-padded, with the module that they come from as class."""
-    return loader(*_words(), seed=seed)
+    return loader(*_words(), seed=seed, batch_size=batch_size)

@@ -37,7 +37,7 @@ def he(net: nn.Module) -> nn.Module:
 
 
 def normal(net: nn.Module, std: float) -> nn.Module:
-    """Draw every linear weight from N(0, std^2), with a zero bias."""
+    """Draw every linear and convolution weight from N(0, std^2), with a zero bias."""
     return _initialised(net, lambda weight: nn.init.normal_(weight, std=std))
 
 
@@ -48,9 +48,10 @@ def orthogonal(net: nn.Module) -> nn.Module:
 
 def _initialised(net: nn.Module, draw: Callable[[Tensor], Tensor]) -> nn.Module:
     for module in net.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | nn.Conv2d):
             draw(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     return net
 
 

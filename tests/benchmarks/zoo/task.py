@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from .data import digits_val
+
 ADAM = partial(torch.optim.Adam, lr=1e-3)
 Optimize = Callable[[Any], torch.optim.Optimizer]
 Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -111,3 +113,12 @@ def sequence_loss(logits: Tensor, target: Tensor) -> Tensor:
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     """Squared error against pixels rescaled from [-1, 1] to [0, 1]."""
     return F.mse_loss(output, (target + 1) / 2)
+
+
+@torch.no_grad()
+def error_rate(module: L.LightningModule) -> float:
+    """Share of the held-out digits that the module gets wrong: for a loss that does not tell."""
+    module.eval()
+    right = torch.cat([module(x).argmax(1) == y for x, y in digits_val(0)])
+    module.train()
+    return 1 - float(right.float().mean())

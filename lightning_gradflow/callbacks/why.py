@@ -1,0 +1,310 @@
+"""Why does the loss stand still? Asked once in a plateau, on a copy of the model and on batches of the run."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_gradflow.border import Border
+from lightning_gradflow.callbacks import trainer_facts
+from lightning_gradflow.findings import Finding, FindingKind
+from lightning_gradflow.history import History
+from lightning_gradflow.probes.loss_line import loss_line, pack
+from lightning_gradflow.probes.pairing import pairing
+
+PART = "the search for the cause of a plateau"
+BATCHES = 16
+"""Batches that the loss line is measured on: with fewer, those of four samples do not tell a direction from noise."""
+WAITED = 48
+"""Batches that are waited for: weak targets, such as labels of which 80 % are drawn at random, show only in many."""
+
+_AGAIN = 2  # times as many steps: another plateau of the same run is looked into too, and all of it stays cheap
+_COPIES = 6  # of the parameters: the copy, where it started, the step, a gradient, their mean, a spare one
+_SEED = 0
+_DEVICES = ("cpu", "cuda")  # whose random state can be put back
+_TARGETS = ("label", "target")  # in the name of an entry of a batch, or all of it
+_MOST_SAMPLES = 2048  # of more batches than are needed, to save time
+_MOST_BYTES = 1 << 28  # of the same, to save memory
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Why:
+    """Keeps batches once a plateau without a known cause is suspected, and measures with them what could be the cause.
+
+    It is not asked under manual optimization, with several optimizers, or where parameters are sharded.
+
+    Args:
+        history: tells when it was measured last.
+        border: catches the errors of user code that does not bear a copy.
+        is_able: whether the training is of a kind that can be copied.
+        suspects: asked once for each row, whether there may be nothing to learn; it makes no finding by itself.
+    """
+
+    def __init__(
+        self, history: History, border: Border, *, is_able: bool, suspects: Callable[[History], bool] = lambda _: False
+    ) -> None:
+        self._history = history
+        self._border = border
+        self._is_able = is_able
+        self._suspects = suspects
+        self._looked = -1
+        self._is_asked = False
+        self._seen = 0
+        self._step = -1
+        self._kept: deque[tuple[Any, int]] = deque(maxlen=WAITED)
+        self.is_ready = False
+
+    def asks(self, finding: Finding) -> bool:
+        """Whether a finding has to wait, because its cause is about to be measured."""
+        if finding.kind is not FindingKind.LOSS_PLATEAU or finding.cause != "unknown":
+            return False
+        self._ask(finding.step)
+        return self._is_asked
+
+    def _ask(self, step: int) -> None:
+        if self._is_able and not self._border.is_off(PART) and not self._is_asked and self._is_due(step):
+            self._is_asked, self._seen, self._step = True, 0, step
+
+    def _is_due(self, step: int) -> bool:
+        measured = [row.step for row in self._history.rows if "loss_line" in row.scalars]
+        return not measured or step >= _AGAIN * measured[-1]
+
+    def _look(self) -> None:
+        """Asks by itself where the newest row is suspicious."""
+        newest = self._history.rows[-1].step if self._history.rows else -1
+        if newest == self._looked:
+            return
+        self._looked = newest
+        if (
+            self._is_able
+            and self._is_due(newest)
+            and self._border.run(PART, self._suspects, self._history, default=False)
+        ):
+            self._ask(newest)
+
+    def batch_start(self, step: int, batch: Any = None, batch_idx: int = 0, *, keep: bool = True) -> None:
+        """Takes notice of a batch, and keeps a reference to it unless `keep` is False."""
+        if not self._is_asked:
+            self._look()
+        if not self._is_asked:
+            return
+        # a sample begins with the first batch of a step, not in the middle of an accumulation window
+        self.is_ready |= self._seen >= WAITED - 1 and step > self._step
+        self._seen, self._step = self._seen + 1, step
+        if keep:
+            self._kept.append((batch, batch_idx))
+            while len(self._kept) > BATCHES and not _is_small(self._kept):
+                self._kept.popleft()
+        else:
+            self._kept.clear()
+
+    def drop(self) -> None:
+        """Lets go of the batches."""
+        self._is_asked = self.is_ready = False
+        self._kept.clear()
+
+    def answer(self, trainer: Trainer, module: LightningModule) -> list[float]:
+        """The packed numbers of the loss line; without any where it could not be measured."""
+        batches = list(self._kept)
+        self.drop()
+        found: dict[str, float] = {}
+        return pack(self._border.run(PART, _measure, trainer, module, batches, default=found))
+
+
+def is_able(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether the training is of a kind that can be tried out on a copy."""
+    if not module.automatic_optimization or len(trainer.optimizers) != 1 or module.device.type not in _DEVICES:
+        return False
+    takes_batches = "dataloader_iter" not in inspect.signature(module.training_step).parameters
+    return takes_batches and not isinstance(trainer.optimizers[0], torch.optim.LBFGS)
+
+
+def _measure(trainer: Trainer, module: LightningModule, batches: list[tuple[Any, int]]) -> dict[str, float]:
+    _check_memory(module)
+    error: Exception | None = None
+    found: dict[str, float] = {}
+    with ExitStack() as stack:
+        # it restores the random state only where no error comes through
+        stack.enter_context(isolate_rng(include_cuda=module.device.type == "cuda"))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # what user code warns of it has warned of in the run itself
+        if hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            found = _measure_copy(trainer, module, batches)
+        except Exception as raised:
+            error = raised.with_traceback(None)
+    if error is not None:
+        raise error
+    return found
+
+
+def _measure_copy(trainer: Trainer, module: LightningModule, batches: list[tuple[Any, int]]) -> dict[str, float]:
+    twin, optimizer = copy.deepcopy((module, trainer.optimizers[0]), _results_of(module))
+    _silence(twin, trainer)
+    loss_scale = trainer_facts.loss_scale(trainer, module.device)
+    scale = 1.0 if loss_scale is None else float(loss_scale)
+    losses = [_loss_of(trainer, twin, batch, at) for batch, at in batches[-BATCHES:]]
+    dealt = [(batch, _dealt(batch), at) for batch, at in _of_one_epoch(batches)]
+    pairs = [
+        (_loss_of(trainer, twin, batch, at), _loss_of(trainer, twin, other, at))
+        for batch, other, at in dealt
+        if other is not None
+    ]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    paired = pairing(pairs, parameters, scale)
+    return paired | loss_line(
+        losses,
+        optimizer,
+        clip=_clip_of(trainer, optimizer),
+        loss_scale=scale,
+        normalised=trainer_facts.normalised_updates(trainer) > 0,
+    )
+
+
+def _results_of(module: nn.Module) -> dict[int, Any]:
+    """The memo of a deep copy that knows the results of a graph which a module keeps: torch refuses to copy those."""
+    kept = (leaf for child in module.modules() for leaf in tree_leaves(list(vars(child).values())))
+    return {id(x): x.detach().clone() for x in kept if isinstance(x, Tensor) and not x.is_leaf}
+
+
+def _loss_of(trainer: Trainer, twin: LightningModule, batch: Any, batch_idx: int) -> Callable[[], Tensor]:
+    takes_index = len(inspect.signature(twin.training_step).parameters) > 1
+
+    def loss() -> Tensor:
+        # torch.manual_seed would seed devices too that the run has not used yet
+        torch.default_generator.manual_seed(_SEED)
+        if twin.device.type == "cuda":
+            torch.cuda.manual_seed_all(_SEED)
+        own = tree_map_only(Tensor, Tensor.clone, batch)  # a step may change its batch in place
+        with trainer.precision_plugin.train_step_context():
+            outputs = twin.training_step(own, batch_idx) if takes_index else twin.training_step(own)
+        value = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if not isinstance(value, Tensor):
+            raise ValueError("training_step returned no loss for a batch")
+        return value.reshape(())
+
+    return loss
+
+
+def _is_small(kept: Iterable[tuple[Any, int]]) -> bool:
+    """Whether so many batches cost little time and memory."""
+    batches = [[leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)] for batch, _ in kept]
+    samples = sum(max((len(t) for t in tensors if t.dim()), default=1) for tensors in batches)
+    return samples <= _MOST_SAMPLES and sum(t.nbytes for tensors in batches for t in tensors) <= _MOST_BYTES
+
+
+def _of_one_epoch(batches: list[tuple[Any, int]]) -> list[tuple[Any, int]]:
+    """The longest stretch without a new epoch: batches that share samples agree on them, noise or not."""
+    stretches: list[list[tuple[Any, int]]] = [[]]
+    for batch, at in batches:
+        if stretches[-1] and at <= stretches[-1][-1][1]:
+            stretches.append([])
+        stretches[-1].append((batch, at))
+    return max(stretches, key=len)
+
+
+def _dealt(batch: Any) -> Any:
+    """The batch with its targets dealt to other samples; None where it is not known what they are.
+
+    Of a list or tuple everything but the first part is taken for targets, of a dictionary what is named so.
+    """
+    if isinstance(batch, MutableMapping):
+        parts: dict[Any, Any] = dict(batch)
+        targets = [name for name in parts if any(word in str(name).lower() for word in _TARGETS) or name == "y"]
+    elif isinstance(batch, (list, tuple)):
+        parts = dict(enumerate(batch))
+        targets = [at for at in parts if at > 0]
+    else:
+        return None
+    sizes = {name: len(part) for name, part in parts.items() if isinstance(part, Tensor) and part.dim()}
+    samples = max((size for name, size in sizes.items() if name not in targets), default=0)
+    dealt = {name: parts[name].roll(samples // 2, 0) for name in targets if sizes.get(name) == samples}
+    if samples < 2 or not dealt:
+        return None
+    if isinstance(batch, MutableMapping):
+        copied = copy.copy(batch)
+        copied.update(dealt)
+        return copied
+    items = list({**parts, **dealt}.values())
+    return type(batch)._make(items) if hasattr(batch, "_make") else type(batch)(items)
+
+
+def _clip_of(trainer: Trainer, optimizer: torch.optim.Optimizer) -> Callable[[], None] | None:
+    limit = trainer.gradient_clip_val
+    if not limit:
+        return None
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def clip() -> None:
+        if trainer.gradient_clip_algorithm == "value":
+            clip_grad_value_(parameters, limit)
+        else:
+            clip_grad_norm_(parameters, limit)
+
+    return clip
+
+
+def _silence(twin: LightningModule, trainer: Trainer) -> None:
+    """A copy that sees the Trainer, and of which nobody hears: it logs nothing, and calls no hook of anyone's."""
+    for child in twin.modules():
+        if hasattr(child, "automatic_optimization") and hasattr(child, "log_dict"):
+            child.__dict__["_trainer"] = trainer
+            child.__class__ = _silent(type(child))
+        for kind in _HOOKS:
+            hooks = getattr(child, kind, {})
+            for key in [key for key, hook in hooks.items() if not _is_of_torch(hook)]:
+                del hooks[key]
+
+
+def _is_of_torch(hook: Any) -> bool:
+    """Whether it is one of torch's own, such as weight_norm, which the forward pass needs."""
+    module = getattr(hook, "__module__", None) or type(hook).__module__
+    return str(module).startswith("torch.")
+
+
+def _silent(kind: type[nn.Module]) -> type[nn.Module]:
+    dummy = DummyLogger()
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    members = {
+        "log": nothing,
+        "log_dict": nothing,
+        "print": nothing,
+        "logger": property(lambda _: dummy),
+        "loggers": property(lambda _: [dummy]),
+        "__module__": kind.__module__,
+    }
+    return type(kind.__name__, (kind,), members)
+
+
+def _check_memory(module: nn.Module) -> None:
+    """Raises a `MemoryError` where the copies would need more than half of what is free."""
+    parameters = list(module.parameters())
+    need = _COPIES * sum(p.numel() * p.element_size() for p in parameters)
+    device = next((p.device for p in parameters), torch.device("cpu"))
+    free = math.inf
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 2 * need > free:
+        raise MemoryError(f"copies of the model would take {need / 2**30:.1f} GiB of {free / 2**30:.1f} GiB")

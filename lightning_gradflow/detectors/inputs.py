@@ -1,0 +1,113 @@
+"""Are the inputs of a size that initialisations are not made for, and which of their columns?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightning_gradflow.history import Floats, History
+
+_MAX_RMS = 10.0  # initialisations are made for 1; up to about 10 the first steps of the training make up for it
+_SMALL_PART = 0.01  # of the largest column: what is below has no say beside it
+_NORMALISED = 2.0  # rms of the first layer's output: so it has absorbed the size of its inputs
+_MOST_NAMED = 5
+_JUMP = 10.0  # times their own past: no augmentation does that
+_LOOK_BACK = 6  # samples in which it may have set in
+
+
+def offending_features(history: History) -> list[int]:
+    """Which columns of the input are far larger than a network is initialised for, by index, the worst first.
+
+    The inputs count as unscaled where their rms over all columns is above 10, and the first layer hands that on: a
+    normalisation, or weights made for such inputs, bring it to the usual size. Then those columns are named that are
+    above 10 themselves and above a hundredth of the largest one. A constant offset counts as size: to the weights
+    behind it a column of 1000 +- 1 is one of 1000.
+
+    Args:
+        history: where to read; the newest sample that measured the inputs tells.
+
+    Returns:
+        Indexes of feature columns, or of channels in front of a convolution. Empty where all is well, and where the
+        inputs were not measured (tokens, more than 1024 features).
+
+    References:
+        LeCun et al. 1998, Efficient BackProp, section 4.3.
+
+    Example:
+        >>> from lightning_gradflow.history import Row
+        >>> history = History()
+        >>> history.add_features(3)
+        >>> history.append(Row(step=0, values={"input_rms": np.array([0.9, 750.0, 1.1])}))
+        >>> offending_features(history)
+        [1]
+    """
+    sizes = _sizes(history)
+    known = sizes[~np.isnan(sizes)]
+    if not known.size or not np.sqrt(np.mean(np.square(known))) > _MAX_RMS:
+        return []
+    if _is_absorbed(history) and not inputs_jumped(history):
+        return []
+    largest = float(np.max(known, where=np.isfinite(known), initial=0.0))
+    over = np.nan_to_num(sizes) > max(_MAX_RMS, _SMALL_PART * largest)
+    return [int(i) for i in np.argsort(-np.nan_to_num(sizes), kind="stable") if over[i]]
+
+
+def feature_evidence(history: History) -> dict[str, float]:
+    """The numbers behind it: how many `features` offend, and `feature_<index>` -> rms for the worst five.
+
+    Example:
+        >>> from lightning_gradflow.history import Row
+        >>> history = History()
+        >>> history.add_features(2)
+        >>> history.append(Row(step=0, values={"input_rms": np.array([1.0, 750.0])}))
+        >>> feature_evidence(history)
+        {'features': 1.0, 'feature_1': 750.0}
+    """
+    offending = offending_features(history)
+    if not offending:
+        return {}
+    sizes = _sizes(history)
+    worst = {f"feature_{i}": float(sizes[i]) for i in offending[:_MOST_NAMED]}
+    return {"features": float(len(offending)), **worst}
+
+
+def inputs_jumped(history: History) -> bool:
+    """Whether the inputs have lately become ten times as large as they were before.
+
+    Example:
+        >>> from lightning_gradflow.history import Row
+        >>> history = History()
+        >>> history.add_features(1)
+        >>> for step, size in enumerate([1.0, 1.0, 255.0]):
+        ...     history.append(Row(step, {"input_rms": np.array([size])}))
+        >>> inputs_jumped(history)
+        True
+    """
+    table = history["input_rms"]
+    known = np.array([row for row in table if not np.isnan(row).all()])
+    if len(known) < 2:
+        return False
+    sizes = np.sqrt(np.nanmean(np.square(known), axis=1))
+    backs = range(1, min(_LOOK_BACK, len(sizes) - 1) + 1)
+    return any(bool(sizes[-back:].min() > _JUMP * float(np.median(sizes[:-back])) > 0) for back in backs)
+
+
+def is_measured(history: History) -> bool:
+    """Whether the size of the inputs is known."""
+    return bool(_sizes(history).size)
+
+
+def _sizes(history: History) -> Floats:
+    """(F,) rms of each column in the newest row that has it; (0,) where none has."""
+    table = history["input_rms"]
+    known = [row for row in table if not np.isnan(row).all()]
+    return known[-1] if known else np.empty(0)
+
+
+def _is_absorbed(history: History) -> bool:
+    """Whether the first layer's output is of the usual size in the first sample."""
+    first = next((i for i, point in enumerate(history.points) if point.is_layer), None)
+    if first is None:
+        return False
+    sizes = history["output_rms"][:, first]
+    known = sizes[~np.isnan(sizes)]
+    return bool(known.size) and bool(known[0] <= _NORMALISED)

@@ -1,0 +1,147 @@
+"""Are there parameters that the optimizer holds and that never get a gradient?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_gradflow.detectors.progress import has_learnt
+from lightning_gradflow.detectors.underflow import recent_underflow
+from lightning_gradflow.findings import Finding, FindingKind, Severity
+from lightning_gradflow.history import Floats, History
+
+_MIN_SAMPLES = 2
+_MIN_ZEROS = 3  # samples: what starts at zero, as a branch with a zero scale, lets gradients through from the second on
+_FLAT = 0.9  # share of dead units, or saturated outputs, from which an activation makes the zeros
+_PATIENCE = 50  # steps: a gradient may be exactly zero as long as a layer behind it is
+
+
+@dataclass(frozen=True)
+class NoGradient:
+    """Finds layers that an optimizer holds and that got no gradient in any sample so far.
+
+    Detached, a warning: the layer ran as part of the autograd graph, nothing came back to it, and the first layer that
+    the gradient does reach takes its input from the layers before it without their graph: `.detach()`, `.data`,
+    `argmax`, a round trip through numpy. So is a trunk that gets exact zeros in each of three samples, while the layers
+    behind it are trained: rounding and signs have no slope. Dead units, saturation and gradients below the smallest
+    number of their format make such zeros too, and are left to their own detectors. Features are extracted under
+    `no_grad` on purpose; such a trunk is detached only if 50 steps have passed and nothing was learnt.
+
+    Unused, an info: everything else. Heads that the loss does not use, layers that never ran, teachers, branches beside
+    the one that learns. So are layers whose gradient was exactly zero in every sample of 50 steps, while most others
+    had one. It is a warning where most of the layers are left out, and nothing was learnt in 50 steps.
+
+    It takes two samples. A layer that had a gradient once is never found: optimizers may take turns.
+
+    References:
+        Paszke et al. 2017, Automatic differentiation in PyTorch.
+
+    Example:
+        >>> from lightning_gradflow.history import Point, Row
+        >>> history = History()
+        >>> history.layer_axis.merge(["trunk", "head"])
+        >>> history.add_points([Point("trunk", "trunk"), Point("head", "head")])
+        >>> cut = {
+        ...     "grad_missing_fraction": np.array([1.0, 0.0]),
+        ...     "in_graph": np.array([1.0, 1.0]),
+        ...     "input_detached": np.array([0.0, 1.0]),
+        ...     "delta_norm": np.array([np.nan, 0.3]),
+        ... }
+        >>> for step in range(2):
+        ...     history.append(Row(step, cut))
+        >>> [(f.severity.value, f.cause, f.layers) for f in NoGradient().judge(history)]
+        [('warning', 'detached', ('trunk',))]
+    """
+
+    def judge(self, history: History) -> list[Finding]:
+        """The finding of the newest row, if there is one: the detached layers, else the unused ones."""
+        missing = history["grad_missing_fraction"]
+        if not missing.size:
+            return []
+        held = ~np.isnan(missing)
+        never = (held.sum(axis=0) >= _MIN_SAMPLES) & ((missing == 1) | ~held).all(axis=0)
+        names = np.array(history.layers)
+        cut = np.isin(names, _before_the_cut(history))
+        flat = _held_zeros(history) & np.isin(names, _before_what_is_reached(history))
+        detached, unused = names[(never & cut) | flat], names[never | _always_zero(history)]
+        if detached.size:
+            return [_finding(history, Severity.WARNING, "detached", detached)]
+        # a network of which the larger part takes no part in the loss, and which does not learn, was not meant so
+        most = 2 * never.sum() > held.any(axis=0).sum() and _in_vain(history)
+        severity = Severity.WARNING if most else Severity.INFO
+        return [_finding(history, severity, "unused", unused)] if unused.size else []
+
+
+def _before_the_cut(history: History) -> list[str]:
+    """The layers that were in the graph, and behind which the first layer that is reached starts a new one."""
+    reached = history["delta_norm"]
+    if not reached.size:
+        return []
+    is_layer = np.array([point.is_layer for point in history.points], dtype=bool)
+    ever = (~np.isnan(reached)).any(axis=0) & is_layer
+    cut, in_graph = _newest(history["input_detached"]), _newest(history["in_graph"])
+    if not ever.any():
+        return []
+    first = int(np.argmax(ever))
+    counts = ((in_graph == 1) & (cut[first] == 1)) | ((in_graph == 0) & _in_vain(history))
+    return [point.module for i, point in enumerate(history.points[:first]) if is_layer[i] and counts[i]]
+
+
+def _in_vain(history: History) -> bool:
+    """Whether there was time to learn, and nothing was learnt."""
+    return history.rows[-1].step >= _PATIENCE and not has_learnt(history)
+
+
+def _before_what_is_reached(history: History) -> list[str]:
+    """The layers of a trunk that got exact zeros in each sample, while the layers behind it were trained."""
+    deltas = history["delta_norm"]
+    deltas = deltas[~np.isnan(deltas).all(axis=1)]
+    if len(deltas) < _MIN_ZEROS or not np.isfinite(history.scalar("delta_floor")[-1]):
+        return []
+    alive = np.nan_to_num(deltas) > 0
+    first = int(np.argmax(alive.any(axis=0)))
+    moved = np.nan_to_num(history["update_norm"]).max(axis=1, initial=0.0) > 0
+    if not alive[:, first].all() or moved[:-1].sum() < _MIN_ZEROS - 1 or recent_underflow(history) is not None:
+        return []
+    flat = np.fmax(history["dead_fraction"][-1], history["saturated_fraction"][-1])[: first + 1]
+    if (np.nan_to_num(flat) >= _FLAT).any():
+        return []
+    return [point.module for point in history.points[:first] if point.is_layer]
+
+
+def _held_zeros(history: History) -> npt.NDArray[np.bool_]:
+    """(L,) layers with a gradient in each sample that was never anything but zero."""
+    norms = history["grad_norm"]
+    zero = norms == 0
+    return np.asarray((zero.sum(axis=0) >= _MIN_ZEROS) & (zero | np.isnan(norms)).all(axis=0))
+
+
+def _newest(table: Floats) -> Floats:
+    """(R, P) -> (P,) the last value that was measured."""
+    newest = np.full(table.shape[1], np.nan)
+    for row in table:
+        newest = np.where(np.isnan(row), newest, row)
+    return newest
+
+
+def _always_zero(history: History) -> npt.NDArray[np.bool_]:
+    norms = history["grad_norm"]
+    known = ~np.isnan(norms)
+    zero = known.any(axis=0) & ((norms == 0) | ~known).all(axis=0)
+    # where most have none something else is wrong, and other detectors tell
+    is_old = history.rows[-1].step - history.rows[0].step >= _PATIENCE
+    is_odd = bool(2 * zero.sum() < known.any(axis=0).sum())
+    return np.asarray(zero & (is_old and is_odd))
+
+
+def _finding(history: History, severity: Severity, cause: str, layers: npt.NDArray[np.str_]) -> Finding:
+    return Finding(
+        kind=FindingKind.NO_GRADIENT,
+        severity=severity,
+        step=history.rows[-1].step,
+        layers=tuple(layers.tolist()),
+        cause=cause,
+        evidence={"layers": float(layers.size)},
+    )

@@ -1,0 +1,177 @@
+"""How far the weights can stretch a signal: largest singular values, and for recurrences the spectral radius."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradflow.history import Floats
+from lightning_gradflow.metrics import measured
+from lightning_gradflow.probes.layers import LayerMap
+from lightning_gradflow.probes.shards import is_sharded
+from lightning_gradflow.probes.transfer import Transfer, wide_dtype
+
+_KEY = "spectra"
+_PRODUCTS = 2
+_SHARE = 0.25  # of the newest sample in the mean growth
+_TINY = 1e-30  # a weight of zeros has no logarithm
+_FIRST_PRODUCTS = 16  # to get near the leading direction; later samples start from where the last one ended
+_CANDIDATE = {nn.LSTM: 2, nn.LSTMCell: 2, nn.GRU: 2, nn.GRUCell: 2}  # the block of W_hh that makes the new content
+
+
+class SpectralProbe:
+    r"""Largest singular value of each layer's largest weight matrix, and the spectral radius of recurrent weights.
+
+    The signal that comes back through a weight grows by no more than its largest singular value :math:`\|W\|`. For a
+    recurrence :math:`\|W_{hh}\| < 1 / \max \phi'` (1 for tanh, 4 for sigmoid) is sufficient for a gradient that
+    vanishes through time, and a spectral radius above that is necessary for one that explodes.
+
+    Two products with the matrix a sample, warm-started from the sample before: :math:`W^T W v` for the singular value,
+    which comes from below; for the radius the mean growth per product over the last samples, since under a complex pair
+    the growth swings from product to product. Nothing is drawn: the first vector is a fixed one.
+
+    Of a recurrence the matrices are all its W_hh, and the largest number counts; of LSTM and GRU the radius is that of
+    the block that makes the new content. Embeddings and biases are left out, and all weights of a model that is sharded
+    over ranks.
+
+    Args:
+        layers: whose weights are read.
+        transfer: what carries the numbers to the host.
+
+    References:
+        Pascanu et al. 2013, On the difficulty of training recurrent neural networks; Yoshida and Miyato 2017.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> net.weight.data = torch.diag(torch.tensor([3.0, 1.0]))
+        >>> transfer = Transfer()
+        >>> probe = SpectralProbe(LayerMap(net), transfer)
+        >>> probe.measure()
+        >>> round(probe.collect(transfer.fetch())["(root)"]["spectral_norm"], 6)
+        3.0
+    """
+
+    def __init__(self, layers: LayerMap, transfer: Transfer) -> None:
+        self._layers = layers
+        self._transfer = transfer
+        self._vectors: dict[str, Tensor] = {}
+        self._measured: list[tuple[str, str]] = []  # layer, metric
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Reads the weights as they are now, and hands the numbers to the transfer."""
+        self._measured = []
+        names = self._layers.names
+        # beside sharded parameters nobody sees to it that the others are the same on all ranks
+        alike = self._transfer.is_alone or not any(
+            is_sharded(p) for name in names for p in self._layers.module(name).parameters(recurse=False)
+        )
+        if not alike:
+            return
+        by_device: dict[torch.device, list[Tensor]] = {}
+        measured: dict[torch.device, list[tuple[str, str]]] = {}
+        for layer in names:
+            for metric, value in self._of_layer(layer, self._layers.module(layer)):
+                by_device.setdefault(value.device, []).append(value.to(wide_dtype(value.device)))
+                measured.setdefault(value.device, []).append((layer, metric))
+        self._measured = [entry for entries in measured.values() for entry in entries]
+        for i, values in enumerate(by_device.values()):
+            self._transfer.put((_KEY, i), torch.stack(values))
+
+    def collect(self, host: Mapping[Hashable, Floats]) -> dict[str, dict[str, float]]:
+        """Layer -> metric -> value, out of what was fetched."""
+        numbers = [x for name, row in host.items() if isinstance(name, tuple) and name[0] == _KEY for x in row]
+        found: dict[str, dict[str, float]] = {}
+        for (layer, metric), x in zip(self._measured, numbers, strict=True):
+            if metric == "hh_to_ih":
+                if math.isfinite(x):  # 0 / 0 where the gradients are gone by now
+                    found.setdefault(layer, {})[metric] = float(x)
+                continue
+            values = found.setdefault(layer, {})
+            values[metric] = max(values.get(metric, 0.0), measured(float(x)))
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The vectors that the next sample starts from."""
+        return {name: vector.clone() for name, vector in self._vectors.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` gave."""
+        self._vectors = {name: torch.as_tensor(vector).clone() for name, vector in state.items()}
+
+    def _of_layer(self, layer: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        weights = {key: p for key, p in module.named_parameters(recurse=False) if _is_matrix(p)}
+        if not weights or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            return
+        if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            key = max(weights, key=lambda key: weights[key].numel())
+            yield "spectral_norm", self._norm(f"{layer}:{key}", weights[key].detach().flatten(1))
+            return
+        recurrent = {key: p for key, p in weights.items() if key.startswith("weight_hh")}
+        block = next((number for kind, number in _CANDIDATE.items() if isinstance(module, kind)), 0)
+        for key, parameter in recurrent.items():
+            weight = parameter.detach()
+            yield "spectral_norm", self._norm(f"{layer}:{key}", weight)
+            size = module.hidden_size
+            square = weight[block * size : (block + 1) * size]
+            if square.shape[0] == square.shape[1]:  # not where the state is projected
+                yield "recurrent_radius", self._radius(f"{layer}:{key}:radius", square)
+        inputs = [p.grad for key, p in weights.items() if key.startswith("weight_ih") and p.grad is not None]
+        states = [p.grad for p in recurrent.values() if p.grad is not None]
+        if inputs and states:
+            wide = wide_dtype(inputs[0].device)
+            above, below = (torch.stack(torch._foreach_norm(g, 2, dtype=wide)).norm() for g in (states, inputs))
+            yield "hh_to_ih", above / below
+
+    def _norm(self, name: str, weight: Tensor) -> Tensor:
+        v, products = self._start(name, weight)
+        norm = v.new_zeros(())
+        for _ in range(products // 2):
+            u = weight @ v.to(weight.dtype)
+            norm = u.to(v.dtype).norm()
+            back = (weight.T @ u).to(v.dtype)
+            # a weight of zeros leaves the vector as it is; one that is not finite must not spoil it for good
+            v = _direction(back, v)
+        self._vectors[name] = v
+        return norm
+
+    def _radius(self, name: str, weight: Tensor) -> Tensor:
+        v, products = self._start(name, weight)
+        growth = []
+        for _ in range(products):
+            image = (weight @ v.to(weight.dtype)).to(v.dtype)
+            growth.append(image.norm())
+            v = _direction(image, v)
+        logs = torch.stack(growth[len(growth) // 2 :] if products > _PRODUCTS else growth).clamp(min=_TINY).log()
+        before = self._vectors.get(f"{name}:growth")
+        mean = logs.mean() if before is None else before.to(logs) + _SHARE * (logs.mean() - before.to(logs))
+        self._vectors[name] = v
+        if before is None:
+            self._vectors[f"{name}:growth"] = mean
+        else:  # what is not finite must not stay
+            self._vectors[f"{name}:growth"] = torch.where(torch.isfinite(mean), mean, before.to(logs))
+        return mean.exp()
+
+    def _start(self, name: str, weight: Tensor) -> tuple[Tensor, int]:
+        known = self._vectors.get(name)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if known is not None and len(known) == weight.shape[1]:
+            return known.to(weight.device, dtype), _PRODUCTS
+        # no symmetry of a weight that people write down leaves it out: no two entries are equal
+        start = torch.cos(torch.arange(1, weight.shape[1] + 1, device=weight.device, dtype=dtype))
+        return start / start.norm(), _FIRST_PRODUCTS
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    if isinstance(parameter, nn.UninitializedParameter) or is_sharded(parameter):
+        return False
+    return parameter.ndim >= 2 and parameter.numel() > 0 and parameter.is_floating_point() and not parameter.is_meta
+
+
+def _direction(vector: Tensor, otherwise: Tensor) -> Tensor:
+    norm = vector.norm()
+    return torch.where(torch.isfinite(norm) & (norm > 0), vector / norm, otherwise)

@@ -1,0 +1,241 @@
+"""The root mean square of each feature of the input, against analytic values and numpy."""
+
+import math
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gradflow import GradFlow
+from lightning_gradflow.probes.inputs import MAX_FEATURES, InputScale
+from lightning_gradflow.probes.layers import LayerMap
+from lightning_gradflow.probes.signals import SignalProbe
+from lightning_gradflow.probes.transfer import Transfer
+
+
+def _sample(model, *losses):
+    """(F,) the input of a step of these losses; a loss of None is a batch that is left out."""
+    transfer = Transfer()
+    probe = SignalProbe(LayerMap(model), transfer)
+    for loss in losses:
+        probe.start_batch()
+        value = loss()
+        if value is None:
+            probe.forget_batch()
+            continue
+        probe.before_backward()
+        value.backward()
+        probe.after_backward()
+    probe.finish()
+    return probe.collect(transfer.fetch()).input_rms
+
+
+def _of(model, *inputs):
+    return _sample(model, *(lambda x=x: model(x).sum() for x in inputs))
+
+
+def _scale(module, *arguments):
+    scale, transfer = InputScale(), Transfer()
+    scale.take(module, arguments)
+    scale.pack(transfer)
+    return scale.unpack(transfer.fetch())
+
+
+def test_each_feature_has_its_own_root_mean_square():
+    x = torch.tensor([[3.0, 1000.0, 0.0], [4.0, -1000.0, 0.0]])
+    np.testing.assert_allclose(_of(nn.Linear(3, 2), x), [math.sqrt(12.5), 1000.0, 0.0])
+
+
+def test_features_are_the_last_dimension_of_a_sequence():
+    torch.manual_seed(0)
+    x = torch.randn(4, 7, 5) * torch.tensor([1.0, 10.0, 0.1, 1e3, 1e-3])
+    expected = np.sqrt((x.double().numpy() ** 2).mean((0, 1)))
+    np.testing.assert_allclose(_scale(nn.GRU(5, 2, batch_first=True), x, None), expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Conv1d(3, 2, 3), (5, 3, 9)),
+        (nn.Conv2d(3, 2, 3), (5, 3, 9, 8)),
+        (nn.Conv3d(3, 2, 3), (5, 3, 6, 7, 8)),
+        (nn.ConvTranspose2d(3, 2, 3), (5, 3, 9, 8)),
+        (nn.BatchNorm1d(3), (5, 3)),
+        (nn.BatchNorm2d(3), (5, 3, 9, 8)),
+        (nn.GroupNorm(1, 3), (5, 3, 9, 8)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_features_of_pictures_are_the_channels(module, shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    expected = np.sqrt((np.moveaxis(x.double().numpy(), 1, 0).reshape(3, -1) ** 2).mean(1))
+    np.testing.assert_allclose(_scale(module, x), expected)
+
+
+def test_a_picture_without_a_batch_has_its_channels_in_front():
+    x = torch.ones(2, 9, 9) * torch.tensor([1.0, 5.0])[:, None, None]
+    np.testing.assert_allclose(_scale(nn.Conv2d(2, 1, 3), x), [1.0, 5.0])
+
+
+def test_packed_sequences_count_what_is_no_padding():
+    sequence = nn.utils.rnn.pack_sequence([torch.full((3, 1), 2.0), torch.full((1, 1), 6.0)])
+    assert _scale(nn.LSTM(1, 2), sequence) == pytest.approx([math.sqrt(12)])
+
+
+def test_only_the_first_layer_of_a_batch_counts():
+    model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 3))
+    assert _of(model, torch.ones(3, 2)) == pytest.approx([1.0, 1.0])
+
+
+def test_a_layer_that_holds_the_first_layer_does_not_take_its_place():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(()))
+            self.patches = nn.Conv2d(2, 1, 3)
+
+        def forward(self, x):
+            return self.patches(x) + self.token
+
+    model = nn.Sequential(Net())
+    assert _of(model, torch.ones(1, 2, 5, 6)) == pytest.approx([1.0, 1.0])
+
+
+def test_batches_of_a_step_are_taken_together():
+    assert _of(nn.Linear(1, 1), torch.full((2, 1), 3.0), torch.full((6, 1), 5.0)) == pytest.approx([math.sqrt(21)])
+
+
+def test_a_batch_that_is_forgotten_has_no_part():
+    model = nn.Linear(1, 1)
+
+    def loss(size, is_kept):
+        total = model(torch.full((2, 1), size)).sum()
+        return total if is_kept else None
+
+    assert _sample(model, lambda: loss(1e9, False), lambda: loss(3.0, True), lambda: loss(1e9, False)) == pytest.approx(
+        [3.0]
+    )
+
+
+def test_another_forward_pass_of_the_same_batch_is_not_counted():
+    model, transfer = nn.Linear(1, 1), Transfer()
+    probe = SignalProbe(LayerMap(model), transfer)
+    probe.start_batch()
+    for size in (3.0, 100.0):
+        loss = model(torch.full((2, 1), size)).sum()
+        probe.before_backward()
+        loss.backward()
+        probe.after_backward()
+        probe.next_forward()
+    probe.finish()
+    assert probe.collect(transfer.fetch()).input_rms == pytest.approx([3.0])
+
+
+def test_the_next_step_starts_anew():
+    model, transfer = nn.Linear(1, 1), Transfer()
+    probe = SignalProbe(LayerMap(model), transfer)
+    for size in (3.0, 100.0):
+        probe.start_batch()
+        loss = model(torch.full((2, 1), size)).sum()
+        probe.before_backward()
+        loss.backward()
+        probe.finish()
+        assert probe.collect(transfer.fetch()).input_rms == pytest.approx([size])
+
+
+def test_inputs_of_two_widths_share_their_first_columns():
+    class Any(nn.Linear):
+        def forward(self, x):
+            return super().forward(x[:, :1])
+
+    narrow, wide = torch.full((2, 2), 3.0), torch.full((2, 3), 5.0)
+    expected = [math.sqrt(17), math.sqrt(17), 5.0]
+    for inputs in ((narrow, wide), (wide, narrow)):
+        np.testing.assert_allclose(_of(Any(1, 1), *inputs), expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_feature_that_is_not_finite_was_measured_and_leaves_the_others(bad):
+    assert _scale(nn.Linear(2, 1), torch.tensor([[bad, 2.0], [1.0, 2.0]])) == pytest.approx([math.inf, 2.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_are_measured(dtype):
+    assert _scale(nn.Linear(1, 1), torch.full((9, 1), 4096.0, dtype=dtype)) == pytest.approx([4096.0])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (torch.ones(3, 2, dtype=torch.long),),
+        (torch.ones(2),),
+        (torch.ones(0, 2),),
+        (torch.ones(3, MAX_FEATURES + 1),),
+        (torch.ones(3, 2, dtype=torch.cfloat),),
+        (),
+    ],
+    ids=["whole numbers", "a vector", "empty", "wide", "complex", "none"],
+)
+def test_what_has_no_features_is_not_measured(arguments):
+    assert _scale(nn.Linear(2, 1), *arguments).size == 0
+
+
+def test_the_widest_input_is_measured():
+    assert _scale(nn.Linear(2, 1), torch.ones(3, MAX_FEATURES)) == pytest.approx([1.0] * MAX_FEATURES)
+
+
+def test_behind_a_layer_that_takes_whole_numbers_nothing_is_measured():
+    model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 1))
+    assert _of(model, torch.ones(3, 4, dtype=torch.long)).size == 0
+
+
+def test_a_checkpointed_input_is_counted_once():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    x = torch.full((3, 2), 2.0, requires_grad=True)
+    assert _sample(model, lambda: checkpoint(model, x, use_reentrant=True).sum()) == pytest.approx([2.0, 2.0])
+
+
+def test_a_step_without_a_forward_pass_has_no_input():
+    assert _sample(nn.Linear(1, 1)).size == 0
+
+
+# -- in a training
+
+
+class _Net(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def training_step(self, batch, _):
+        x, y = batch
+        return (self.net(x) - y).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def test_the_history_holds_the_input_of_each_sampled_step(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(16, 3) * torch.tensor([1.0, 100.0, 1e-3])
+    flow = GradFlow(every_n_steps=1, report=False, console=False)
+    trainer = L.Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        callbacks=[flow],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(_Net(), DataLoader(TensorDataset(x, torch.zeros(16, 1)), batch_size=4))
+    expected = np.sqrt((x.double().numpy().reshape(2, 8, 3) ** 2).mean(1))
+    np.testing.assert_allclose(flow.history["input_rms"], expected)
+    assert flow.history.names("input_rms") == ("0", "1", "2")
