@@ -18,6 +18,9 @@ from lightning_gradflow.history import Floats, History
 Bools = npt.NDArray[np.bool_]
 
 _BLOCKS = 32
+_FIRST = 3  # losses: the next ones may have learnt already
+_TRIFLE = 1e-4  # of the loss: batches differ by more, unless most of it is a constant
+_CLEAR = 5.0  # times the noise of a batch
 _SHIFTED = 0.01  # of the starting loss
 _GROWTH = 1.5  # from one length of a stretch to the next
 _SURE = 2.5  # z score of "no faster than this", twice running: healthy runs are judged at hundreds of samples
@@ -241,6 +244,8 @@ def _at_full_rate(history: History, steps: Floats) -> Bools:
 
 def _severity(history: History, cause: str, was_shifted: bool) -> Severity:
     """An alarm where a sign explains it, or next to nothing was learnt."""
+    if cause in ("unknown", "no_signal_in_data") and _has_large_constant(history):
+        return Severity.INFO
     if cause == "no_signal_in_data" and is_unpaired(history):
         return Severity.WARNING
     if cause == "unknown" and line_of(history).get("gradient_agreement", 0.0) >= AGREE:
@@ -248,3 +253,16 @@ def _severity(history: History, cause: str, was_shifted: bool) -> Severity:
     if cause in ("unknown", "no_signal_in_data") and was_shifted:
         return Severity.INFO  # data with little to learn look the same as data with nothing to learn
     return Severity.WARNING
+
+
+def _has_large_constant(history: History) -> bool:
+    """Whether the loss is a constant with little on top of it, of which a part was clearly learnt all the same.
+
+    Beside 100,000 a fall by 2 is nothing, and so is the noise of the batches: then it is not the scale to measure by.
+    """
+    losses = history.losses[np.isfinite(history.losses)]
+    if len(losses) < _BLOCKS:
+        return False
+    start, now = float(np.median(losses[:_FIRST])), float(np.median(losses[-_BLOCKS:]))
+    noise = float(np.median(np.abs(np.diff(losses))))
+    return noise < _TRIFLE * abs(now) and _CLEAR * noise < start - now < 10 * _TRIFLE * abs(now)

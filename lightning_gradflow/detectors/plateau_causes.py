@@ -9,8 +9,10 @@ import numpy as np
 from lightning_gradflow.detectors.dead_units import mostly_dead
 from lightning_gradflow.detectors.profile import depth_profile
 from lightning_gradflow.detectors.progress import is_blind
+from lightning_gradflow.detectors.recurrence import RecurrentGradient
 from lightning_gradflow.detectors.saturation import SaturatedActivation
 from lightning_gradflow.detectors.vanishing import is_vanishing
+from lightning_gradflow.findings import FindingKind
 from lightning_gradflow.history import History
 
 _BLOWN_UP = 1.5  # times the first loss: what random weights cost, no step that is right makes worse by half
@@ -51,7 +53,15 @@ def cause_of(history: History) -> str:
         return "learning_rate_too_small"
     if is_blind(history):
         return _cause_of_blindness(history)
-    return _cause_by_line(history)
+    cause = _cause_by_line(history)
+    # a default LSTM or GRU begins so and heals: asked only once nothing else is left
+    if cause == "unknown" and line_of(history) and _dies_through_time(history):
+        return "vanishing_gradient"
+    return cause
+
+
+def _dies_through_time(history: History) -> bool:
+    return any(finding.kind is FindingKind.VANISHING_GRADIENT for finding in RecurrentGradient().judge(history))
 
 
 def _has_blown_up(history: History) -> bool:

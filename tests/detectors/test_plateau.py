@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_gradflow.detectors.plateau import LossPlateau
-from lightning_gradflow.history import History, Row
+from lightning_gradflow.history import History, Point, Row
 from tests.detectors.runs import alarms, measured, rows_of, stack
 
 PRIOR = math.log(10)
@@ -375,3 +375,34 @@ def test_a_run_that_hardly_falls_and_keeps_half_of_its_loss_is_suspicious(losses
     for row in rows_of(scale * losses):
         history.append(row)
     assert LossPlateau().suspects(history) == is_suspicious
+
+
+@pytest.mark.parametrize(
+    ("constant", "learnt", "expected"),
+    [
+        (1e5, 2.0, {"info"}),  # of the loss 0.002 %, and twenty times its noise
+        (1e5, 0.1, {"warning"}),  # no more than noise
+    ],
+)
+def test_beside_a_large_constant_what_was_learnt_counts_by_the_noise(constant, learnt, expected):
+    rng = np.random.default_rng(0)
+    losses = constant + 2.3 - learnt * (1 - np.exp(-np.arange(600) / 20)) + 0.1 * rng.standard_normal(600)
+    assert severities(losses) == expected
+
+
+@pytest.mark.parametrize(
+    ("numbers", "decay", "cause"),
+    [
+        ({"gradient_agreement": 3.1}, 0.5, "vanishing_gradient"),
+        ({"gradient_agreement": 3.1}, 1.0, "unknown"),
+        ({}, 0.5, "no_signal_in_data"),
+        (None, 0.5, "unknown"),  # the loss line is asked first
+    ],
+)
+def test_a_memory_that_is_too_short_is_the_cause_where_nothing_else_is_left(numbers, decay, cause):
+    history = History()
+    history.add_points([Point("rnn", "rnn")])
+    scalars = {} if numbers is None else {**LINE, **numbers}
+    calls = {"rnn": decay ** np.arange(20.0)[::-1]}
+    history.append(Row(399, scalars=scalars, losses=flat(400), calls=calls))
+    assert [found.cause for found in LossPlateau().judge(history)] == [cause]
