@@ -304,7 +304,7 @@ class History:
         self.point_axis = Axis(list(self._points))
         self.point_axis.reorder(list(state["point_order"]))
         self.feature_axis = Axis()
-        self.add_features(state["features"])
+        self.add_features(state.get("features", 0))
         self._losses = [list(entry) for entry in state["losses"]]
         self._rows = [
             Row(

@@ -44,7 +44,7 @@ SEEN: dict[FindingKind, Text] = {
     FindingKind.NO_GRADIENT: ("No gradient ever reaches {layers}, although the optimizer holds their parameters",),
     FindingKind.UPDATE_RATIO: (
         "The updates are out of proportion to the weights in {layers}",
-        "one step changes them by {update_ratio} of their norm",
+        "one step changes them by {update_ratio} times their norm",
         "all {planned_steps} planned steps together by {reach} at most",
         "clipping leaves {clip_factor} of the gradient",
         "the loss is {growth} times what it was",
@@ -100,6 +100,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     ),
     (FindingKind.NONFINITE_GRADIENT, "forward"): (
         "It began in the forward pass: {first} is the first layer whose output is not finite",
+        "weights that are not finite by now: in {spoilt_layers} layers, so a step between two samples may have made it",
     ),
     (FindingKind.NONFINITE_GRADIENT, "loss"): (
         "It began behind the last layer: the outputs of all layers are finite and the loss is not",
@@ -151,8 +152,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.LOSS_PLATEAU, "dead_units"): ("Dead units block the signal",),
     (FindingKind.LOSS_PLATEAU, "saturation"): ("Saturated activations block the signal",),
     (FindingKind.LOSS_PLATEAU, "no_signal_in_data"): (
-        "The targets do not seem to follow from the inputs: a step helps on the batch it was made for and on no other",
-        "with targets dealt to other samples the loss is {line_shuffled} higher",
+        "The targets do not seem to follow from the inputs: what little was learnt is these samples by heart",
         "the cosine between the gradients of two halves of the data is {gradient_cosine}",
     ),
     (FindingKind.NO_GRADIENT, "detached"): (
@@ -160,14 +160,14 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     ),
     (FindingKind.NO_GRADIENT, "unused"): ("They take no part in the loss",),
     (FindingKind.UPDATE_RATIO, "learning_rate_too_small"): (
-        "At that pace they hardly move: the learning rate is too small; about 0.001 is usual",
+        "At that pace they hardly move: the learning rate is too small (0.001 is a usual ratio)",
     ),
     (FindingKind.UPDATE_RATIO, "unscaled_inputs"): (
         "The inputs are so large that each step overwrites the weights, and the loss is the worse for it",
         _FEATURES,
     ),
     (FindingKind.UPDATE_RATIO, "learning_rate_too_large"): (
-        "They are overwritten, and the loss is the worse for it: the learning rate is too large; about 0.001 is usual",
+        "They are overwritten, to the harm of the loss: the learning rate is too large (0.001 is a usual ratio)",
     ),
 }
 """Why, for each kind and cause."""
@@ -179,7 +179,7 @@ _PERCENT = frozenset(
     {"dead_fraction", "lost_share", "saturated_fraction", "progress", "line_gain_far", "line_shuffled"}
 )
 _COUNT = frozenset(
-    {"points", "layers", "underflowed_points", "nonfinite_layers", "activations", "features"}
+    {"points", "layers", "underflowed_points", "nonfinite_layers", "spoilt_layers", "activations", "features"}
     | {"planned_steps", "steps", "time_steps"}
 )
 _MOST_NAMES = 3
@@ -264,7 +264,7 @@ def _fields(finding: Finding) -> dict[str, str]:
         evidence["times"] = 2.0 ** max(min(bits, 1000.0), -1000.0)
     fields = {"layers": names(finding.layers), "first": finding.layers[0] if finding.layers else "the model"}
     for key, value in evidence.items():
-        if math.isnan(value) and key != "loss":
+        if (math.isnan(value) and key != "loss") or (key == "nonfinite_layers" and value == 0):
             continue  # a NaN loss is news, any other NaN was not measured
         if key in _PERCENT:
             fields[key] = (f"{value:.1%}" if abs(value) < 0.1 else f"{value:.0%}").replace("-0.0%", "0.0%")

@@ -79,8 +79,10 @@ class Sampler:
         self._history.layer_axis.merge(self._layers.names)
         self._signals = SignalProbe(self._layers, self._transfer, self._measures_activations, self._window)
         if before is not None:
-            self._signals.load_state_dict(before)
+            self._signals.load_state_dict(before["signals"])
         self._spectra = SpectralProbe(self._layers, self._transfer)
+        if before is not None:
+            self._spectra.load_state_dict(before["spectra"])
         self._gradients = GradientProbe(self._layers, self._transfer)
 
     @property
@@ -131,7 +133,7 @@ class Sampler:
         if self._start(step):
             self._signals.drop()
             if not self._layers.covers(self._model):  # layers were added or replaced in the run
-                self._look_at_model(self._signals.state_dict())
+                self._look_at_model({"signals": self._signals.state_dict(), "spectra": self._spectra.state_dict()})
             self._gradients = GradientProbe(self._layers, self._transfer)
         self._signals.start_batch()
 

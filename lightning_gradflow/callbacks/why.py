@@ -6,10 +6,12 @@ import copy
 import inspect
 import math
 import os
-import warnings
+import sys
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,13 +42,16 @@ _DEVICES = ("cpu", "cuda")  # whose random state can be put back
 _TARGETS = ("label", "target")  # in the name of an entry of a batch, or all of it
 _MOST_SAMPLES = 2048  # of more batches than are needed, to save time
 _MOST_BYTES = 1 << 28  # of the same, to save memory
+_TOO_MANY_BYTES = 1 << 30  # of the batches without which it would be less sure
+_FEWEST = 4  # batches: with fewer nothing is measured
+_MOST_SECONDS = 60.0  # that the run waits for an answer
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Why:
     """Keeps batches once a plateau without a known cause is suspected, and measures with them what could be the cause.
 
-    It is not asked under manual optimization, with several optimizers, or where parameters are sharded.
+    It is not asked under manual optimization, with several optimizers, or with several ranks.
 
     Args:
         history: tells when it was measured last.
@@ -110,6 +115,8 @@ class Why:
             self._kept.append((batch, batch_idx))
             while len(self._kept) > BATCHES and not _is_small(self._kept):
                 self._kept.popleft()
+            while len(self._kept) > 1 and _bytes(self._kept) > _TOO_MANY_BYTES:
+                self._kept.popleft()
         else:
             self._kept.clear()
 
@@ -127,7 +134,12 @@ class Why:
 
 
 def is_able(trainer: Trainer, module: LightningModule) -> bool:
-    """Whether the training is of a kind that can be tried out on a copy."""
+    """Whether the training is of a kind that can be tried out on a copy.
+
+    Not with several ranks: a training step may meet the others, and no two ranks would make as many calls of it.
+    """
+    if trainer.world_size > 1:
+        return False
     if not module.automatic_optimization or len(trainer.optimizers) != 1 or module.device.type not in _DEVICES:
         return False
     takes_batches = "dataloader_iter" not in inspect.signature(module.training_step).parameters
@@ -135,6 +147,8 @@ def is_able(trainer: Trainer, module: LightningModule) -> bool:
 
 
 def _measure(trainer: Trainer, module: LightningModule, batches: list[tuple[Any, int]]) -> dict[str, float]:
+    if len(batches) < _FEWEST:
+        return {}
     _check_memory(module)
     error: Exception | None = None
     found: dict[str, float] = {}
@@ -142,9 +156,7 @@ def _measure(trainer: Trainer, module: LightningModule, batches: list[tuple[Any,
         # it restores the random state only where no error comes through
         stack.enter_context(isolate_rng(include_cuda=module.device.type == "cuda"))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # what user code warns of it has warned of in the run itself
-        if hasattr(torch.compiler, "set_stance"):
+        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled, and the import takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             found = _measure_copy(trainer, module, batches)
@@ -160,13 +172,10 @@ def _measure_copy(trainer: Trainer, module: LightningModule, batches: list[tuple
     _silence(twin, trainer)
     loss_scale = trainer_facts.loss_scale(trainer, module.device)
     scale = 1.0 if loss_scale is None else float(loss_scale)
-    losses = [_loss_of(trainer, twin, batch, at) for batch, at in batches[-BATCHES:]]
+    loss_of = partial(_loss_of, trainer, twin, time.monotonic() + _MOST_SECONDS)
+    losses = [loss_of(batch, at) for batch, at in batches[-BATCHES:]]
     dealt = [(batch, _dealt(batch), at) for batch, at in _of_one_epoch(batches)]
-    pairs = [
-        (_loss_of(trainer, twin, batch, at), _loss_of(trainer, twin, other, at))
-        for batch, other, at in dealt
-        if other is not None
-    ]
+    pairs = [(loss_of(batch, at), loss_of(other, at)) for batch, other, at in dealt if other is not None]
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     paired = pairing(pairs, parameters, scale)
     return paired | loss_line(
@@ -184,10 +193,14 @@ def _results_of(module: nn.Module) -> dict[int, Any]:
     return {id(x): x.detach().clone() for x in kept if isinstance(x, Tensor) and not x.is_leaf}
 
 
-def _loss_of(trainer: Trainer, twin: LightningModule, batch: Any, batch_idx: int) -> Callable[[], Tensor]:
+def _loss_of(
+    trainer: Trainer, twin: LightningModule, deadline: float, batch: Any, batch_idx: int
+) -> Callable[[], Tensor]:
     takes_index = len(inspect.signature(twin.training_step).parameters) > 1
 
     def loss() -> Tensor:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"it took more than {_MOST_SECONDS:.0f} s")
         # torch.manual_seed would seed devices too that the run has not used yet
         torch.default_generator.manual_seed(_SEED)
         if twin.device.type == "cuda":
@@ -203,11 +216,15 @@ def _loss_of(trainer: Trainer, twin: LightningModule, batch: Any, batch_idx: int
     return loss
 
 
-def _is_small(kept: Iterable[tuple[Any, int]]) -> bool:
+def _is_small(kept: Collection[tuple[Any, int]]) -> bool:
     """Whether so many batches cost little time and memory."""
     batches = [[leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)] for batch, _ in kept]
     samples = sum(max((len(t) for t in tensors if t.dim()), default=1) for tensors in batches)
-    return samples <= _MOST_SAMPLES and sum(t.nbytes for tensors in batches for t in tensors) <= _MOST_BYTES
+    return samples <= _MOST_SAMPLES and _bytes(kept) <= _MOST_BYTES
+
+
+def _bytes(kept: Collection[tuple[Any, int]]) -> int:
+    return sum(leaf.nbytes for batch, _ in kept for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
 
 def _of_one_epoch(batches: list[tuple[Any, int]]) -> list[tuple[Any, int]]:

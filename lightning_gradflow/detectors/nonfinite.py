@@ -91,7 +91,8 @@ class NonfiniteGradient:
         was_seen = onset > 0 and history.steps[onset] == history.steps[onset - 1] + 1
         if reason is None and was_seen and spoilt.any():
             reason, layers = "optimizer_step", [history.layers[i] for i in np.flatnonzero(spoilt)]
-        return [_finding(history, reason or where, layers, fractions[-1])]
+        unseen = reason is None and onset > 0 and not was_seen
+        return [_finding(history, reason or where, layers, fractions[-1], spoilt=int(spoilt.sum()) if unseen else 0)]
 
     def _may_pass(self, history: History, was_broken: bool) -> bool:
         """Whether a gradient scaler left the step out and may still find a scale at which the next one passes."""
@@ -147,10 +148,12 @@ def _jumped(history: History, onset: int) -> bool:
     return bool(history.steps[onset] >= _EARLY and rates[onset] > _RISE * np.max(rates[:onset], initial=0.0) > 0)
 
 
-def _finding(history: History, cause: str, layers: Sequence[str], fractions: Floats) -> Finding:
+def _finding(history: History, cause: str, layers: Sequence[str], fractions: Floats, *, spoilt: int = 0) -> Finding:
     row = history.rows[-1]
     evidence = {"nonfinite_layers": float((fractions > 0).sum())}
     evidence["loss"] = float(row.losses[-1]) if row.losses.size else math.nan
+    if spoilt:
+        evidence["spoilt_layers"] = float(spoilt)
     return Finding(
         kind=FindingKind.NONFINITE_GRADIENT,
         severity=Severity.CRITICAL,

@@ -65,7 +65,8 @@ def weight_growth(history: History, point: int, row: int) -> float:
     if layer is None:
         return math.nan
     norms: Floats = history["weight_norm"][:, layer]
-    return float(norms[-1] / norms[row]) if norms[row] > 0 else math.nan
+    is_known = np.isfinite(norms[[row, -1]]).all() and norms[row] > 0
+    return float(norms[-1] / norms[row]) if is_known else math.nan
 
 
 def has_moved(history: History, point: int, row: int) -> bool:

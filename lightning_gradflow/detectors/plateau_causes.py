@@ -54,10 +54,10 @@ def cause_of(history: History) -> str:
     if is_blind(history):
         return _cause_of_blindness(history)
     cause = _cause_by_line(history)
-    # a default LSTM or GRU begins so and heals: asked only once nothing else is left
-    if cause == "unknown" and line_of(history) and _dies_through_time(history):
-        return "vanishing_gradient"
-    return cause
+    # a default LSTM or GRU begins so and heals: asked only once nothing else is left. Who cannot look back can't tell
+    # either whether there is anything to be found there
+    is_left = cause == "no_signal_in_data" or (cause == "unknown" and bool(line_of(history)))
+    return "vanishing_gradient" if is_left and _dies_through_time(history) else cause
 
 
 def _dies_through_time(history: History) -> bool:

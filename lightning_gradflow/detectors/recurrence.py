@@ -154,13 +154,20 @@ class RecurrentGradient:
         """The findings of the newest row: at most one that vanishes and one that explodes."""
         if not history.rows or is_skipped(history.rows[-1]):
             return []
-        known = {
-            point: profiles
-            for point in history.points
-            if (profiles := _profiles(history, point)) and profiles[-1][0] == history.rows[-1].step
+        newest = {
+            point: _profiles(history, point, 2) for point in history.points if point.name in history.rows[-1].calls
         }
-        dying = {p: found for p, found in known.items() if all(one.span <= -self.max_decay for _, one in found[-2:])}
-        growing = {p: found for p, found in known.items() if all(one.span >= self.max_growth for _, one in found[-2:])}
+        newest = {point: found for point, found in newest.items() if found and found[-1][0] == history.rows[-1].step}
+        dying = {
+            point: _profiles(history, point)
+            for point, found in newest.items()
+            if all(one.span <= -self.max_decay for _, one in found)
+        }
+        growing = {
+            point: _profiles(history, point)
+            for point, found in newest.items()
+            if all(one.span >= self.max_growth for _, one in found)
+        }
         findings = []
         if dying:
             severity = self._severity_of_decay(history, dying)
@@ -202,11 +209,18 @@ def _patience(history: History) -> float:
     return _PATIENCE if math.isnan(planned) else min(max(_PATIENCE, _SHARE * planned), _MAX_PATIENCE)
 
 
-def _profiles(history: History, point: Point) -> list[tuple[int, TimeProfile]]:
-    """Step and time profile of each row that has one, oldest first."""
-    rows = [i for i, row in enumerate(history.rows) if point.name in row.calls and not is_skipped(row)]
-    found = ((history.rows[i].step, time_profile(history, point, i)) for i in rows)
-    return [(step, profile) for step, profile in found if profile is not None]
+def _profiles(history: History, point: Point, count: int | None = None) -> list[tuple[int, TimeProfile]]:
+    """Step and time profile of the newest `count` rows that have one, or of all that the longest patience asks for."""
+    found: list[tuple[int, TimeProfile]] = []
+    rows = history.rows
+    for i in range(len(rows) - 1, -1, -1):
+        if len(found) == count or (found and found[-1][0] <= found[0][0] - _MAX_PATIENCE):
+            break
+        if point.name in rows[i].calls and not is_skipped(rows[i]):
+            profile = time_profile(history, point, i)
+            if profile is not None:
+                found.append((rows[i].step, profile))
+    return found[::-1]
 
 
 def _falls(history: History) -> bool:

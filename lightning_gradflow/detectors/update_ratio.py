@@ -182,7 +182,8 @@ def _ratios(history: History) -> Floats:
 
 def _promise(history: History, counts: Bools) -> float:
     """Share of the loss that the largest of some steps (R,) promised to gain, by the gradient it was made with."""
-    gains = np.nan_to_num(history["update_norm"] * history["grad_norm"]).sum(axis=1)
+    with np.errstate(invalid="ignore"):  # infinity times zero
+        gains = np.nan_to_num(history["update_norm"] * history["grad_norm"]).sum(axis=1)
     losses = np.abs(history.scalar("loss"))
     known = counts & np.isfinite(losses) & (losses > 0)
     return float((gains[known] / losses[known]).max(initial=0.0))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# private; seen in torch 2.6 to 2.13
-_is_transformed: Callable[[Tensor], bool] = getattr(
-    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
-)
+from lightning_gradflow.probes.shards import is_transformed
 
 
 class Detached:
@@ -87,5 +84,5 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    is_dense = tensor.layout is torch.strided and not _is_transformed(tensor)
+    is_dense = tensor.layout is torch.strided and not is_transformed(tensor)
     return is_dense and tensor.device.type != "meta" and tensor.numel() > 0

@@ -52,7 +52,7 @@ class Gates(Generic[Key]):
         """The keys of those factors of a product that are remembered outputs, or views of such."""
         if not self._outputs:
             return
-        signals = [x for x in arguments if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x.numel() > 1]
+        signals = [x for x in arguments if isinstance(x, Tensor) and not _is_weight(x) and x.numel() > 1]
         if len(signals) < 2:
             return
         for factor in signals:
@@ -60,3 +60,7 @@ class Gates(Generic[Key]):
                 output, key = self._outputs.get(id(tensor), (None, None))
                 if output is not None and key is not None and output() is tensor:
                     yield key
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)

@@ -121,7 +121,9 @@ def pack(found: Mapping[str, float]) -> list[float]:
 
 
 def unpack(packed: Floats) -> dict[str, float]:
-    """The means over the ranks that could tell, NaN where none could; `loss_line` is 1: it was measured."""
+    """The means over the ranks that could tell, NaN where none could; `loss_line` is 1. Empty if nobody measured."""
+    if not packed[-1]:
+        return {}
     values, known = packed[:-1].reshape(2, -1)
     means = [value / n if n else math.nan for value, n in zip(values.tolist(), known.tolist(), strict=True)]
     return {**dict(zip(PACKED, means, strict=True)), "loss_line": 1.0}

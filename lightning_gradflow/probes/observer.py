@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_gradflow.probes.detached import Detached
 from lightning_gradflow.probes.gates import PRODUCTS
 from lightning_gradflow.probes.layers import ROOT, LayerMap
-from lightning_gradflow.probes.shards import is_cut, local
+from lightning_gradflow.probes.shards import is_cut, is_transformed, local
 
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "sigmoid": (torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid, torch.special.expit),
@@ -47,11 +47,6 @@ ACTIVATIONS: dict[Any, str] = {function: op for op, functions in _FUNCTIONS.item
 """Every callable that counts as an activation -> its name. Softmax is left out: it saturates by design."""
 
 _ARGUMENTS = {"hardtanh": ("min_val", "max_val"), "elu": ("alpha",), "celu": ("alpha",)}
-
-# private; seen in torch 2.6 to 2.13
-_is_transformed: Callable[[Tensor], bool] = getattr(
-    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
-)
 
 _ABOUT_HOOKS = r"Using `torch\.compile\(module\)` when there are global hooks"
 
@@ -227,7 +222,7 @@ class ForwardObserver(TorchFunctionMode):
 def is_measurable(tensor: Tensor) -> bool:
     """Whether it is a dense tensor of real numbers; those inside of `torch.func.vmap` can't be taken outside."""
     is_dense = tensor.layout is torch.strided and not tensor.is_nested
-    return is_dense and tensor.is_floating_point() and not _is_transformed(tensor)
+    return is_dense and tensor.is_floating_point() and not is_transformed(tensor)
 
 
 def _silence_the_compiler() -> None:

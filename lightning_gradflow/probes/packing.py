@@ -183,7 +183,8 @@ def unpack(host: Mapping[Hashable, Floats], topology: Topology, silent: SilentUn
             by_k[k] = _plus_at_end(by_k[k], series) if k in by_k else series
         elif kind == _GATE:
             ranks, gates = host[name].reshape(-1, 2).sum(axis=0)
-            is_gate[rest[0]] = float(gates / ranks)
+            if ranks:  # none ran it in this sample
+                is_gate[rest[0]] = float(gates / ranks)
         elif kind == _UNITS:
             rows = host[name].reshape(topology.model, -1)
             counts = host[(_UNIT_COUNT, *rest)].reshape(topology.model, 3)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils.hooks import RemovableHandle
 
@@ -113,8 +114,11 @@ def is_watchable(module: nn.Module, inputs: Sequence[Any], output: Any) -> bool:
     """Whether a call is one of torch's own recurrences and takes part in the backward pass.
 
     A sequence that is passed by keyword is not seen. Sharded weights are left out: a second run would need all ranks.
+    So are weights with a parametrization, which may have a state that a second run moves on.
     """
     if not isinstance(module, nn.RNNBase) or type(module).forward not in _FORWARDS or not inputs:
+        return False
+    if is_parametrized(module) or module._forward_pre_hooks:  # the older weight_norm and spectral_norm are such hooks
         return False
     sequence = inputs[0]
     if isinstance(sequence, PackedSequence):

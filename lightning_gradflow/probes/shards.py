@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+# private; seen in torch 2.6 to 2.13
+is_transformed: Callable[[Tensor], bool] = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
+)
+"""Whether a tensor is one of those inside of `torch.func.vmap` and its kin, which can't be taken outside."""
 
 # a DTensor is known by its methods: to import its class costs a second, and most runs have none
 

@@ -59,7 +59,7 @@ class SpectralProbe:
         self._layers = layers
         self._transfer = transfer
         self._vectors: dict[str, Tensor] = {}
-        self._measured: list[tuple[str, str]] = []  # layer, metric
+        self._measured: list[list[tuple[str, str]]] = []  # layer, metric; a list for each device
 
     @torch.no_grad()
     def measure(self) -> None:
@@ -78,15 +78,16 @@ class SpectralProbe:
             for metric, value in self._of_layer(layer, self._layers.module(layer)):
                 by_device.setdefault(value.device, []).append(value.to(wide_dtype(value.device)))
                 measured.setdefault(value.device, []).append((layer, metric))
-        self._measured = [entry for entries in measured.values() for entry in entries]
+        self._measured = list(measured.values())
         for i, values in enumerate(by_device.values()):
             self._transfer.put((_KEY, i), torch.stack(values))
 
     def collect(self, host: Mapping[Hashable, Floats]) -> dict[str, dict[str, float]]:
         """Layer -> metric -> value, out of what was fetched."""
-        numbers = [x for name, row in host.items() if isinstance(name, tuple) and name[0] == _KEY for x in row]
+        entries = [entry for one in self._measured for entry in one]
+        numbers = [x for i in range(len(self._measured)) for x in host[_KEY, i]]
         found: dict[str, dict[str, float]] = {}
-        for (layer, metric), x in zip(self._measured, numbers, strict=True):
+        for (layer, metric), x in zip(entries, numbers, strict=True):
             if metric == "hh_to_ih":
                 if math.isfinite(x):  # 0 / 0 where the gradients are gone by now
                     found.setdefault(layer, {})[metric] = float(x)

@@ -395,7 +395,8 @@ def test_beside_a_large_constant_what_was_learnt_counts_by_the_noise(constant, l
     [
         ({"gradient_agreement": 3.1}, 0.5, "vanishing_gradient"),
         ({"gradient_agreement": 3.1}, 1.0, "unknown"),
-        ({}, 0.5, "no_signal_in_data"),
+        ({}, 0.5, "vanishing_gradient"),
+        ({}, 1.0, "no_signal_in_data"),
         (None, 0.5, "unknown"),  # the loss line is asked first
     ],
 )

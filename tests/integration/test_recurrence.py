@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -144,6 +145,12 @@ def test_a_default_lstm_that_heals_is_told_and_resolved():
     assert all(f.resolved_step is not None and not f.severity.is_alarm for f in _recurrent(watcher))
 
 
+def _normed():
+    rnn = nn.RNN(8, 16, batch_first=True)
+    parametrizations.spectral_norm(rnn, "weight_hh_l0")  # each forward pass moves its vectors on
+    return Reader(rnn)
+
+
 EXACT = {
     "dropout": lambda: Reader(nn.LSTM(8, 16, num_layers=2, dropout=0.5, batch_first=True)),
     "sgd": lambda: Reader(nn.GRU(8, 16, batch_first=True), sgd=True),
@@ -163,3 +170,11 @@ def test_to_watch_it_changes_nothing(name):
     for mine, theirs in zip(watched.parameters(), alone.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert not any(parameter._backward_hooks for parameter in watched.parameters())
+
+
+def test_a_recurrence_whose_weights_have_a_state_of_their_own_is_not_run_again():
+    watcher, watched = _fit(_normed, blank=(0, 8), steps=5, every=1)
+    _, alone = _fit(_normed, blank=(0, 8), steps=5, watched=False)
+    mine, theirs = watched.state_dict(), alone.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert watcher.history.calls("rnn").shape[1] == 0

@@ -29,6 +29,7 @@ PLAIN = {
     "a number": lambda self, x: self.out(2 * torch.sigmoid(self.a(x))),
     "a parameter": lambda self, x: self.out(self.scale * torch.sigmoid(self.a(x))),
     "a matrix of weights": lambda self, x: self.out(torch.sigmoid(self.a(x)) @ self.b.weight),
+    "the same transposed": lambda self, x: self.out(torch.sigmoid(self.a(x)) @ self.b.weight.T),
     "a sum": lambda self, x: self.out(torch.sigmoid(self.a(x)) + x),
     "a product of others": lambda self, x: self.out(torch.sigmoid(self.a(x))) * self.b(x).mean(1, keepdim=True),
     "dropout": lambda self, x: self.out(F.dropout(torch.sigmoid(self.a(x)), 0.5)),

@@ -161,3 +161,8 @@ def test_ranks_that_cannot_tell_leave_the_mean_to_the_others():
     assert found["line_gain_1x"] == 0.5
     assert math.isnan(found["sharpness"])
     assert found["loss_line"] == 1.0
+
+
+def test_what_nobody_measured_in_a_sample_is_not_there():
+    assert unpack(np.zeros_like(pack({}))) == {}
+    assert unpack(np.array(pack({})))["loss_line"] == 1.0
