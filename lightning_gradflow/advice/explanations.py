@@ -41,7 +41,7 @@ SEEN: dict[FindingKind, Text] = {
         "it moved by {progress} in {steps} steps",
         "it stands at {loss}",
     ),
-    FindingKind.NO_GRADIENT: ("No gradient ever reaches {layers}, although the optimizer holds their parameters",),
+    FindingKind.NO_GRADIENT: ("No gradient ever reaches {layers}, although the optimizer holds the parameters",),
     FindingKind.UPDATE_RATIO: (
         "The updates are out of proportion to the weights in {layers}",
         "one step changes them by {update_ratio} times their norm",
@@ -52,7 +52,7 @@ SEEN: dict[FindingKind, Text] = {
 }
 """What is seen, for each kind."""
 
-_FEATURES = "input features that are too large: {features}, the worst of them {columns}"
+_FEATURES = "features of the input that are too large: {features}; the worst, by index: {columns}"
 
 BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.VANISHING_GRADIENT, "saturation"): (

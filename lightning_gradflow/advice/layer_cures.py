@@ -223,7 +223,11 @@ def scale_inputs(site: Site) -> list[Suggestion]:
         PASTE,
         "from torch import nn",
         "",
-        *([f"# features {', '.join(large)} are the largest of x[..., i], for images x[:, i]"] if large else []),
+        *(
+            [f"# the largest features x[..., i] of the input, channels x[:, i] of images: i = {', '.join(large)}"]
+            if large
+            else []
+        ),
         f"first = {get(layer)}",
         "if isinstance(first, nn.Linear):",
         "    scale = nn.BatchNorm1d(first.in_features, affine=False)",

@@ -10,6 +10,8 @@ import math
 from lightning_gradflow.advice.site import Site, get, literal
 from lightning_gradflow.findings import Suggestion
 
+_USUAL_RATIO = 1e-3  # of a step to the weights
+
 
 def clip(site: Site) -> list[Suggestion]:
     """Clipping of the gradient norm."""
@@ -30,7 +32,7 @@ def lower_rate(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Lower the learning rate",
-            _rate(site, 0.1),
+            _rate(site, min(0.1, max(1e-6, _towards_usual(site)))),
             "Steps larger than the loss surface is smooth raise the loss, and can push units where no gradient reaches "
             "them.",
             "Bengio 2012, Practical recommendations for gradient-based training of deep architectures",
@@ -43,18 +45,28 @@ def raise_rate(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Raise the learning rate",
-            _rate(site, 10.0),
+            _rate(site, max(10.0, min(1e7, _towards_usual(site)))),
             "If longer steps in the same direction lower the loss further, the present ones waste the budget.",
             "Smith 2017, Cyclical learning rates for training neural networks",
         )
     ]
 
 
+def _towards_usual(site: Site) -> float:
+    """The factor on the rate that brings a step to a thousandth of the weights, or near where the loss is lowest."""
+    ratio = site.finding.evidence.get("update_ratio", math.nan)
+    if ratio > 0 and math.isfinite(ratio):
+        return _USUAL_RATIO / ratio
+    best = site.finding.evidence.get("line_best_factor", math.nan)
+    return best / 100 if best > 0 else 1.0  # so far in one step is further than it goes in many
+
+
 def _rate(site: Site, factor: float) -> str:
     known = not math.isnan(site.lr)
-    value = f"{site.lr * factor:.3g}" if known else f"{factor:g} * lr"
+    value = f"{site.lr * factor:.1g}" if known else f"{factor:.1g} * lr"
     was = f"  # it was {site.lr:.3g}" if known else ""
-    return f'# in configure_optimizers\nfor group in optimizer.param_groups:\n    group["lr"] = {value}{was}'
+    before = "# in configure_optimizers, before the optimizer is returned"
+    return f'{before}\nfor group in optimizer.param_groups:\n    group["lr"] = {value}{was}'
 
 
 def warm_up(site: Site) -> list[Suggestion]:
@@ -81,34 +93,11 @@ def find_rate(site: Site) -> list[Suggestion]:
         Suggestion(
             "Look for a learning rate with the finder",
             "from lightning.pytorch.tuner import Tuner\n\n"
-            "found = Tuner(trainer).lr_find(model)\n"
+            "# the module must read its rate from self.lr, or self.hparams.lr\n"
+            "found = Tuner(trainer).lr_find(model, train_dataloaders=data)\n"
             "print(found.suggestion())",
             "It tries many rates in one short run and shows where the loss falls fastest.",
             "Smith 2017, Cyclical learning rates for training neural networks",
-        )
-    ]
-
-
-def rate_of_layers(site: Site) -> list[Suggestion]:
-    """A learning rate of their own for the layers of the finding."""
-    up = site.finding.cause == "learning_rate_too_small"
-    rate = 1e-3 if math.isnan(site.lr) else site.lr
-    code = [
-        "# in configure_optimizers, with model = self",
-        "import torch",
-        "",
-        f"own = [p for name in {literal(site.named)} for p in model.get_submodule(name).parameters(recurse=False)]",
-        "ids = {id(p) for p in own}",
-        "rest = [p for p in model.parameters() if id(p) not in ids]",
-        f'groups = [{{"params": own, "lr": {rate * (10.0 if up else 0.1):.3g}}}, {{"params": rest}}]',
-        f"optimizer = torch.optim.AdamW(groups, lr={rate:.3g})",
-    ]
-    return [
-        Suggestion(
-            f"Give these layers a {'larger' if up else 'smaller'} learning rate of their own",
-            "\n".join(code),
-            "What counts is the step against the size of the weights, and that differs from layer to layer.",
-            "You et al. 2017, Large batch training of convolutional networks",
         )
     ]
 
@@ -218,7 +207,7 @@ def overfit_batch(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Check that the model can learn one batch by heart, and look at inputs and targets side by side",
-            "import lightning as L\n\nL.Trainer(overfit_batches=1, max_epochs=200).fit(model)",
+            "import lightning as L\n\nL.Trainer(overfit_batches=1, max_epochs=200).fit(model, data)",
             "A model that learns one batch and not the data is healthy: look for shuffled targets, a wrong join or a "
             "preprocessing that removes the signal.",
             "Zhang et al. 2017, Understanding deep learning requires rethinking generalization",
@@ -246,7 +235,7 @@ def reconnect(site: Site) -> list[Suggestion]:
     """The place where the graph is cut."""
     code = [
         f"# behind {(*site.named, 'them')[-1]}, on the way to the loss: no .detach(), .data, .numpy() or argmax",
-        f"for name in {literal(site.named)}:  # to be run after loss.backward()",
+        f"for name in {literal(site.named)}:  # in on_after_backward, where model is self",
         "    assert all(p.grad is not None for p in model.get_submodule(name).parameters()), name",
     ]
     return [

@@ -2,7 +2,6 @@
 
 from math import inf
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -128,14 +127,3 @@ def test_a_unit_that_went_out_of_range_is_stopped_with_the_range_of_its_input():
     exec(code, {"model": model})
     with pytest.raises(FloatingPointError, match="not finite"):
         model(torch.full((1, 32), inf))
-
-
-def test_a_rate_of_their_own_reaches_the_layers_of_the_finding():
-    model, scope = Net(depth=2), {}
-    code = suggest(finding("update_ratio", "learning_rate_too_small", layers=("net.2",)), history_of(model, lr=0.01))[
-        -1
-    ].code
-    exec(code, scope := {"model": model})
-    rates = {id(p): group["lr"] for group in scope["optimizer"].param_groups for p in group["params"]}
-    assert np.isclose(rates[id(model.net[2].weight)], 0.1)
-    assert np.isclose(rates[id(model.net[0].weight)], 0.01)

@@ -62,3 +62,13 @@ def test_without_norms_the_growth_is_not_known():
     history.add_points(stack(2, "relu"))
     history.append(Row(0))
     assert math.isnan(weight_growth(history, 1, 0))
+
+
+@pytest.mark.parametrize("norms", [(np.inf, np.inf), (1.0, np.inf), (0.0, 1.0), (nan, 1.0)])
+def test_weights_that_are_not_finite_or_zero_have_no_growth(norms):
+    history = History()
+    history.layer_axis.merge(["fc0"])
+    history.add_points(stack(1))
+    for step, norm in enumerate(norms):
+        history.append(Row(step, {"weight_norm": np.array([norm])}))
+    assert math.isnan(weight_growth(history, 0, 0))
