@@ -76,6 +76,9 @@ class Decay:
             found["activation_gain"] = float(np.median(activations))
         if weights.size:
             found["chi"] = (found["weight_gain"] * found.get("activation_gain", 1.0)) ** 2
+        norms = self.profile.spectral_norm[self.start : self.stop]
+        if not np.isnan(norms).all():
+            found["spectral_norm"] = float(np.nanmedian(norms))
         reached, layers = self.profile.effective_depth
         return {**found, "effective_depth": float(reached), "layers": float(layers)}
 

@@ -266,6 +266,9 @@ def _finding(
         values = _of_layers(history, metric)
         if layers[0].module in values:
             evidence[metric] = values[layers[0].module]
+    # near 0 the hidden state has collapsed: it is the same for every sample
+    spread = in_order(history.rows[-1].values.get("output_spread", np.empty(0)), history.point_axis.order)
+    evidence["output_spread"] = float(spread[history.points.index(layers[0])])
     return Finding(
         kind=kind,
         severity=severity,

@@ -168,3 +168,13 @@ def test_healthy_recurrences_beside_it_change_nothing():
 def test_limits_out_of_range_are_named(argument):
     with pytest.raises(ValueError, match=rf"{argument} must be in \(0, 100\), got 0"):
         RecurrentGradient(**{argument: 0})
+
+
+def test_the_evidence_tells_whether_the_hidden_state_has_collapsed():
+    history = History()
+    history.add_points([Point("rnn", "rnn")])
+    for spread in (math.nan, 0.01):
+        calls = {"rnn": 0.5 ** np.arange(20.0)[::-1]}
+        history.append(Row(len(history), {"output_spread": np.array([spread])}, calls=calls))
+        (finding,) = RecurrentGradient().judge(history)
+        assert finding.evidence.get("output_spread", math.nan) == pytest.approx(spread, nan_ok=True)

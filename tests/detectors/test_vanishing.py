@@ -277,7 +277,9 @@ def test_activations_that_nobody_saw_are_told_by_what_the_weights_would_pass_on(
     gain = 10 ** (-6 / 8)
     for norm, cause in [(2 * gain, "weight_scale"), (5 * gain, "saturation")]:
         history.append(Row(len(history), {"delta_norm": profile(6), "spectral_norm": np.full(9, norm)}))
-        assert [finding.cause for finding in VanishingGradient().judge(history)] == [cause]
+        (finding,) = VanishingGradient().judge(history)
+        assert finding.cause == cause
+        assert finding.evidence["spectral_norm"] == norm
 
 
 @pytest.mark.parametrize(("every", "cause"), [(3, "depth"), (8, "weight_scale")])
