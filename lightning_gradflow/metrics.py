@@ -75,6 +75,23 @@ HISTOGRAM_BINS = MAX_EXPONENT - MIN_EXPONENT
 """Number of exponent bins; a stored histogram has two more entries: exact zeros, then non-finite entries."""
 
 
+LOSS_LINE: tuple[str, ...] = (
+    "line_gain_tenth",
+    "line_gain_1x",
+    "line_gain_own",
+    "line_gain_other",
+    "line_gain_far",
+    "line_best_factor",
+    "gradient_cosine",
+    "gradient_agreement",
+    "sharpness",
+)
+"""Scalars of the loss along the update, in a row in which a standstill was looked into."""
+
+PAIRING: tuple[str, ...] = ("line_shuffled", "line_shuffled_z", "pairing_agreement")
+"""Scalars of the same row: whether the targets follow from the inputs."""
+
+
 def measured(value: float) -> float:
     """A number that was measured: NaN would say that it was not, so what is not finite becomes infinite.
 

@@ -14,6 +14,7 @@ from lightning_gradflow.detectors.saturation import SaturatedActivation
 from lightning_gradflow.detectors.vanishing import is_vanishing
 from lightning_gradflow.findings import FindingKind
 from lightning_gradflow.history import History
+from lightning_gradflow.metrics import LOSS_LINE, PAIRING
 
 _BLOWN_UP = 1.5  # times the first loss: what random weights cost, no step that is right makes worse by half
 _ROUNDED = 6e-8  # half of float32's precision: of smaller updates the weights take next to nothing
@@ -23,20 +24,6 @@ _GAIN = 0.01  # of the loss: what counts as progress in `LossPlateau`
 _UNPAIRED = 2.5  # z score: targets that were shuffled have more once in a hundred measurements
 _BY_HEART = 0.15  # of the loss: more than that is gained by heart only while the loss falls faster
 AGREE = 3.0  # z score of a direction that the batches have in common
-_LINE = (
-    "line_gain_tenth",
-    "line_gain_1x",
-    "line_gain_own",
-    "line_gain_other",
-    "line_gain_far",
-    "line_best_factor",
-    "gradient_cosine",
-    "gradient_agreement",
-    "sharpness",
-    "line_shuffled",
-    "line_shuffled_z",
-    "pairing_agreement",
-)
 
 
 def cause_of(history: History) -> str:
@@ -99,7 +86,7 @@ def line_of(history: History) -> dict[str, float]:
     """The numbers of the loss line, of the row that was measured last; empty without one."""
     for row in reversed(history.rows):
         if "loss_line" in row.scalars:
-            return {name: row.scalars[name] for name in _LINE if name in row.scalars}
+            return {name: row.scalars[name] for name in (*LOSS_LINE, *PAIRING) if name in row.scalars}
     return {}
 
 

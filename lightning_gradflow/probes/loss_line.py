@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradflow.history import Floats
-from lightning_gradflow.probes import pairing
+from lightning_gradflow.metrics import LOSS_LINE, PAIRING
+from lightning_gradflow.probes.pairing import agreement
 
 Losses = Sequence[Callable[[], Tensor]]
 Tensors = list[Tensor]
@@ -21,19 +22,7 @@ FAR = 1000.0
 
 A run that stands still has made 200 steps in vain, and one a hundred times as long can help a few samples by chance.
 """
-NUMBERS = (
-    "line_gain_tenth",
-    "line_gain_1x",
-    "line_gain_own",
-    "line_gain_other",
-    "line_gain_far",
-    "line_best_factor",
-    "gradient_cosine",
-    "gradient_agreement",
-    "sharpness",
-)
-"""What `loss_line` measures, in order."""
-PACKED = (*NUMBERS, *pairing.NUMBERS)
+PACKED = (*LOSS_LINE, *PAIRING)
 """What is sent together, in order."""
 
 _GIVEN_UP = -1.0  # a gain: where the loss has doubled on both sides, longer steps need not be tried
@@ -77,7 +66,7 @@ def loss_line(
         normalised: whether the optimizer scales its updates by the size of the gradient.
 
     Returns:
-        `NUMBERS` by name; NaN where one cannot be told.
+        `LOSS_LINE` by name; NaN where one cannot be told.
 
     References:
         Goodfellow, Vinyals and Saxe 2015, Qualitatively characterizing neural network optimization problems; Cohen et
@@ -92,7 +81,7 @@ def loss_line(
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     half = len(losses) // 2
     mean, sketches = _gradients(losses, half, parameters, loss_scale)
-    found = dict.fromkeys(NUMBERS, math.nan) | _agreement(torch.stack(sketches), half)
+    found = dict.fromkeys(LOSS_LINE, math.nan) | _agreement(torch.stack(sketches), half)
     start = [p.detach().clone() for p in parameters]
     before = _means(losses, half)
     direction = _step(optimizer, parameters, start, mean, clip)
@@ -161,7 +150,7 @@ def _agreement(gradients: Tensor, half: int) -> dict[str, float]:
     own, other = gradients[:half].mean(0), gradients[half:].mean(0)
     cosine = float(own @ other / (own.norm() * other.norm()))  # both norms may be zero, which gives NaN
     is_told = len(gradients) > 2  # of a single pair the deviation is its own size
-    return {"gradient_cosine": cosine, "gradient_agreement": pairing.agreement(gradients) if is_told else math.nan}
+    return {"gradient_cosine": cosine, "gradient_agreement": agreement(gradients) if is_told else math.nan}
 
 
 @torch.no_grad()

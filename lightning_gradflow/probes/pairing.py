@@ -12,9 +12,6 @@ from torch import Tensor
 Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 Tensors = list[Tensor]
 
-NUMBERS = ("line_shuffled", "line_shuffled_z", "pairing_agreement")
-"""What `pairing` measures, in order."""
-
 _DRAWS = 2  # of the weights: one may by chance have no way from the inputs to the output
 _SAMPLED = 1 << 17  # gradient entries of one draw: 50 MiB for 48 batches and all draws
 _FLOOR = 1e-3  # of the size of all entries: smaller ones are mostly rounding
@@ -44,7 +41,7 @@ def pairing(pairs: Sequence[Pair], parameters: Tensors, loss_scale: float = 1.0)
         loss_scale: factor on the loss in the backward pass, for fp16.
 
     Returns:
-        `NUMBERS` by name. Nothing for fewer than four batches, or where the targets have no part in the loss.
+        `PAIRING` by name. Nothing for fewer than four batches, or where the targets have no part in the loss.
 
     References:
         Breiman 2001, Random forests (importance by permutation); Ojala and Garriga 2010, Permutation tests for studying

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradflow.probes.loss_line import FACTORS, NUMBERS, loss_line, pack, unpack
+from lightning_gradflow.metrics import LOSS_LINE
+from lightning_gradflow.probes.loss_line import FACTORS, loss_line, pack, unpack
 
 
 def quadratic(curvatures, start=1.0):
@@ -40,7 +41,7 @@ def test_a_step_that_the_weights_swallow_is_measured_all_the_same():
 
 def test_an_optimizer_that_does_not_move_has_no_line():
     found = along_quadratic(0.0)
-    assert all(math.isnan(found[name]) for name in NUMBERS if name.startswith("line_"))
+    assert all(math.isnan(found[name]) for name in LOSS_LINE if name.startswith("line_"))
 
 
 @pytest.mark.parametrize("rate", [2.5, 3.0])

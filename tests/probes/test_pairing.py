@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradflow.probes.pairing import NUMBERS, agreement, pairing
+from lightning_gradflow.metrics import PAIRING
+from lightning_gradflow.probes.pairing import agreement, pairing
 
 
 def pairs_of(net, batches, loss=F.mse_loss, scale=1.0):
@@ -107,7 +108,7 @@ def test_a_sparse_gradient_and_a_parameter_without_one_are_no_hindrance():
     generator = torch.Generator().manual_seed(0)
     made = [(x, F.one_hot(x % 4).float()) for x in torch.randint(0, 10, (16, 32), generator=generator)]
     found = pairing(pairs_of(table, made), [*table.parameters(), unused])
-    assert set(found) == set(NUMBERS)
+    assert set(found) == set(PAIRING)
     assert found["pairing_agreement"] > 5
 
 
