@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lightning_gradflow.findings import Action
 from lightning_gradflow.history import Floats, History, Ints
 from lightning_gradflow.metrics import METRICS
 
@@ -74,6 +76,16 @@ def grid(history: History, metric: str, max_columns: int = MAX_COLUMNS, max_rows
     return Grid(tuple(labels), steps[np.append(columns[1:], len(steps)) - 1], values)
 
 
+def column_after(steps: Ints, step: int) -> float:
+    """The left edge of the first column that was sampled after a step, in columns.
+
+    Example:
+        >>> column_after(np.array([0, 10, 20]), 10), column_after(np.array([0, 10, 20]), 25)
+        (1.5, 2.5)
+    """
+    return float(np.searchsorted(steps, step, side="right")) - 0.5
+
+
 def _starts(n: int, most: int) -> Ints:
     """Where each of at most `most` runs of about equal length begins."""
     runs = min(n, most)
@@ -119,7 +131,7 @@ def limits(values: Floats) -> tuple[float, float]:
     return min(float(math.floor(low)), top - _MIN_DECADES), top
 
 
-def heatmap(history: History, metric: str = "grad_norm") -> Pixels:
+def heatmap(history: History, metric: str = "grad_norm", actions: Iterable[Action] = ()) -> Pixels:
     """The run in one look: a row of pixels for each layer, first layer on top, a column for each sampled step.
 
     Norms are coloured by their log10, fractions as they are, in viridis (uniform to the eye and safe for the
@@ -129,6 +141,7 @@ def heatmap(history: History, metric: str = "grad_norm") -> Pixels:
     Args:
         history: where to read.
         metric: any name of the table of metrics.
+        actions: each gets a white line between the columns before and after it, dotted if it was taken back.
 
     Returns:
         (H, W, 3) pixels, some 1200 wide.
@@ -151,6 +164,11 @@ def heatmap(history: History, metric: str = "grad_norm") -> Pixels:
     axes.set_title(f"{metric}: {METRICS[metric].meaning}", loc="left", fontsize=12, color=_INK)
     if cells.values.size:
         _draw(figure, axes, cells, is_log=METRICS[metric].unit == "norm")
+        for action in actions:
+            style = ":" if action.outcome == "rolled_back" else "-"
+            at = column_after(cells.steps, action.step)
+            axes.axvline(at, color=_INK, linewidth=4, clip_on=False)
+            axes.axvline(at, color="white", linewidth=2, linestyle=style, clip_on=False)
     else:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "nothing measured yet", ha="center", va="center", fontsize=14, color=_INK)

@@ -175,16 +175,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class Action:
-    """Something the mitigator did to the run.
+    """Something the mitigator did to the run: first on trial, then kept or taken back.
 
     Args:
-        step: the optimizer step at which it was done.
-        kind: `clip` or `reinit`.
+        step: the optimizer step after which it was done.
+        kind: the remedy, such as `clip` or `reinit`.
         layers: the module names it touched; empty for all.
-        reason: why, in a line.
-        before: numbers from before the action, such as `{"span": -8.1}`.
-        after: the same numbers from after it, as far as they are known yet.
-        outcome: `applied`, `kept` or `rolled_back`.
+        reason: why, in a few words, such as `vanishing gradient, saturation`.
+        before: numbers from before the action, such as `{"span": -8.1, "loss": 2.3}`.
+        after: the same numbers from after it, as far as they are known yet; `loss` is that of the end of the trial.
+        outcome: `applied` while the trial lasts, then `kept` or `rolled_back`.
+        decided_step: the optimizer step at which the trial ended, or None while it lasts.
+
+    Example:
+        >>> action = Action(1, "reinit", ("fc1",), "vanishing gradient, depth", {"span": -8.1}, {"span": -0.3})
+        >>> action.is_open, replace(action, outcome="kept", decided_step=25).is_open
+        (True, False)
     """
 
     step: int
@@ -194,6 +200,12 @@ class Action:
     before: Mapping[str, float] = field(default_factory=dict, hash=False)
     after: Mapping[str, float] = field(default_factory=dict, hash=False)
     outcome: str = "applied"
+    decided_step: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is still on trial."""
+        return self.outcome == "applied"
 
     def to_dict(self) -> dict[str, Any]:
         """The action as plain strings, numbers and lists; `from_dict` takes it back."""
@@ -205,6 +217,7 @@ class Action:
             "before": dict(self.before),
             "after": dict(self.after),
             "outcome": self.outcome,
+            "decided_step": self.decided_step,
         }
 
     @classmethod

@@ -59,6 +59,8 @@ class Recorder:
         self._border = border
         self._suggest = suggest
         self.model = model
+        self.said: tuple[Finding, ...] = ()
+        """What is wrong at the newest row, whether or not it is news."""
         self._step = 0
         self._progress = float("nan")
         self._warned = 0
@@ -93,6 +95,17 @@ class Recorder:
         self._tell(opened)
         return opened
 
+    def act(self, actions: Sequence[Action], action: Action) -> None:
+        """Shows an action that was taken, or decided about.
+
+        Args:
+            actions: all that there were, in order.
+            action: the one that is new, or was decided about.
+        """
+        self.actions = list(actions)
+        for part, sink in self._named_sinks():
+            self._show(part, sink, "on_action", action, self.view)
+
     def close(self, step: int, losses: Floats, val_loss: float, progress: float) -> None:
         """Takes the losses that came after the newest row, and judges once more: a plateau is in them.
 
@@ -112,6 +125,7 @@ class Recorder:
         if is_sample:
             said = [finding for finding in said if not (self.ledger.is_news(finding) and self.holds(finding))]
         found = consolidate(said, self.ledger.open)
+        self.said = tuple(found)
         told = [self._explain(finding) if self.ledger.is_news(finding) else finding for finding in found]
         return self.ledger.update(self.history.rows[-1].step, told, is_sample, self._was_seen)
 

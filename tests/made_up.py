@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from lightning_gradflow.findings import Action, Finding, FindingKind, Severity, Suggestion
@@ -89,12 +91,42 @@ def view(
     return View(shown, findings, actions, int(shown.steps[-1]) if len(shown) else 0, progress, "Net")
 
 
-def replay(sink, rows: int, layers: int = 4, progress=lambda done: done, findings: tuple[Finding, ...] = ()) -> None:
-    """Shows a sink a run row by row, with the findings opened at the second row, to the end."""
+ACTIONS = (
+    Action(10, "reinit", ("net.0", "net.2"), "vanishing gradient, saturation", {"span": -8.1}, {"span": -0.3}),
+    Action(10, "clip", (), "exploding gradient", {"grad_norm_total": 1e9}, {"max_norm": 2.5}),
+)
+"""Two actions as they are taken."""
+
+DECIDED = (
+    replace(ACTIONS[0], before={"span": -8.1, "loss": 2.31}, after={"span": -0.3, "loss": 1.02}, outcome="kept"),
+    replace(ACTIONS[1], outcome="rolled_back"),
+)
+DECIDED = tuple(replace(action, decided_step=30) for action in DECIDED)
+"""The same when their trials have ended: one was kept, the other taken back."""
+
+
+def replay(
+    sink,
+    rows: int,
+    layers: int = 4,
+    progress=lambda done: done,
+    findings: tuple[Finding, ...] = (),
+    actions: tuple[Action, ...] = (),
+) -> None:
+    """Shows a sink a run row by row, to the end.
+
+    The findings open at the second row. With `actions`, they are `ACTIONS`: taken at the second row, and decided at
+    the fourth.
+    """
     made = empty_history(layers)
     for i in range(rows):
         made.append(row(10 * i, layers))
         sink.on_row(view(made, findings if i else (), progress=progress((i + 1) / rows)))
         for opened in findings if i == 1 else ():
             sink.on_finding(opened, view(made, findings))
-    sink.on_end(view(made, findings, progress=1.0))
+        if actions and i in (1, 3):
+            now = actions if i == 1 else DECIDED
+            for k, action in enumerate(now):
+                # those that come later have not been taken, or not been decided, when the sink hears of this one
+                sink.on_action(action, view(made, findings, now[: k + 1] + (() if i == 1 else actions[k + 1 :])))
+    sink.on_end(view(made, findings, DECIDED if actions else (), progress=1.0))

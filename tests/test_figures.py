@@ -16,6 +16,7 @@ from lightning_gradflow.figures import (
     heatmap,
     limits,
 )
+from lightning_gradflow.findings import Action
 from tests import made_up
 
 SPECIAL = {"zero": (0.0, ZERO_COLOUR), "nonfinite": (math.inf, NONFINITE_COLOUR), "nan": (math.nan, MISSING_COLOUR)}
@@ -43,6 +44,25 @@ def test_the_first_layer_is_on_top_and_the_first_step_at_the_left():
     foot, right = np.argwhere((pixels == NONFINITE_COLOUR).all(axis=2) & wide(pixels, NONFINITE_COLOUR)).mean(axis=0)
     assert top < foot
     assert left < right
+
+
+def test_a_line_stands_between_the_columns_before_and_after_an_action():
+    shown = made_up.gradients([0.0] * 9, [0.0] * 9, [math.inf] * 9, [math.inf] * 9)
+    plain = heatmap(shown)
+    red = (plain == NONFINITE_COLOUR).all(axis=2) & wide(plain, NONFINITE_COLOUR)
+    border = np.argwhere(red)[:, 1].min()
+    changed = {}
+    for outcome in ("kept", "rolled_back"):
+        marked = heatmap(shown, actions=[Action(1, "clip", outcome=outcome)])
+        assert marked.shape == plain.shape
+        changed[outcome] = np.argwhere((marked != plain).any(axis=2))
+        middle = (changed[outcome][:, 1].min() + changed[outcome][:, 1].max()) / 2
+        assert abs(middle - border) <= 2
+    white = {
+        outcome: (heatmap(shown, actions=[Action(1, "clip", outcome=outcome)]) == 255).all(axis=2).sum()
+        for outcome in changed
+    }
+    assert white["kept"] > white["rolled_back"]
 
 
 def wide(pixels, colour):

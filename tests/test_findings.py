@@ -89,8 +89,14 @@ def test_a_finding_comes_back_with_numbers_that_are_not_finite():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_action_comes_back_as_it_was(way):
-    action = Action(3, "clip", ("net.0",), "it grew", {"total": 9.0}, {"total": 1.0}, "kept")
+    action = Action(3, "clip", ("net.0",), "it grew", {"total": 9.0}, {"total": 1.0}, "kept", 25)
     assert Action.from_dict(WAYS[way](action.to_dict())) == action
+
+
+def test_an_action_of_a_state_that_knew_no_end_of_a_trial_is_read():
+    state = Action(3, "clip").to_dict()
+    del state["decided_step"]
+    assert Action.from_dict(state) == Action(3, "clip")
 
 
 # -- ledger

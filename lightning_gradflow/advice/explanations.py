@@ -20,6 +20,8 @@ SEEN: dict[FindingKind, Text] = {
         "The gradient explodes in {layers}",
         "it grows by {decades} decades over {points} points of the network",
         "its total norm of {grad_norm_total} is {growth} times the median of this run so far",
+        "the loss is {loss}, where it was {highest_loss} at most",
+        "the first outputs of the network, {output_rms}, are {output_growth} times as large as its inputs",
     ),
     FindingKind.NONFINITE_GRADIENT: (
         "The gradient is NaN or infinite",
@@ -115,7 +117,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "The loss, the gradient or the weights left their range step by step before that: the steps are too large",
     ),
     (FindingKind.EXPLODING_GRADIENT, "unscaled_inputs"): (
-        "The inputs have become ten times as large as they were, and more: the data changed, not the network",
+        "The inputs are far larger than weights are made for, or have become so",
         _FEATURES,
     ),
     (FindingKind.NONFINITE_GRADIENT, "unscaled_inputs"): (

@@ -1,23 +1,20 @@
-"""Cures that change layers: initialisation, activations, normalisation, residual connections, recurrences.
+"""Cures that change layers: initialisation, activations, normalisation, inputs.
 
 Each takes a `Site` and returns its suggestions, none where it does not apply.
 """
 
 from __future__ import annotations
 
-from lightning_gradflow.activations import BOUNDED, RECTIFIERS
-from lightning_gradflow.advice.site import PASTE, Site, get, literal, quote
+from lightning_gradflow.activations import BOUNDED, RECTIFIERS, SIGMOIDS
+from lightning_gradflow.advice.site import PASTE, WEIGHTED, Site, get, literal, quote
 from lightning_gradflow.findings import Suggestion
-
-_CONVOLUTIONS = "nn.Conv1d, nn.Conv2d, nn.Conv3d"
-_WEIGHTED = f"(nn.Linear, {_CONVOLUTIONS})"
 
 
 def initialise(site: Site) -> list[Suggestion]:
     """The initialisation that keeps the signal, for each kind of hidden activation."""
     found = []
     if layers := site.feeding("sigmoid"):
-        found.append(_sigmoid(layers))
+        found.append(_sigmoid(layers, tuple(place.layer for place in site.hidden if place.before in SIGMOIDS)))
     if layers := site.feeding("tanh", "hardtanh", "softsign"):
         found.append(_tanh(layers))
     if layers := site.feeding(*RECTIFIERS):
@@ -39,25 +36,27 @@ def _loop(layers: tuple[str, ...], *body: str) -> str:
         "",
         f"for name in {literal(layers)}:",
         "    layer = model.get_submodule(name)",
-        f"    if not isinstance(layer, {_WEIGHTED}):",
+        f"    if not isinstance(layer, {WEIGHTED}):",
         "        continue",
         *(f"    {line}" for line in body),
     ]
     return "\n".join(lines)
 
 
-def _sigmoid(layers: tuple[str, ...]) -> Suggestion:
+def _sigmoid(layers: tuple[str, ...], behind: tuple[str, ...]) -> Suggestion:
+    """For the layers that feed a sigmoid, of which those `behind` a sigmoid have an input with a mean of 1/2."""
+    fed_by_data = tuple(name for name in layers if name not in behind)
     return Suggestion(
         "Initialise the layers before each sigmoid with orthogonal weights of gain 4 and centred biases",
         _loop(
             layers,
-            "nn.init.orthogonal_(layer.weight, gain=4.0)",
+            f"is_inner = name not in {literal(fed_by_data)}  # its input comes from a sigmoid",
+            "nn.init.orthogonal_(layer.weight, gain=4.0 if is_inner else 2.0)",
             "if layer.bias is not None:",
-            "    layer.bias.data = -0.5 * layer.weight.data.flatten(1).sum(1)",
+            "    layer.bias.data = -0.5 * is_inner * layer.weight.data.flatten(1).sum(1)",
         ),
         "Since sigmoid(x) = (1 + tanh(x / 2)) / 2, the network is then exactly an orthogonal tanh network, which keeps "
-        "the size of the gradient at first; PyTorch's default loses more than four fifths of it in each sigmoid layer. "
-        "The first layer expects inputs in [0, 1].",
+        "the size of the gradient at first; PyTorch's default loses more than four fifths of it in each sigmoid layer.",
         "Saxe et al. 2014, Exact solutions to the nonlinear dynamics of learning in deep linear neural networks",
     )
 
@@ -144,9 +143,13 @@ def leak(site: Site) -> list[Suggestion]:
     if modules:
         code += [f"for name in {literal(modules)}:", "    model.set_submodule(name, nn.LeakyReLU(0.01))"]
     code += [f"# in forward(): F.leaky_relu(...) after {place.layer}" for place in places if not place.module]
+    born_dead = site.finding.cause == "initialisation"
+    if born_dead:  # a slope of 0.01 at each layer would only make the gradient vanish
+        layers = tuple(dict.fromkeys(place.layer for place in places))
+        code += _he(layers).code.split("\n\n", 1)[1].splitlines()
     return [
         Suggestion(
-            "Use a rectifier with a slope on both sides (LeakyReLU, GELU)",
+            "Use a rectifier with a slope on both sides (LeakyReLU)" + (", with He's rule" if born_dead else ""),
             "\n".join(code),
             "A unit with a slope everywhere gets a gradient everywhere and can come back.",
             "Maas et al. 2013, Rectifier nonlinearities improve neural network acoustic models",
@@ -154,8 +157,17 @@ def leak(site: Site) -> list[Suggestion]:
     ]
 
 
+_LAST_AXIS = (
+    "class BatchNorm(nn.BatchNorm1d):  # over all axes but the last",
+    "    def forward(self, x):",
+    "        return super().forward(x.flatten(0, -2)).view_as(x)",
+    "",
+)
+_BATCH_NORMS = "{nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}"
+
+
 def normalise(site: Site) -> list[Suggestion]:
-    """Normalisation between layers and activations."""
+    """Normalisation of each unit between layers and activations."""
     layers = tuple(dict.fromkeys(place.layer for place in site.hidden)) or site.feeding_named()
     if not layers:
         return []
@@ -163,52 +175,24 @@ def normalise(site: Site) -> list[Suggestion]:
         PASTE,
         "from torch import nn",
         "",
+        *_LAST_AXIS,
+        f"norms = {_BATCH_NORMS}",
         f"for name in {literal(layers)}:",
         "    layer = model.get_submodule(name)",
         "    if isinstance(layer, nn.Linear):",
-        "        model.set_submodule(name, nn.Sequential(layer, nn.LayerNorm(layer.out_features)))",
-        f"    elif isinstance(layer, ({_CONVOLUTIONS})):",
-        "        model.set_submodule(name, nn.Sequential(layer, nn.GroupNorm(1, layer.out_channels)))",
+        "        model.set_submodule(name, nn.Sequential(layer, BatchNorm(layer.out_features)))",
+        "    elif type(layer) in norms:",
+        "        model.set_submodule(name, nn.Sequential(layer, norms[type(layer)](layer.out_channels)))",
     ]
     return [
         Suggestion(
-            "Normalise before each activation (LayerNorm; BatchNorm for large batches)",
+            "Normalise before each activation (BatchNorm)",
             "\n".join(code),
-            "Normalised inputs keep an activation off its flat part, and the scale of the weights stops mattering.",
-            "Ioffe and Szegedy 2015, Batch normalization; Ba et al. 2016, Layer normalization",
-        )
-    ]
-
-
-def residuals(site: Site) -> list[Suggestion]:
-    """Residual connections around each layer and its activation."""
-    pairs = [(place.layer, place.module) for place in site.hidden if place.module]
-    calls = [place for place in site.hidden if not place.module]
-    if not pairs and not calls:
-        return []
-    code = [PASTE, "from torch import nn", ""]
-    if pairs:
-        code += [
-            "class Residual(nn.Sequential):",
-            "    def forward(self, x):",
-            "        return x + super().forward(x)",
-            "",
-            f"for name, activation in {literal(pairs)}:",
-            "    layer = model.get_submodule(name)",
-            f"    if isinstance(layer, {_WEIGHTED}) and layer.weight.shape[0] == layer.weight.shape[1]:",
-            "        model.set_submodule(name, Residual(layer, model.get_submodule(activation)))",
-            "        model.set_submodule(activation, nn.Identity())",
-        ]
-    code += [
-        f"# in forward(), if {place.layer} keeps the shape: x = x + {place.op}(self.{place.layer}(x))"
-        for place in calls
-    ]
-    return [
-        Suggestion(
-            "Add residual connections around layers whose input and output have the same shape",
-            "\n".join(code),
-            "The gradient then has a way past each layer on which nothing multiplies it.",
-            "He et al. 2016, Deep residual learning for image recognition",
+            "Each unit is centred where its activation is steep, and the scale of the weights stops mattering. In a "
+            "plain stack LayerNorm does not do that: it leaves in what all samples have in common, and with depth that "
+            "is most of it.",
+            "Ioffe and Szegedy 2015, Batch normalization; Daneshmand et al. 2020, Batch normalization provably avoids "
+            "rank collapse for randomly initialised deep networks",
         )
     ]
 
@@ -228,12 +212,19 @@ def scale_inputs(site: Site) -> list[Suggestion]:
             if large
             else []
         ),
+        *_LAST_AXIS,
+        "class Scaled(nn.Sequential):",
+        "    def forward(self, x, *rest):",
+        "        return self[1](self[0](x), *rest)",
+        "",
         f"first = {get(layer)}",
-        "if isinstance(first, nn.Linear):",
-        "    scale = nn.BatchNorm1d(first.in_features, affine=False)",
-        "else:  # a convolution over images",
-        "    scale = nn.BatchNorm2d(first.in_channels, affine=False)",
-        f"model.set_submodule({quote(layer)}, nn.Sequential(scale, first))",
+        f"norms = {_BATCH_NORMS}",
+        "if type(first) in norms:",
+        "    scale = norms[type(first)](first.in_channels, affine=False)",
+        "else:",
+        "    size = first.in_features if isinstance(first, nn.Linear) else first.input_size",
+        "    scale = BatchNorm(size, affine=False)",
+        f"model.set_submodule({quote(layer)}, Scaled(scale, first))",
     ]
     return [
         Suggestion(

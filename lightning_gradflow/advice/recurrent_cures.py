@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lightning_gradflow.advice.site import PASTE, Site, get, literal, quote
 from lightning_gradflow.findings import Suggestion
 
@@ -10,10 +12,21 @@ def initialise_recurrence(site: Site) -> list[Suggestion]:
     """Orthogonal recurrent weights, and an open forget gate."""
     if not site.named:
         return []
-    code = [
-        PASTE,
-        "from torch import nn",
-        "",
+    code = [PASTE, "from torch import nn", "", *_initialised(site)]
+    return [
+        Suggestion(
+            "Initialise the recurrent weights orthogonally, and the forget gate of an LSTM (update gate of a GRU) open",
+            "\n".join(code),
+            "An orthogonal matrix keeps the size of the signal at each time step; an open gate keeps the state. A bias "
+            "of 1 is the usual one; with the logarithm of T a gate remembers about T steps.",
+            "Saxe et al. 2014; Jozefowicz et al. 2015, An empirical exploration of recurrent network architectures; "
+            "Tallec and Ollivier 2018, Can recurrent neural networks warp time?",
+        )
+    ]
+
+
+def _initialised(site: Site) -> list[str]:
+    return [
         f"for name in {literal(site.named)}:",
         "    layer = model.get_submodule(name)",
         "    for key, parameter in layer.named_parameters(recurse=False):",
@@ -25,16 +38,8 @@ def initialise_recurrence(site: Site) -> list[Suggestion]:
         "        else:",
         "            nn.init.xavier_uniform_(parameter)",
         '        if "bias_ih" in key and isinstance(layer, (nn.LSTM, nn.LSTMCell, nn.GRU, nn.GRUCell)):',
-        "            parameter.data[layer.hidden_size : 2 * layer.hidden_size] = 1.0  # forget or update gate",
-    ]
-    return [
-        Suggestion(
-            "Initialise the recurrent weights orthogonally, and the forget gate of an LSTM (update gate of a GRU) open",
-            "\n".join(code),
-            "An orthogonal matrix keeps the size of the signal at each time step; an open gate keeps the state. A bias "
-            "of 1 is the usual one; for much longer sequences take the logarithm of their length.",
-            "Saxe et al. 2014; Jozefowicz et al. 2015, An empirical exploration of recurrent network architectures",
-        )
+        "            # the forget gate of an LSTM, the update gate of a GRU",
+        f"            parameter.data[layer.hidden_size : 2 * layer.hidden_size] = {_open(site)}",
     ]
 
 
@@ -52,15 +57,76 @@ def gate_recurrence(site: Site) -> list[Suggestion]:
         "        old.input_size, old.hidden_size, old.num_layers, old.bias,",
         "        batch_first=old.batch_first, dropout=old.dropout, bidirectional=old.bidirectional,",
         "    )",
+        "    for key, parameter in new.named_parameters():",
+        '        if "bias_ih" in key:  # update gates that are open to the past',
+        f"            parameter.data[new.hidden_size : 2 * new.hidden_size] = {_open(site)}",
         f"    model.set_submodule({quote(site.named[0])}, new)",
+        "# in a loop of your own: keep = torch.sigmoid(self.gate(state)); state = keep * state + (1 - keep) * new",
     ]
     return [
         Suggestion(
-            "Use a gated recurrence (GRU, LSTM) instead of a plain one",
+            "If the recurrence is a plain one (nn.RNN), use a gated one (GRU, LSTM)",
             "\n".join(code),
             "Gates let the state pass from step to step unchanged, and the gradient with it. nn.GRU takes and returns "
-            "what nn.RNN does.",
-            "Hochreiter and Schmidhuber 1997, Long short-term memory; Cho et al. 2014",
+            "what nn.RNN does. As PyTorch initialises it, a gate is half shut and forgets within a few steps: with the "
+            "logarithm of T for its bias it remembers about T steps.",
+            "Hochreiter and Schmidhuber 1997, Long short-term memory; Cho et al. 2014; Tallec and Ollivier 2018",
+        )
+    ]
+
+
+def _open(site: Site) -> str:
+    """Code for the bias of a gate that remembers as many steps as the sequence has, as far as that is known."""
+    steps = site.finding.evidence.get("time_steps", math.nan)
+    return f"{max(1.0, math.log(steps)):.1f}" if steps > 1 and math.isfinite(steps) else "1.0"
+
+
+def normalise_recurrence(site: Site) -> list[Suggestion]:
+    """LayerNorm in the recurrence."""
+    names = tuple(name for name in site.named if get(name) != "model")
+    if not names:
+        return []
+    code = [
+        PASTE,
+        "import torch",
+        "from torch import nn",
+        "",
+        "def small_norm(size):",
+        "    norm = nn.LayerNorm(size)",
+        "    nn.init.constant_(norm.weight, 0.1)  # so that units work where they are steep",
+        "    return norm",
+        "",
+        "class Normalised(nn.Module):  # runs a recurrence step by step, with LayerNorm on what it hands on",
+        "    def __init__(self, recurrence):",
+        "        super().__init__()",
+        "        self.recurrence, self.norm = recurrence, small_norm(recurrence.hidden_size)",
+        "",
+        "    def forward(self, x, state=None):",
+        "        axis, outputs = (1 if self.recurrence.batch_first else 0), []",
+        "        for now in x.split(1, dim=axis):",
+        "            output, state = self.recurrence(now, state)",
+        "            if isinstance(state, tuple):  # an LSTM; its cell keeps what it has",
+        "                state = (self.norm(state[0]), state[1])",
+        "            else:",
+        "                state = self.norm(state)",
+        "            outputs.append(self.norm(output))",
+        "        return torch.cat(outputs, dim=axis), state",
+        "",
+        *_initialised(site),
+        f"for name in {literal(names)}:",
+        "    layer = model.get_submodule(name)",
+        "    if isinstance(layer, nn.Linear):  # called in a loop",
+        "        model.set_submodule(name, nn.Sequential(layer, small_norm(layer.out_features)))",
+        "    elif isinstance(layer, nn.RNNBase) and not layer.bidirectional:",
+        "        model.set_submodule(name, Normalised(layer))",
+    ]
+    return [
+        Suggestion(
+            "Normalise what the recurrence hands on from step to step (LayerNorm), with orthogonal weights",
+            "\n".join(code),
+            "The state keeps its size however many steps there are; the weights have to keep its direction, for "
+            "normalisation alone does not. Python then runs the steps, which is slower than one fused call.",
+            "Ba et al. 2016, Layer normalization; Cooijmans et al. 2017, Recurrent batch normalization",
         )
     ]
 

@@ -1,4 +1,4 @@
-"""Cures that change the run: optimizer, precision, clipping, data, and how to look closer.
+"""Cures that change the run: precision, data, and how to look closer.
 
 Each takes a `Site` and returns its suggestions, none where it does not apply.
 """
@@ -9,97 +9,6 @@ import math
 
 from lightning_gradflow.advice.site import Site, get, literal
 from lightning_gradflow.findings import Suggestion
-
-_USUAL_RATIO = 1e-3  # of a step to the weights
-
-
-def clip(site: Site) -> list[Suggestion]:
-    """Clipping of the gradient norm."""
-    del site  # the same for every model
-    return [
-        Suggestion(
-            "Clip the gradient norm",
-            "import lightning as L\n\ntrainer = L.Trainer(gradient_clip_val=1.0)",
-            "It bounds the step that one steep place of the loss can cause. Choose the bound near the norms of healthy "
-            "steps; if most steps are clipped, lower the learning rate instead.",
-            "Pascanu et al. 2013, On the difficulty of training recurrent neural networks",
-        )
-    ]
-
-
-def lower_rate(site: Site) -> list[Suggestion]:
-    """A smaller learning rate."""
-    return [
-        Suggestion(
-            "Lower the learning rate",
-            _rate(site, min(0.1, max(1e-6, _towards_usual(site)))),
-            "Steps larger than the loss surface is smooth raise the loss, and can push units where no gradient reaches "
-            "them.",
-            "Bengio 2012, Practical recommendations for gradient-based training of deep architectures",
-        )
-    ]
-
-
-def raise_rate(site: Site) -> list[Suggestion]:
-    """A larger learning rate."""
-    return [
-        Suggestion(
-            "Raise the learning rate",
-            _rate(site, max(10.0, min(1e7, _towards_usual(site)))),
-            "If longer steps in the same direction lower the loss further, the present ones waste the budget.",
-            "Smith 2017, Cyclical learning rates for training neural networks",
-        )
-    ]
-
-
-def _towards_usual(site: Site) -> float:
-    """The factor on the rate that brings a step to a thousandth of the weights, or near where the loss is lowest."""
-    ratio = site.finding.evidence.get("update_ratio", math.nan)
-    if ratio > 0 and math.isfinite(ratio):
-        return _USUAL_RATIO / ratio
-    best = site.finding.evidence.get("line_best_factor", math.nan)
-    return best / 100 if best > 0 else 1.0  # so far in one step is further than it goes in many
-
-
-def _rate(site: Site, factor: float) -> str:
-    known = not math.isnan(site.lr)
-    value = f"{site.lr * factor:.1g}" if known else f"{factor:.1g} * lr"
-    was = f"  # it was {site.lr:.3g}" if known else ""
-    before = "# in configure_optimizers, before the optimizer is returned"
-    return f'{before}\nfor group in optimizer.param_groups:\n    group["lr"] = {value}{was}'
-
-
-def warm_up(site: Site) -> list[Suggestion]:
-    """A warm-up of the learning rate."""
-    del site  # the same for every model
-    return [
-        Suggestion(
-            "Warm the learning rate up over the first steps",
-            "# in configure_optimizers\n"
-            "from torch.optim.lr_scheduler import LinearLR\n\n"
-            "warm_up = LinearLR(optimizer, start_factor=0.01, total_iters=500)\n"
-            "# to be returned:\n"
-            'plan = {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}',
-            "The first gradients are the least reliable; small steps keep them from driving units into dead regions.",
-            "Goyal et al. 2017, Accurate, large minibatch SGD",
-        )
-    ]
-
-
-def find_rate(site: Site) -> list[Suggestion]:
-    """Lightning's learning rate finder."""
-    del site  # the same for every model
-    return [
-        Suggestion(
-            "Look for a learning rate with the finder",
-            "from lightning.pytorch.tuner import Tuner\n\n"
-            "# the module must read its rate from self.lr, or self.hparams.lr\n"
-            "found = Tuner(trainer).lr_find(model, train_dataloaders=data)\n"
-            "print(found.suggestion())",
-            "It tries many rates in one short run and shows where the loss falls fastest.",
-            "Smith 2017, Cyclical learning rates for training neural networks",
-        )
-    ]
 
 
 def wider_format(site: Site) -> list[Suggestion]:

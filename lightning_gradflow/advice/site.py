@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
@@ -12,10 +15,15 @@ from lightning_gradflow.history import History
 PASTE = "# at the end of __init__, with model = self"
 """Where code that changes layers belongs: before the optimizer is made."""
 
+CONVOLUTIONS = "nn.Conv1d, nn.Conv2d, nn.Conv3d"
+WEIGHTED = f"(nn.Linear, {CONVOLUTIONS})"
+"""Code for the layers with a weight that a cure knows how to treat."""
+
 ROOT = "(root)"
 """How a model is named that owns parameters itself."""
 
 _LINE = 100
+_MIN_NORMS = 5  # before so many samples the run has no usual norm to speak of
 
 
 @dataclass(frozen=True)
@@ -27,11 +35,13 @@ class Hidden:
         op: the activation, such as `sigmoid`.
         module: the activation's module name; empty where it is a call in `forward`, or one module called in
             several places, so that nothing can be put in its place by name.
+        before: the activation that the layer's input comes from; empty where another layer or the data comes first.
     """
 
     layer: str
     op: str
     module: str
+    before: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,12 +54,16 @@ class Site:
         hidden: the activations between the layers, in order of execution; the model's output activation is not
             among them, for it is bounded by design.
         lr: the newest learning rate, or NaN.
+        grad_norm: the median of the total gradient norms that were finite, or NaN where they are fewer than five.
+        clipped: share of the recent steps in which the Trainer clipped the gradients, or NaN.
     """
 
     finding: Finding
     layers: tuple[str, ...]
     hidden: tuple[Hidden, ...]
     lr: float
+    grad_norm: float = math.nan
+    clipped: float = math.nan
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -81,23 +95,34 @@ def survey(finding: Finding, history: History) -> Site:
         >>> points = [("fc1", ""), ("act", "tanh"), ("fc2", ""), ("out", "sigmoid")]
         >>> history.add_points([Point(name, name, op) for name, op in points])
         >>> survey(Finding(FindingKind.LOSS_PLATEAU, Severity.WARNING, 0), history).hidden
-        (Hidden(layer='fc1', op='tanh', module='act'),)
+        (Hidden(layer='fc1', op='tanh', module='act', before=''),)
     """
     points = history.points
     last = max((i for i, point in enumerate(points) if point.is_layer), default=-1)
     modules = [point.module for point in points]
     hidden: list[Hidden] = []
-    layer = ""
+    layer = before = op = ""
     for point in points[: last + 1]:
         if point.is_layer:
-            layer = point.module
+            layer, before, op = point.module, op, ""
         elif layer:
             own = point.module not in history.layers and modules.count(point.module) == 1 and point.module != layer
-            hidden.append(Hidden(layer, point.op, point.module if own else ""))
+            op = point.op
+            hidden.append(Hidden(layer, op, point.module if own else "", before))
     rates = history.scalar("lr")
     rates = rates[rates > 0]
     layers = history.layers or tuple(point.module for point in points if point.is_layer)
-    return Site(finding, layers, tuple(hidden), float(rates[-1]) if rates.size else float("nan"))
+    norms = history.scalar("grad_norm_total")
+    norms = norms[np.isfinite(norms) & (norms > 0)]
+    clipped = history.scalar("clipped_fraction")
+    return Site(
+        finding,
+        layers,
+        tuple(hidden),
+        lr=float(rates[-1]) if rates.size else math.nan,
+        grad_norm=float(np.median(norms)) if norms.size >= _MIN_NORMS else math.nan,
+        clipped=float(clipped[-1]) if clipped.size else math.nan,
+    )
 
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # torch's own, within names

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from lightning_gradflow.advice.layer_cures import (
     initialise,
     initialise_named,
     leak,
     normalise,
-    residuals,
     scale_inputs,
     swap_activations,
 )
-from lightning_gradflow.advice.recurrent_cures import gate_recurrence, initialise_recurrence, read_all_steps
-from lightning_gradflow.advice.run_cures import (
+from lightning_gradflow.advice.path_cures import gates, pre_norm, residuals
+from lightning_gradflow.advice.rate_cures import (
     clip,
-    detect_anomaly,
     find_rate,
-    larger_eps,
+    loosen_clipping,
     lower_rate,
-    overfit_batch,
+    lower_rate_where_clipped,
     raise_rate,
+    warm_up,
+)
+from lightning_gradflow.advice.recurrent_cures import (
+    gate_recurrence,
+    initialise_recurrence,
+    normalise_recurrence,
+    read_all_steps,
+)
+from lightning_gradflow.advice.run_cures import (
+    detect_anomaly,
+    larger_eps,
+    overfit_batch,
     reconnect,
     scale_gradients,
     scale_loss,
     stable_loss,
     use_or_freeze,
-    warm_up,
     watch_layer,
     wider_format,
 )
@@ -38,50 +48,75 @@ from lightning_gradflow.history import History
 Cure = Callable[[Site], list[Suggestion]]
 
 CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
-    (FindingKind.VANISHING_GRADIENT, "saturation"): (initialise, swap_activations, normalise, residuals),
-    (FindingKind.VANISHING_GRADIENT, "weight_scale"): (initialise, normalise, residuals),
-    (FindingKind.VANISHING_GRADIENT, "depth"): (initialise, residuals, normalise, swap_activations),
-    (FindingKind.VANISHING_GRADIENT, "recurrence"): (initialise_recurrence, gate_recurrence, read_all_steps),
+    (FindingKind.VANISHING_GRADIENT, "saturation"): (residuals, swap_activations, gates, normalise, initialise),
+    (FindingKind.VANISHING_GRADIENT, "weight_scale"): (initialise, pre_norm, residuals, normalise),
+    (FindingKind.VANISHING_GRADIENT, "depth"): (initialise, pre_norm, residuals, normalise, gates, swap_activations),
+    (FindingKind.VANISHING_GRADIENT, "recurrence"): (
+        initialise_recurrence,
+        gate_recurrence,
+        normalise_recurrence,
+        read_all_steps,
+    ),
     (FindingKind.VANISHING_GRADIENT, "underflow"): (scale_gradients, wider_format, scale_loss),
     (FindingKind.VANISHING_GRADIENT, "dead_units"): (initialise, leak, normalise, lower_rate),
-    (FindingKind.VANISHING_GRADIENT, "unknown"): (initialise, normalise, residuals, swap_activations),
-    (FindingKind.EXPLODING_GRADIENT, "weight_scale"): (initialise, normalise, clip),
-    (FindingKind.EXPLODING_GRADIENT, "depth"): (initialise, normalise, clip),
-    (FindingKind.EXPLODING_GRADIENT, "recurrence"): (clip, initialise_recurrence, gate_recurrence, read_all_steps),
-    (FindingKind.EXPLODING_GRADIENT, "learning_rate_too_large"): (lower_rate, clip, warm_up),
+    (FindingKind.VANISHING_GRADIENT, "unknown"): (initialise, pre_norm, residuals, normalise, swap_activations),
+    (FindingKind.EXPLODING_GRADIENT, "weight_scale"): (initialise, pre_norm, normalise, lower_rate_where_clipped, clip),
+    (FindingKind.EXPLODING_GRADIENT, "depth"): (initialise, pre_norm, normalise, lower_rate_where_clipped, clip),
+    (FindingKind.EXPLODING_GRADIENT, "recurrence"): (
+        lower_rate_where_clipped,
+        clip,
+        initialise_recurrence,
+        gate_recurrence,
+        normalise_recurrence,
+        read_all_steps,
+    ),
+    (FindingKind.EXPLODING_GRADIENT, "learning_rate_too_large"): (lower_rate, clip, warm_up, pre_norm),
     (FindingKind.EXPLODING_GRADIENT, "unscaled_inputs"): (scale_inputs, clip, lower_rate),
-    (FindingKind.EXPLODING_GRADIENT, "unknown"): (clip, lower_rate, normalise),
+    (FindingKind.EXPLODING_GRADIENT, "unknown"): (lower_rate_where_clipped, clip, lower_rate, pre_norm, normalise),
     (FindingKind.NONFINITE_GRADIENT, "forward"): (watch_layer, lower_rate, normalise, wider_format),
     (FindingKind.NONFINITE_GRADIENT, "loss"): (stable_loss, detect_anomaly, lower_rate),
     (FindingKind.NONFINITE_GRADIENT, "backward"): (detect_anomaly, watch_layer, wider_format),
     (FindingKind.NONFINITE_GRADIENT, "optimizer_step"): (larger_eps, wider_format, lower_rate),
-    (FindingKind.NONFINITE_GRADIENT, "learning_rate_too_large"): (lower_rate, clip, warm_up),
-    (FindingKind.NONFINITE_GRADIENT, "unscaled_inputs"): (scale_inputs, normalise, lower_rate),
+    (FindingKind.NONFINITE_GRADIENT, "learning_rate_too_large"): (lower_rate, clip, warm_up, pre_norm),
+    (FindingKind.NONFINITE_GRADIENT, "unscaled_inputs"): (scale_inputs, lower_rate),
     (FindingKind.NONFINITE_GRADIENT, "unknown"): (detect_anomaly, watch_layer),
-    (FindingKind.DEAD_UNITS, "initialisation"): (initialise_named, normalise),
+    (FindingKind.DEAD_UNITS, "initialisation"): (initialise_named, leak, normalise),
     (FindingKind.DEAD_UNITS, "learning_rate_too_large"): (lower_rate, leak, warm_up, clip),
-    (FindingKind.DEAD_UNITS, "unscaled_inputs"): (scale_inputs, lower_rate, normalise),
+    (FindingKind.DEAD_UNITS, "unscaled_inputs"): (scale_inputs, lower_rate),
     (FindingKind.DEAD_UNITS, "unknown"): (leak, initialise_named, lower_rate),
-    (FindingKind.SATURATED_ACTIVATION, "unscaled_inputs"): (scale_inputs, normalise, initialise),
+    (FindingKind.SATURATED_ACTIVATION, "unscaled_inputs"): (scale_inputs,),
     (FindingKind.SATURATED_ACTIVATION, "weight_scale"): (initialise, normalise, swap_activations),
     (FindingKind.SATURATED_ACTIVATION, "drift"): (lower_rate, normalise, swap_activations),
     (FindingKind.SATURATED_ACTIVATION, "unknown"): (normalise, initialise, swap_activations),
-    (FindingKind.LOSS_PLATEAU, "vanishing_gradient"): (initialise, normalise, residuals, swap_activations),
-    (FindingKind.LOSS_PLATEAU, "learning_rate_too_small"): (raise_rate, find_rate),
-    (FindingKind.LOSS_PLATEAU, "learning_rate_too_large"): (lower_rate, warm_up, find_rate),
-    (FindingKind.LOSS_PLATEAU, "saturation"): (scale_inputs, initialise, normalise, swap_activations),
-    (FindingKind.LOSS_PLATEAU, "dead_units"): (leak, initialise, lower_rate),
+    (FindingKind.LOSS_PLATEAU, "vanishing_gradient"): (initialise, pre_norm, residuals, normalise, swap_activations),
+    (FindingKind.LOSS_PLATEAU, "learning_rate_too_small"): (loosen_clipping, raise_rate, find_rate),
+    (FindingKind.LOSS_PLATEAU, "learning_rate_too_large"): (lower_rate, warm_up, pre_norm, find_rate),
+    (FindingKind.LOSS_PLATEAU, "saturation"): (initialise, normalise, swap_activations, scale_inputs),
+    (FindingKind.LOSS_PLATEAU, "dead_units"): (initialise, leak, lower_rate),
     (FindingKind.LOSS_PLATEAU, "no_signal_in_data"): (overfit_batch,),
     (FindingKind.LOSS_PLATEAU, "unknown"): (overfit_batch, find_rate),
     (FindingKind.NO_GRADIENT, "detached"): (reconnect,),
     (FindingKind.NO_GRADIENT, "unused"): (use_or_freeze,),
     (FindingKind.NO_GRADIENT, "unknown"): (use_or_freeze,),
-    (FindingKind.UPDATE_RATIO, "learning_rate_too_small"): (raise_rate, find_rate),
-    (FindingKind.UPDATE_RATIO, "learning_rate_too_large"): (lower_rate, warm_up),
-    (FindingKind.UPDATE_RATIO, "unscaled_inputs"): (scale_inputs, normalise, lower_rate),
+    (FindingKind.UPDATE_RATIO, "learning_rate_too_small"): (loosen_clipping, raise_rate, find_rate),
+    (FindingKind.UPDATE_RATIO, "learning_rate_too_large"): (lower_rate, warm_up, pre_norm),
+    (FindingKind.UPDATE_RATIO, "unscaled_inputs"): (scale_inputs, lower_rate),
     (FindingKind.UPDATE_RATIO, "unknown"): (find_rate,),
 }
 """Every kind has a row for the cause `unknown`, which serves the causes that have no row."""
+
+
+IN_THE_RUN: dict[Cure, frozenset[str]] = {
+    initialise: frozenset(),
+    initialise_named: frozenset(),
+    initialise_recurrence: frozenset(),
+    scale_inputs: frozenset({"unscaled_inputs"}),
+    clip: frozenset(),
+    lower_rate: frozenset({"learning_rate_too_large"}),
+}
+"""Cures that `GradFlow(mitigate="apply")` can bring about by itself, and for which causes; none named: for all."""
+
+_HINT = 'GradFlow(mitigate="apply") tries this in the run itself.'
 
 
 def suggest(finding: Finding, history: History) -> tuple[Suggestion, ...]:
@@ -103,4 +138,12 @@ def suggest(finding: Finding, history: History) -> tuple[Suggestion, ...]:
     """
     cures = CURES.get((finding.kind, finding.cause), CURES[finding.kind, "unknown"])
     site = survey(finding, history)
-    return tuple(suggestion for cure in cures for suggestion in cure(site))
+    return tuple(_with_hint(cure, suggestion, finding) for cure in cures for suggestion in cure(site))
+
+
+def _with_hint(cure: Cure, suggestion: Suggestion, finding: Finding) -> Suggestion:
+    """Says where the same can be had in the run itself; remedies are for alarms only."""
+    causes = IN_THE_RUN.get(cure, frozenset())
+    if not finding.severity.is_alarm or (causes and finding.cause not in causes) or cure not in IN_THE_RUN:
+        return suggestion
+    return replace(suggestion, reason=f"{suggestion.reason} {_HINT}")

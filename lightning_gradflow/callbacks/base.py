@@ -15,7 +15,7 @@ from lightning_gradflow.callbacks.session import Session
 from lightning_gradflow.detectors.base import Detector, check_range
 from lightning_gradflow.findings import Action, Finding, GradFlowWarning
 from lightning_gradflow.history import History
-from lightning_gradflow.remedies.mitigation import Mitigation
+from lightning_gradflow.remedies.trial import Mitigation
 from lightning_gradflow.sinks import summary
 
 _NO_FIT = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +18,15 @@ from lightning_gradflow.callbacks.cadence import Cadence
 from lightning_gradflow.callbacks.sampler import Sampler
 from lightning_gradflow.callbacks.state import from_checkpoint, to_checkpoint
 from lightning_gradflow.callbacks.steps import Steps
+from lightning_gradflow.callbacks.treating import PART as MITIGATOR
+from lightning_gradflow.callbacks.treating import Treating
 from lightning_gradflow.callbacks.validation import ValidationLoss
 from lightning_gradflow.callbacks.why import Why, is_able
 from lightning_gradflow.detectors.base import Detector
 from lightning_gradflow.detectors.plateau import LossPlateau
-from lightning_gradflow.findings import Finding
 from lightning_gradflow.probes.ranks import anyone_failed
 from lightning_gradflow.probes.shards import is_sharded as is_spread
 from lightning_gradflow.recorder import Recorder
-from lightning_gradflow.remedies.mitigation import Mitigation
 from lightning_gradflow.sinks import ConsoleSink, ReportSink, make_sinks
 
 if TYPE_CHECKING:
@@ -35,11 +34,6 @@ if TYPE_CHECKING:
 
 MONITOR = "the monitor"
 _DEAD_WINDOW = 3  # samples, as SaturationMonitor has it, where none is among the monitors
-
-
-def _digest(findings: Sequence[Finding]) -> int:
-    told = [(str(f.kind), str(f.severity), f.step, f.layers, f.cause) for f in findings]
-    return zlib.crc32(repr(told).encode()) if told else 0
 
 
 class Session:
@@ -59,17 +53,23 @@ class Session:
         for part in self._parts:
             self._detectors += [detector for detector in part.detectors(alone) if detector not in self._detectors]
         self._border = Border()
-        self._mitigation: Mitigation | None = None
+        self._treating: Treating | None = None
         self._steps: Steps | None = None
         self._validation = ValidationLoss()
         self._start_anew()
 
     def _start_anew(self) -> None:
         self._steps_state: Mapping[str, Any] | None = None
-        self._to_treat: list[Finding] = []
         suggests = any(part.suggests for part in self._parts)
         self.recorder = Recorder(self._detectors, self._border, suggest=suggests)
-        self._mitigation = next((m for part in self._parts if (m := part.mitigation()) is not None), None)
+        self._treating = self._new_treating()
+
+    def _new_treating(self) -> Treating | None:
+        mitigation = next((m for part in self._parts if (m := part.mitigation()) is not None), None)
+        if mitigation is None:
+            return None
+        mitigation.load_state_dict(None, self.recorder.actions)
+        return Treating(mitigation, self.recorder, self._border)
 
     def belongs_to(self, trainer: Trainer, monitors: Sequence[Monitor]) -> bool:
         """Whether it was made for this Trainer and these callbacks, so that a second fit continues it."""
@@ -83,6 +83,8 @@ class Session:
     def renew(self, trainer: Trainer) -> None:
         """Another fit is about to start: what failed in the last one is tried again."""
         self._border.reset(tells=trainer.is_global_zero)
+        if self._treating is None:
+            self._treating = self._new_treating()
 
     def run(self, hook: str, *args: Any) -> None:
         """Calls a method of ours or of the steps by name, inside the border; after an error nothing is left behind."""
@@ -94,19 +96,31 @@ class Session:
                 self._give_up(self._steps)
         if self._steps is not None and self._steps.sampler.is_muted:
             with contextlib.suppress(Exception):  # told already; what is left to do is not to let the others wait
-                if hook == "before_optimizer_step" and self._mitigation is not None:
-                    self._mitigation.before_optimizer_step(args[-1])  # as the others do, until they know
+                if hook == "before_optimizer_step" and self._treating is not None:
+                    self._treating.before_optimizer_step(args[0], args[-1])  # as the others do, until they know
+                if hook == "batch_end" and self._treating is not None:
+                    self._treating.batch_end()
                 if self._steps.meet_the_others(hook, *args):
-                    self._steps = None
+                    self._stop()
 
     def _give_up(self, steps: Steps) -> None:
         steps.release()
         # an error in the collective, or told in it, is known to all ranks
         if steps.sampler.is_alone or steps.sampler.others_know:
             steps.sampler.drop()
-            self._steps = None
+            self._stop()
         else:
             steps.sampler.mute()
+
+    def _stop(self) -> None:
+        """Nothing is measured any more. So nothing is treated either: what is in force ends on all ranks at once."""
+        self._steps = None
+        self._end_treating()
+
+    def _end_treating(self) -> None:
+        treating, self._treating = self._treating, None
+        if treating is not None:
+            self._border.run("the end of " + MITIGATOR, treating.end, default=None)
 
     # -- when a fit starts and ends -----------------------------------------------------------------------------
 
@@ -116,7 +130,7 @@ class Session:
         if trainer.world_size == 1 or not dist.is_initialized():
             return
         if anyone_failed(self._border.is_off(MONITOR), trainer.strategy.root_device) and self._steps is not None:
-            self._steps = None
+            self._stop()
             self._border.switch_off(MONITOR, "an error on another rank, which says more")
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
@@ -132,9 +146,9 @@ class Session:
         is_sharded = without is not None or any(is_spread(p) for group in groups for p in group["params"])
         if without is not None:
             self._border.switch_off("the reading of parameter gradients", without)
-        if self._mitigation is not None and is_sharded:
-            self._mitigation = None
-            self._border.switch_off("the mitigator", "it does not change parameters that are sharded over ranks yet")
+        if self._treating is not None and (topology.model > 1 or without is not None):
+            self._treating = None
+            self._border.switch_off(MITIGATOR, "it can't change parameters that are cut over ranks in this way")
         step = trainer_facts.logged_step(trainer)
         if len(self.recorder.history) and step < self.recorder.history.steps[-1]:
             self._start_anew()
@@ -171,6 +185,8 @@ class Session:
         )
         if self._steps_state is not None:
             self._steps.load_state_dict(self._steps_state)
+        if self._treating is not None:
+            self._begin_treating(self._treating, trainer, module, is_sharded)
         self.recorder.tells = trainer.is_global_zero
         self.recorder.model = type(module).__name__
         self.recorder.sinks = self._sinks(trainer) if trainer.is_global_zero else []
@@ -178,6 +194,17 @@ class Session:
             self._border.tell(
                 "lightning_gradflow: the model has no trainable parameters, so there is nothing to watch."
             )
+
+    def _begin_treating(self, treating: Treating, trainer: Trainer, module: LightningModule, is_sharded: bool) -> None:
+        def begin() -> None:
+            treating.begin(trainer, module, is_sharded=is_sharded)
+
+        if trainer.world_size > 1:
+            begin()  # an error here ends the monitor, on all ranks
+            return
+        self._border.run(MITIGATOR, begin, default=None)
+        if self._border.is_off(MITIGATOR):
+            self._end_treating()
 
     def _named(self, which: str) -> str | None:
         return next((getattr(part, which) for part in self._parts if getattr(part, which, None)), None)
@@ -209,6 +236,8 @@ class Session:
         steps, self._steps = self._steps, None
         if steps is None:
             return
+        if self._treating is not None:
+            self._treating.end()
         losses, val_loss = steps.end(together=together)
         self._steps_state = steps.state_dict()  # another fit, or a checkpoint, may go on from here
         step = trainer_facts.logged_step(trainer) - 1
@@ -221,51 +250,66 @@ class Session:
 
     # -- what comes of a step -----------------------------------------------------------------------------------
 
+    def batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Opens a sample where one is due."""
+        if self._steps is None:
+            return
+        self._steps.batch_start(trainer, module, batch, batch_idx)
+        if self._treating is not None and self._steps.sampler.is_open:
+            self._treating.batch_start(batch, batch_idx)
+
     def before_optimizer_step(
         self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Reads the gradients, and clips them where the mitigator says so."""
+        """Reads the gradients, and lets the remedies that are in force change them."""
         if self._steps is not None:
             self._steps.before_optimizer_step(trainer, module, optimizer)
-        if self._mitigation is not None:
-            self._mitigation.before_optimizer_step(optimizer)
+        if self._treating is not None:
+            self._treating.before_optimizer_step(trainer, optimizer)
+        if self._steps is not None:
+            self._steps.await_step(optimizer)
 
     def batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any) -> None:
         """Records the row of a sample that is complete, and acts on what is found in it."""
+        treating = self._treating
+        if treating is not None:
+            treating.batch_end()
         if self._steps is None:
             return
         sampler = self._steps.sampler
-        row = self._steps.batch_end(trainer, module, outputs, _digest(self._to_treat))
+        row = self._steps.batch_end(trainer, module, outputs, treating.digest if treating is not None else 0)
         if row is None:
             return
-        if self._mitigation is not None and not sampler.is_agreed:
-            self._mitigation = None
-            self._border.switch_off("the mitigator", "the ranks do not find the same")
-        if not sampler.is_alone:
-            self._treat(module, trainer)
+        if treating is not None and not sampler.is_agreed:
+            self._end_treating()
+            treating = None
+            self._border.switch_off(MITIGATOR, "the ranks do not find the same")
         step = trainer_facts.logged_step(trainer)  # loggers are told in order, and a sample may take several steps
-        self._to_treat = self.recorder.add(row, step, trainer_facts.progress(trainer, step))
-        if sampler.is_alone:
-            self._treat(module, trainer)
+        self.recorder.add(row, step, trainer_facts.progress(trainer, step))
+        if treating is not None:
+            if not sampler.is_alone:
+                self._act(treating, trainer, module)
+            self._border.run(MITIGATOR, treating.decide, trainer, module, default=None)
+            if sampler.is_alone:
+                self._act(treating, trainer, module)
 
-    def _treat(self, module: LightningModule, trainer: Trainer) -> None:
-        """Acts on the findings; with several ranks one sample later, when each is known to have found the same."""
-        opened, self._to_treat = self._to_treat, []
-        if self._mitigation is not None and opened:
-            self.recorder.actions += self._mitigation.act(opened, self.recorder.history, module, trainer.optimizers)
+    def _act(self, treating: Treating, trainer: Trainer, module: LightningModule) -> None:
+        """Does what was decided: with several ranks one sample later, when each is known to have decided the same."""
+        self._border.run(MITIGATOR, treating.carry_out, trainer, module, default=None)
+        if self._border.is_off(MITIGATOR):
+            self._end_treating()
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The history, findings and actions, in types that a checkpoint loads with `weights_only=True`."""
-        mitigation = self._mitigation.state_dict() if self._mitigation is not None else None
+        mitigation = self._treating.state_dict() if self._treating is not None else None
         steps = self._steps.state_dict() if self._steps is not None else self._steps_state
         state: dict[str, Any] = to_checkpoint(
             {
                 "recorder": self.recorder.state_dict(),
                 "mitigation": mitigation,
                 "steps": steps,
-                "to_treat": [finding.to_dict() for finding in self._to_treat],
                 "val_loss": self._validation.state_dict(),
             }
         )
@@ -273,10 +317,10 @@ class Session:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
-        state = from_checkpoint(state)
+        mitigation = state["mitigation"]  # holds tensors of its own
+        state = from_checkpoint({name: part for name, part in state.items() if name != "mitigation"})
         self.recorder.load_state_dict(state["recorder"])
         self._steps_state = state["steps"]
-        self._to_treat = [Finding.from_dict(finding) for finding in state["to_treat"]]
         self._validation.load_state_dict(state["val_loss"])
-        if self._mitigation is not None and state["mitigation"] is not None:
-            self._mitigation.load_state_dict(state["mitigation"])
+        if self._treating is not None:
+            self._treating.load_state_dict(mitigation, self.recorder.actions)

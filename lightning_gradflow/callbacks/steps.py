@@ -57,6 +57,8 @@ class Steps:
         self._run = run
         self._tell = tell
         self._step_hooks: dict[int, RemovableHandle] = {}
+        self._has_stepped: set[int] = set()
+        self._is_read = False
 
     def batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Opens a sample where one is due, or goes on with the one that is open."""
@@ -104,7 +106,14 @@ class Steps:
             factor = trainer.accumulate_grad_batches / min(trainer.accumulate_grad_batches, sampler.backwards)
         scale = trainer_facts.loss_scale(trainer, sampler.device)
         sampler.read_gradients(optimizer, scale, factor, trainer_facts.takes_scaled_gradients(optimizer))
-        if hasattr(optimizer, "_optimizer_step_post_hooks"):  # what only wraps an optimizer may have no hooks
+        self._has_stepped.discard(id(optimizer))
+        self._is_read = True
+
+    def await_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Reads what the step will have changed, after remedies that have put back what they do for its time."""
+        is_read, self._is_read = self._is_read, False
+        # what only wraps an optimizer may have no hooks
+        if is_read and hasattr(optimizer, "_optimizer_step_post_hooks") and id(optimizer) not in self._step_hooks:
             self._step_hooks[id(optimizer)] = optimizer.register_step_post_hook(
                 lambda stepped, *_: self._run("after_optimizer_step", stepped)
             )
@@ -115,9 +124,10 @@ class Steps:
 
     def after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Reads what the step changed."""
-        handle = self._step_hooks.pop(id(optimizer), None)
-        if handle is not None:
-            handle.remove()
+        if id(optimizer) in self._has_stepped:
+            return
+        # torch is going through its hooks: ours is taken off when the batch is over
+        self._has_stepped.add(id(optimizer))
         if self.sampler.is_open:
             self.sampler.after_optimizer_step(optimizer)
 
@@ -126,6 +136,7 @@ class Steps:
         for handle in self._step_hooks.values():
             handle.remove()
         self._step_hooks = {}
+        self._has_stepped = set()
 
     def batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, decision: int) -> Row | None:
         """Keeps the loss; finishes the sample with the last batch of its step.

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import math
-import os
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, MutableMapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, MutableMapping
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from lightning_gradflow.border import Border
 from lightning_gradflow.callbacks import trainer_facts
+from lightning_gradflow.callbacks.copies import apart, can_rehearse, check_memory, loss_of, quiet_copy
 from lightning_gradflow.findings import Finding, FindingKind
 from lightning_gradflow.history import History
 from lightning_gradflow.probes.loss_line import loss_line, pack
@@ -37,15 +31,12 @@ WAITED = 48
 
 _AGAIN = 2  # times as many steps: another plateau of the same run is looked into too, and all of it stays cheap
 _COPIES = 6  # of the parameters: the copy, where it started, the step, a gradient, their mean, a spare one
-_SEED = 0
-_DEVICES = ("cpu", "cuda")  # whose random state can be put back
 _TARGETS = ("label", "target")  # in the name of an entry of a batch, or all of it
 _MOST_SAMPLES = 2048  # of more batches than are needed, to save time
 _MOST_BYTES = 1 << 28  # of the same, to save memory
 _TOO_MANY_BYTES = 1 << 30  # of the batches without which it would be less sure
 _FEWEST = 4  # batches: with fewer nothing is measured
 _MOST_SECONDS = 60.0  # that the run waits for an answer
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Why:
@@ -138,44 +129,27 @@ def is_able(trainer: Trainer, module: LightningModule) -> bool:
 
     Not with several ranks: a training step may meet the others, and no two ranks would make as many calls of it.
     """
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 or not module.automatic_optimization or len(trainer.optimizers) != 1:
         return False
-    if not module.automatic_optimization or len(trainer.optimizers) != 1 or module.device.type not in _DEVICES:
-        return False
-    takes_batches = "dataloader_iter" not in inspect.signature(module.training_step).parameters
-    return takes_batches and not isinstance(trainer.optimizers[0], torch.optim.LBFGS)
+    return can_rehearse(module) and not isinstance(trainer.optimizers[0], torch.optim.LBFGS)
 
 
 def _measure(trainer: Trainer, module: LightningModule, batches: list[tuple[Any, int]]) -> dict[str, float]:
     if len(batches) < _FEWEST:
         return {}
-    _check_memory(module)
-    error: Exception | None = None
-    found: dict[str, float] = {}
-    with ExitStack() as stack:
-        # it restores the random state only where no error comes through
-        stack.enter_context(isolate_rng(include_cuda=module.device.type == "cuda"))
-        stack.enter_context(torch.enable_grad())
-        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled, and the import takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            found = _measure_copy(trainer, module, batches)
-        except Exception as raised:
-            error = raised.with_traceback(None)
-    if error is not None:
-        raise error
-    return found
+    check_memory(module, _COPIES)
+    with apart(module):
+        return _measure_copy(trainer, module, batches)
 
 
 def _measure_copy(trainer: Trainer, module: LightningModule, batches: list[tuple[Any, int]]) -> dict[str, float]:
-    twin, optimizer = copy.deepcopy((module, trainer.optimizers[0]), _results_of(module))
-    _silence(twin, trainer)
+    twin, optimizer = quiet_copy(trainer, module, trainer.optimizers[0])
     loss_scale = trainer_facts.loss_scale(trainer, module.device)
     scale = 1.0 if loss_scale is None else float(loss_scale)
-    loss_of = partial(_loss_of, trainer, twin, time.monotonic() + _MOST_SECONDS)
-    losses = [loss_of(batch, at) for batch, at in batches[-BATCHES:]]
+    of = partial(loss_of, trainer, twin, check=_until(time.monotonic() + _MOST_SECONDS))
+    losses = [of(batch, at) for batch, at in batches[-BATCHES:]]
     dealt = [(batch, _dealt(batch), at) for batch, at in _of_one_epoch(batches)]
-    pairs = [(loss_of(batch, at), loss_of(other, at)) for batch, other, at in dealt if other is not None]
+    pairs = [(of(batch, at), of(other, at)) for batch, other, at in dealt if other is not None]
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     paired = pairing(pairs, parameters, scale)
     return paired | loss_line(
@@ -187,33 +161,12 @@ def _measure_copy(trainer: Trainer, module: LightningModule, batches: list[tuple
     )
 
 
-def _results_of(module: nn.Module) -> dict[int, Any]:
-    """The memo of a deep copy that knows the results of a graph which a module keeps: torch refuses to copy those."""
-    kept = (leaf for child in module.modules() for leaf in tree_leaves(list(vars(child).values())))
-    return {id(x): x.detach().clone() for x in kept if isinstance(x, Tensor) and not x.is_leaf}
-
-
-def _loss_of(
-    trainer: Trainer, twin: LightningModule, deadline: float, batch: Any, batch_idx: int
-) -> Callable[[], Tensor]:
-    takes_index = len(inspect.signature(twin.training_step).parameters) > 1
-
-    def loss() -> Tensor:
+def _until(deadline: float) -> Callable[[], None]:
+    def check() -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"it took more than {_MOST_SECONDS:.0f} s")
-        # torch.manual_seed would seed devices too that the run has not used yet
-        torch.default_generator.manual_seed(_SEED)
-        if twin.device.type == "cuda":
-            torch.cuda.manual_seed_all(_SEED)
-        own = tree_map_only(Tensor, Tensor.clone, batch)  # a step may change its batch in place
-        with trainer.precision_plugin.train_step_context():
-            outputs = twin.training_step(own, batch_idx) if takes_index else twin.training_step(own)
-        value = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-        if not isinstance(value, Tensor):
-            raise ValueError("training_step returned no loss for a batch")
-        return value.reshape(())
 
-    return loss
+    return check
 
 
 def _is_small(kept: Collection[tuple[Any, int]]) -> bool:
@@ -276,52 +229,3 @@ def _clip_of(trainer: Trainer, optimizer: torch.optim.Optimizer) -> Callable[[],
             clip_grad_norm_(parameters, limit)
 
     return clip
-
-
-def _silence(twin: LightningModule, trainer: Trainer) -> None:
-    """A copy that sees the Trainer, and of which nobody hears: it logs nothing, and calls no hook of anyone's."""
-    for child in twin.modules():
-        if hasattr(child, "automatic_optimization") and hasattr(child, "log_dict"):
-            child.__dict__["_trainer"] = trainer
-            child.__class__ = _silent(type(child))
-        for kind in _HOOKS:
-            hooks = getattr(child, kind, {})
-            for key in [key for key, hook in hooks.items() if not _is_of_torch(hook)]:
-                del hooks[key]
-
-
-def _is_of_torch(hook: Any) -> bool:
-    """Whether it is one of torch's own, such as weight_norm, which the forward pass needs."""
-    module = getattr(hook, "__module__", None) or type(hook).__module__
-    return str(module).startswith("torch.")
-
-
-def _silent(kind: type[nn.Module]) -> type[nn.Module]:
-    dummy = DummyLogger()
-
-    def nothing(*_: Any, **__: Any) -> None:
-        return None
-
-    members = {
-        "log": nothing,
-        "log_dict": nothing,
-        "print": nothing,
-        "logger": property(lambda _: dummy),
-        "loggers": property(lambda _: [dummy]),
-        "__module__": kind.__module__,
-    }
-    return type(kind.__name__, (kind,), members)
-
-
-def _check_memory(module: nn.Module) -> None:
-    """Raises a `MemoryError` where the copies would need more than half of what is free."""
-    parameters = list(module.parameters())
-    need = _COPIES * sum(p.numel() * p.element_size() for p in parameters)
-    device = next((p.device for p in parameters), torch.device("cpu"))
-    free = math.inf
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if 2 * need > free:
-        raise MemoryError(f"copies of the model would take {need / 2**30:.1f} GiB of {free / 2**30:.1f} GiB")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.decay import is_evened_out
 from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped, offending_features
-from lightning_gradflow.detectors.profile import depth_profile, is_skipped, recent_profiles
+from lightning_gradflow.detectors.profile import depth_profile, in_order, is_skipped, recent_profiles
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
@@ -17,6 +18,10 @@ from lightning_gradflow.history import History
 _MIN_PAST = 8  # rows before the run's own median means something
 _LARGE_GAIN = 1.25  # of a layer and its activation together: weights at the critical scale for it reach 1
 _EARLY = 50  # steps: inputs that were too large from the start have done their harm by then
+_AT_START = 3  # samples
+_NEWEST_LOSSES, _MIN_LOSSES = 5, 20
+_BEYOND = 10.0  # times the range of all losses before: no batch does that three times in a row
+_LARGE_OUTPUT = 30.0  # rms, and factor over the inputs: networks that learn start with outputs up to 3, and 12 times
 _CERTAIN = 4.0  # decades: with less, an optimizer that evens the updates out learns
 
 
@@ -32,6 +37,12 @@ class ExplodingGradient:
     loss is above all that it was: big gradients alone, with a loss that falls, are left alone. Where the inputs have
     become ten times as large with it one sample is enough, and they are the cause (`unscaled_inputs`). Steps that a
     gradient scaler skipped do not count: there the gradient was infinite because of the scale.
+
+    In the loss: the median of the newest five is above all before by ten times their range.
+
+    At the start: the outputs of the last layer are above 30, and 30 times as large as the inputs; or above 30, and the
+    inputs are unscaled. The gradients of all weights are as much too large, whatever the span says, and a loss that
+    falls from there has learnt nothing but a smaller output.
 
     Args:
         max_growth: decades that the signal may gain from the last to the first layer, in (0, 100). The default of 3 is
@@ -63,7 +74,9 @@ class ExplodingGradient:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        return self._with_depth(history) or self._in_time(history)
+        looks = (self._with_depth, self._in_time, self._at_start, self._in_loss)
+        found = [finding for look in looks for finding in look(history)]
+        return sorted(found, key=lambda finding: -finding.severity.rank)[:1]
 
     def _with_depth(self, history: History) -> list[Finding]:
         profiles = recent_profiles(history, 2)
@@ -109,6 +122,68 @@ class ExplodingGradient:
         if first.span < self.max_growth / 2:
             return "learning_rate_too_large"  # it was well at first, and the steps made it so
         return "weight_scale" if gain > _LARGE_GAIN else "depth"
+
+    def _at_start(self, history: History) -> list[Finding]:
+        """Outputs that no initialisation is meant to give: the loss spends the run on its way down from there."""
+        profile = depth_profile(history, 0)
+        if profile is None or len(history) > _AT_START:
+            return []
+        found = in_order(history.rows[0].values.get("output_rms", np.empty(0)), history.point_axis.order)
+        sizes = dict(zip((point.name for point in history.points), found, strict=True))
+        layers = [point for point in profile.points if point.is_layer and np.isfinite(sizes[point.name])]
+        inputs = history["input_rms"][0]
+        known = inputs[np.isfinite(inputs)]
+        if len(layers) < 2:
+            return []
+        before = float(np.sqrt(np.mean(np.square(known)))) if known.size else sizes[layers[0].name]
+        last = sizes[layers[-1].name]
+        is_unscaled = bool(offending_features(history))
+        if not (last > _LARGE_OUTPUT and (is_unscaled or last > _LARGE_OUTPUT * before)):
+            return []
+        steps = {p.module: sizes[p.name] / max(sizes[b.name], 1e-30) for b, p in pairwise(layers)}
+        steps[layers[0].module] = sizes[layers[0].name] / max(before, 1e-30)
+        return [
+            Finding(
+                kind=FindingKind.EXPLODING_GRADIENT,
+                severity=Severity.WARNING,
+                step=history.rows[-1].step,
+                layers=tuple(sorted(steps, key=lambda name: -steps[name]))[:8],
+                cause="unscaled_inputs" if is_unscaled else "weight_scale",
+                evidence={
+                    "output_rms": float(last),
+                    "output_growth": float(last / max(before, 1e-30)),
+                    **(feature_evidence(history) if is_unscaled else {}),
+                },
+            )
+        ]
+
+    def _in_loss(self, history: History) -> list[Finding]:
+        """A loss that has left the range of all that it was, and stays there: what was learnt is gone."""
+        if len(history) < _MIN_PAST:
+            return []
+        steps, losses = history.loss_steps, history.losses
+        before = losses[(steps <= history.rows[-2].step) & np.isfinite(losses)]
+        newest = losses[-_NEWEST_LOSSES:]
+        if len(before) < _MIN_LOSSES or not np.isfinite(newest).all():
+            return []
+        low, high = float(before.min()), float(before.max())
+        if not np.median(newest) > low + _BEYOND * (high - low):
+            return []
+        norms = history["grad_norm"][-1]
+        return [
+            Finding(
+                kind=FindingKind.EXPLODING_GRADIENT,
+                severity=Severity.WARNING,
+                step=history.rows[-1].step,
+                layers=tuple(history.layers[i] for i in np.argsort(-np.nan_to_num(norms)) if np.isfinite(norms[i]))[:8],
+                cause="unscaled_inputs" if inputs_jumped(history) else "unknown",
+                evidence={
+                    "loss": float(np.median(newest)),
+                    "highest_loss": high,
+                    **(feature_evidence(history) if inputs_jumped(history) else {}),
+                },
+            )
+        ]
 
     def _in_time(self, history: History) -> list[Finding]:
         total, loss = history.scalar("grad_norm_total"), history.scalar("loss")

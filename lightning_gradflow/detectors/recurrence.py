@@ -19,6 +19,8 @@ _MIN_USABLE = 4  # norms that are above zero: a steep decay leaves no more befor
 _PATIENCE = 100  # steps: a default LSTM or GRU over 64 steps heals in fewer, at learning rates from 5e-4 on
 _MAX_PATIENCE = 500
 _SHARE = 0.2  # of the planned steps: who plans a long run goes slowly, and can wait
+_SOONER = 1 / 3  # of the patience, where nothing heals
+_STILL_LOST = 0.75  # of the decades: default LSTMs and GRUs get half of them back in ten steps
 _SHORT_PATIENCE = 32  # steps, where two thirds of the gradient are lost at each time step
 _SHORT_MEMORY = 1.0  # steps; a default RNN has 1.8, a default LSTM and GRU 2.2
 _FALLING = -2.0  # z score of the loss from which on the run is left alone
@@ -114,8 +116,9 @@ class RecurrentGradient:
     A decay alone is no fault. Default LSTMs and GRUs begin with it and heal, mostly within 100 steps; and where what
     counts stands at the end of the sequence, nothing has to come further. So it is an info at first. It becomes a
     warning when it has lasted 100 steps (of a run that is planned for more than 500, a fifth of it, at most 500), the
-    fastest layer has moved by 0.3 of its norm in all, nothing was learnt and the loss does not fall. Where the memory
-    is one step or less, which none has in its usual initialisation, 32 steps and half of the way will do.
+    fastest layer has moved by 0.3 of its norm in all, nothing was learnt and the loss does not fall. Where three
+    quarters of the decades are still lost, a third of these steps will do; where the memory is one step or less, which
+    none has in its usual initialisation, 32 steps and half of the way.
 
     A gradient that explodes is a warning at once; where the gradients are clipped, when it has lasted as long and the
     loss does not fall. A run that has learnt gets an info.
@@ -180,7 +183,10 @@ class RecurrentGradient:
     def _severity_of_decay(self, history: History, dying: dict[Point, list[tuple[int, TimeProfile]]]) -> Severity:
         short = any(all(one.memory <= _SHORT_MEMORY for _, one in found) for found in dying.values())
         patience = _SHORT_PATIENCE if short else _patience(history)
-        lasts = any(self._lasts(found, patience) for found in dying.values())
+        lasts = any(
+            self._lasts(found, _SOONER * patience if self._heals_slowly(found) and not short else patience)
+            for found in dying.values()
+        )
         had_its_chance = lasts and _moved(history) >= (_SHORT_MOVED if short else _MOVED)
         stuck = had_its_chance and not has_learnt(history) and not _falls(history)
         return Severity.WARNING if stuck else Severity.INFO
@@ -192,6 +198,11 @@ class RecurrentGradient:
             return Severity.WARNING
         lasts = any(self._lasts(found, _patience(history)) for found in growing.values())
         return Severity.WARNING if lasts and not _falls(history) else Severity.INFO
+
+    def _heals_slowly(self, found: list[tuple[int, TimeProfile]]) -> bool:
+        """Whether most of what was lost at first still is: what heals by itself does most of it in the first steps."""
+        first, last = -found[0][1].span, -found[-1][1].span
+        return first >= self.max_decay and last >= _STILL_LOST * first
 
     def _lasts(self, found: list[tuple[int, TimeProfile]], patience: float) -> bool:
         """Whether the signal was lost in every sample of the last `patience` steps, and the run is that old.

@@ -1,16 +1,192 @@
-"""Textbook re-initialisation of layers, by the activation that follows."""
+"""Re-initialisation of the layers that a finding is about: from data where that can be had, else by the book."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gradflow.activations import BOUNDED, RECTIFIERS, SIGMOIDS
+from lightning_gradflow.findings import Finding, FindingKind
 from lightning_gradflow.history import Point
+from lightning_gradflow.probes.shards import is_sharded
+from lightning_gradflow.remedies.critical import FAR, MAX_OFF, MAX_SPREAD, Centre, centre_of, make_critical
+from lightning_gradflow.remedies.fresh import looks_fresh
+from lightning_gradflow.remedies.optimizer_state import forget
+from lightning_gradflow.remedies.recurrent import reinitialise_recurrence
+from lightning_gradflow.remedies.recurrent_treatment import treat
+from lightning_gradflow.remedies.textbook import initialise, name_for
+from lightning_gradflow.remedies.training import RehearsalError, Training
 
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_UNUSUAL = 10.0  # factor between the weights of a recurrence, or an embedding, and 1 / sqrt(fan_in)
+
+
+@dataclass(frozen=True)
+class Reinit:
+    """What was drawn anew.
+
+    Args:
+        layers: in order of execution, but for recurrences and embeddings, which stand before the others.
+        before: what was measured before, such as the `span` of the gains in decades.
+        after: the same with the new weights.
+        centres: layers whose inputs lie far from 0, with the mean and the spread of these inputs.
+    """
+
+    layers: tuple[str, ...]
+    before: Mapping[str, float] = field(default_factory=dict)
+    after: Mapping[str, float] = field(default_factory=dict)
+    centres: Mapping[str, Centre] = field(default_factory=dict)
+
+
+def reinitialise(training: Training, finding: Finding, *, only_far: bool = False) -> Reinit | None:
+    """Draws layers anew, and lets the optimizers forget what they know of them.
+
+    Recurrences are treated as `recurrent_treatment.treat` says, where the finding is about them. Everything else is
+    made critical on a batch of the run (see `make_critical`). Recurrences and embeddings whose weights are off all that
+    is usual by more than a factor of 10 are drawn by the book then, unless `only_far` is set. Where no batch can be
+    had, the layers that the finding names are drawn by the initialisation that suits the activations around them (see
+    `textbook`).
+
+    Args:
+        training: the run, between two optimizer steps.
+        finding: what is to be cured.
+        only_far: whether only layers count as sick that are so by far; nothing is done by the book then.
+
+    Returns:
+        What was done; None where no layer can be treated, or none is sick.
+    """
+    if finding.cause == "recurrence":
+        treated = treat(training, finding)
+        if treated is None:
+            return None
+        return Reinit(treated.layers, treated.before, treated.after, _centres(training, treated.layers))
+    if training.rehearse is not None:
+        try:
+            return _from_data(training, finding, only_far)
+        except RehearsalError:
+            pass
+    return None if only_far else _by_the_book(training, finding)
+
+
+def _from_data(training: Training, finding: Finding, only_far: bool) -> Reinit | None:
+    assert training.rehearse is not None
+    with training.rehearse() as (module, run):
+        drawn = {} if only_far else _draw_unusual(module, training.seed)
+        treated = make_critical(
+            module, run, training.seed, max_off=FAR if only_far else MAX_OFF, max_spread=_max_spread(finding)
+        )
+        drawn |= treated.changed
+        fresh = {name: [p.detach().clone() for p in parameters] for name, parameters in drawn.items()}
+    changed = _copied(training.model, fresh)
+    if not changed:
+        return None
+    forget(training.optimizers, changed)
+    before, after = treated.spans
+    return Reinit(tuple(fresh), {"span": before}, {"span": after}, treated.centres)
+
+
+def _centres(training: Training, layers: Sequence[str]) -> dict[str, Centre]:
+    """Where the inputs of the linear layers of a loop lie, over all its steps."""
+    if training.rehearse is None:
+        return {}
+    seen: dict[str, list[Tensor]] = {}
+    with training.rehearse() as (module, run):
+        handles = []
+        for name in layers:
+            layer = module.get_submodule(name)
+            if isinstance(layer, nn.Linear):
+                inputs = seen.setdefault(name, [])
+                handles.append(layer.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.extend(args[:1])))
+        try:
+            run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        found = {name: centre_of(module.get_submodule(name), torch.cat(x)) for name, x in seen.items() if x}
+    return {name: centre for name, centre in found.items() if centre is not None}
+
+
+def _max_spread(finding: Finding) -> float:
+    """How far outputs may spread: behind large inputs it is usual, and too much where activations saturate."""
+    return MAX_SPREAD if finding.kind is FindingKind.SATURATED_ACTIVATION else math.inf
+
+
+def _draw_unusual(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Parameter]]:
+    """Draws recurrences and embeddings anew whose weights no usual initialisation gives, by the book.
+
+    They have no gain that could be measured from one layer to the next.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    owners = Counter(p for part in module.modules() for p in part.parameters(recurse=False))
+    drawn: dict[str, Sequence[nn.Parameter]] = {}
+    for name, part in module.named_modules():
+        if not isinstance(part, (nn.RNNBase, nn.RNNCellBase, nn.Embedding)):
+            continue
+        own = list(part.parameters(recurse=False))
+        weights = [p for p in own if p.dim() > 1]
+        is_own = all(owners[p] == 1 and p.requires_grad and looks_fresh(p) for p in weights)
+        if not is_own or all(_is_usual(part, p) for p in weights):
+            continue
+        if isinstance(part, nn.Embedding):
+            fresh = initialise(part, "lecun", generator)
+        else:
+            fresh = reinitialise_recurrence(part, generator)
+        if fresh:
+            drawn[name] = own
+    return drawn
+
+
+def _is_usual(part: nn.RNNBase | nn.RNNCellBase | nn.Embedding, weight: Tensor) -> bool:
+    """Initialisations differ in what they go by: inputs or units of the state, one token or the width of embeddings."""
+    size = float(weight.detach().double().square().mean().sqrt())
+    fans = (1, weight.shape[1]) if isinstance(part, nn.Embedding) else (weight.shape[1], part.hidden_size)
+    return size * math.sqrt(max(fans)) >= 1 / _UNUSUAL and size * math.sqrt(min(fans)) <= _UNUSUAL
+
+
+@torch.no_grad()
+def _copied(model: nn.Module, fresh: Mapping[str, Sequence[Tensor]]) -> list[nn.Parameter]:
+    changed = []
+    for name, values in fresh.items():
+        own = list(model.get_submodule(name).parameters(recurse=False))
+        for parameter, value in zip(own, values, strict=True):
+            if parameter.requires_grad:
+                parameter.copy_(value)
+                parameter.grad = None
+                changed.append(parameter)
+    return changed
+
+
+def _by_the_book(training: Training, finding: Finding) -> Reinit | None:
+    around = activations_around(training.history.points)
+    modules = dict(training.model.named_modules())
+    owners = Counter(p for module in modules.values() for p in module.parameters(recurse=False))
+    generator = torch.Generator().manual_seed(training.seed)
+    # the layers that a finding of depth names are those that suffer; all that the signal passes have a part in it
+    is_of_depth = finding.kind in (FindingKind.VANISHING_GRADIENT, FindingKind.EXPLODING_GRADIENT)
+    changed: list[nn.Parameter] = []
+    layers = []
+    for name, (before, after) in around.items():  # in order of execution, so that a seed gives the same weights
+        if name not in modules or not (name in finding.layers or (is_of_depth and after)):
+            continue
+        if name not in finding.layers and not _look_fresh(modules[name]):
+            continue
+        # what is right for one of several owners is wrong for the others
+        if any(owners[p] > 1 for p in modules[name].parameters(recurse=False)):
+            continue
+        fresh = initialise(modules[name], name_for(after), generator, before=before, after=after)
+        if fresh:
+            layers.append(name)
+            changed += fresh
+    forget(training.optimizers, changed)
+    return Reinit(tuple(layers)) if layers else None
+
+
+def _look_fresh(module: nn.Module) -> bool:
+    weights = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+    return all(is_sharded(p) or looks_fresh(p) for p in weights)
 
 
 def activations_around(points: Sequence[Point]) -> dict[str, tuple[str, str]]:
@@ -31,64 +207,3 @@ def activations_around(points: Sequence[Point]) -> dict[str, tuple[str, str]]:
             if layer and not found[layer][1]:
                 found[layer] = (found[layer][0], point.op)
     return found
-
-
-@torch.no_grad()
-def reinitialise(module: nn.Module, before: str, after: str, generator: torch.Generator) -> list[nn.Parameter]:
-    """Draws a layer anew so that the signal keeps its size on the way through it and its activation.
-
-    - before ReLU and its kin: He normal.
-    - before tanh: orthogonal, times 2 where the input comes from a sigmoid.
-    - before sigmoid: orthogonal, times 4 where the input comes from a sigmoid too, else times 2.
-    - before anything else: Glorot normal.
-
-    The bias is 0, or `-weight.sum(1) / 2` where the input comes from a sigmoid, whose mean is 1/2. With
-    `sigmoid(x) = (1 + tanh(x / 2)) / 2` a stack of such sigmoid layers *is* a stack of orthogonal tanh layers.
-
-    Args:
-        module: a Linear or convolution layer; anything else is left as it is.
-        before: the activation that its input comes from, or "".
-        after: the activation that follows, or "".
-        generator: on the CPU; the same seed gives the same weights on every rank and device, and the global random
-            state is not touched.
-
-    Returns:
-        The parameters that were drawn anew; frozen ones are left as they are.
-
-    References:
-        Glorot and Bengio 2010; Saxe et al. 2014 (orthogonal); He et al. 2015.
-
-    Example:
-        >>> layer = nn.Linear(8, 8)
-        >>> _ = reinitialise(layer, "tanh", "tanh", torch.Generator().manual_seed(0))
-        >>> torch.allclose(layer.weight @ layer.weight.T, torch.eye(8), atol=1e-6)
-        True
-    """
-    # the weight of a parametrized layer (weight norm) is computed anew at each use: to write into it has no effect
-    if not isinstance(module, _KINDS) or not isinstance(module.weight, nn.Parameter) or not module.weight.requires_grad:
-        return []
-    fresh = torch.empty(module.weight.shape, dtype=torch.float32)
-    if after in RECTIFIERS:
-        nn.init.kaiming_normal_(fresh, nonlinearity="relu", generator=generator)
-    elif after in BOUNDED:
-        nn.init.orthogonal_(fresh, gain=_gain(before, after), generator=generator)
-    else:
-        nn.init.xavier_normal_(fresh, generator=generator)
-    module.weight.copy_(fresh)
-    module.weight.grad = None
-    changed = [module.weight]
-    if isinstance(module.bias, nn.Parameter) and module.bias.requires_grad:
-        module.bias.copy_(_centring_bias(fresh) if before in SIGMOIDS else torch.zeros_like(module.bias))
-        module.bias.grad = None
-        changed.append(module.bias)
-    return changed
-
-
-def _gain(before: str, after: str) -> float:
-    """A sigmoid moves half as far as a tanh, and half as fast."""
-    return (2.0 if before in SIGMOIDS else 1.0) * (2.0 if after in SIGMOIDS else 1.0)
-
-
-def _centring_bias(weight: Tensor) -> Tensor:
-    """Takes away what the mean 1/2 of a sigmoid's output adds to each unit."""
-    return -0.5 * weight.flatten(1).sum(dim=1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,9 @@ class Sink:
     def on_finding(self, finding: Finding, view: View) -> None:
         """A finding was opened."""
 
+    def on_action(self, action: Action, view: View) -> None:
+        """The run was changed; called again, with its outcome, when the trial of the action has ended."""
+
     def on_end(self, view: View) -> None:
         """The fit is over, or died; called once."""
 
@@ -76,6 +80,18 @@ def scalars(history: History) -> dict[str, float]:
     found["delta_span"] = profile.span if profile is not None else math.nan
     found["effective_depth"] = profile.effective_depth[0] if profile is not None else math.nan
     return {f"gradflow/{name}": value for name, value in found.items() if not math.isnan(value)}
+
+
+def action_counts(actions: Iterable[Action]) -> dict[str, float]:
+    """How many actions there were so far, and what has become of them; an outcome that never came is left out.
+
+    Example:
+        >>> action_counts([Action(1, "clip"), Action(9, "reinit", outcome="kept")])
+        {'gradflow/actions': 2.0, 'gradflow/actions_kept': 1.0}
+    """
+    outcomes = Counter(action.outcome for action in actions)
+    decided = {f"gradflow/actions_{name}": float(outcomes[name]) for name in ("kept", "rolled_back") if outcomes[name]}
+    return {"gradflow/actions": float(outcomes.total()), **decided}
 
 
 _SCALARS = ("grad_norm_total", "clip_factor", "clipped_fraction", "loss_scale", "step_skipped")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from lightning_gradflow.detectors.profile import depth_profile
-from lightning_gradflow.figures import grid, limits, shorten
-from lightning_gradflow.findings import Finding
+from lightning_gradflow.figures import column_after, grid, limits, shorten
+from lightning_gradflow.findings import Action, Finding
 from lightning_gradflow.history import History
 from lightning_gradflow.metrics import HISTOGRAM_BINS, MAX_EXPONENT, MIN_EXPONENT
 from lightning_gradflow.sinks import parts
@@ -41,12 +41,13 @@ def charts(view: View) -> list[Chart]:
         []
     """
     history = view.history
+    marks = " Lines with an outcome stand where the run was changed." if view.actions else ""
     figures = [
         Chart(
             "Gradient norm by layer and step",
             "Input side at the top, a column for each sampled step. Black: exactly zero. Red: not finite. "
-            "Grey: not measured. In a healthy network top and bottom differ by a few decades at most.",
-            heatmap(history),
+            "Grey: not measured. In a healthy network top and bottom differ by a few decades at most." + marks,
+            heatmap(history, actions=view.actions),
         ),
         Chart(
             "Signal against depth",
@@ -67,13 +68,17 @@ def charts(view: View) -> list[Chart]:
             "every sample.",
             activations(history),
         ),
-        Chart("Loss", "Training loss, with the step at which each finding was opened.", loss(history, view.findings)),
+        Chart(
+            "Loss",
+            f"Training loss, with the step at which each finding was opened.{marks}",
+            loss(history, view.findings, view.actions),
+        ),
     ]
     return [chart for chart in figures if chart.figure is not None]
 
 
-def heatmap(history: History, metric: str = "grad_norm") -> Any:
-    """Layer x step in log10, as in the image; None where nothing was measured."""
+def heatmap(history: History, metric: str = "grad_norm", actions: Iterable[Action] = ()) -> Any:
+    """Layer x step in log10, as in the image, a line at each action; None where nothing was measured."""
     cells = grid(history, metric, max_columns=256)
     if not cells.values.size:
         return None
@@ -104,6 +109,8 @@ def heatmap(history: History, metric: str = "grad_norm") -> Any:
             colorscale=[[0, colour], [1, colour]],
             hovertemplate=f"%{{y}}<br>step %{{x}}<br>{label}<extra></extra>",
         )
+    for i, action in enumerate(actions):
+        parts.mark_action(figure, column_after(cells.steps, action.step), action, i)
     short = [escape(name) for name in shorten(cells.names)]
     rows, columns = list(range(0, n, math.ceil(n / 60))), parts.spread(list(range(len(cells.steps))), 9)
     figure.update_yaxes(
@@ -209,8 +216,8 @@ def activations(history: History) -> Any:
     return figure
 
 
-def loss(history: History, findings: Iterable[Finding] = ()) -> Any:
-    """Training loss over the steps, a line at each finding; None where no loss was seen."""
+def loss(history: History, findings: Iterable[Finding] = (), actions: Iterable[Action] = ()) -> Any:
+    """Training loss over the steps, a line at each finding and each action; None where no loss was seen."""
     steps, losses = history.loss_steps, history.losses
     if not losses.size:
         steps, losses = history.steps.astype(np.float64), history.scalar("loss")
@@ -231,21 +238,13 @@ def loss(history: History, findings: Iterable[Finding] = ()) -> Any:
         hovertemplate="step %{x}: %{y:.4g}<extra></extra>",
         showlegend=False,
     )
-    for i, finding in enumerate(findings):
+    place = 0
+    for place, finding in enumerate(findings, 1):
         colour = _SEVERITY_COLOURS[finding.severity.value]
         figure.add_vline(x=finding.step, line={"color": colour, "dash": "dash", "width": 1.5})
-        figure.add_annotation(
-            # Findings that open at about the same step would write over each other.
-            x=finding.step,
-            y=1.0 - 0.09 * (i % 8),
-            yref="paper",
-            text=finding.kind.value,
-            showarrow=False,
-            xanchor="left",
-            xshift=4,
-            font={"color": colour, "size": 12},
-            bgcolor="rgba(127,127,127,0.15)",
-        )
+        parts.label(figure, finding.step, finding.kind.value, colour, place - 1)
+    for i, action in enumerate(actions):
+        parts.mark_action(figure, action.step, action, place + i)
     usable = losses[np.isfinite(losses)]
     is_wide = usable.size > 0 and usable.min() > 0 and usable.max() > 20 * usable.min()
     figure.update_xaxes(title="step")

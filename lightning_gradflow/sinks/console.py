@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MAX_LAYERS = 24
+MAX_ACTIONS = 8
+_OUTCOME_COLOURS = {"kept": "green", "rolled_back": "yellow"}
 _COLOURS = {"info": "blue", "warning": "yellow", "critical": "red"}
 
 
@@ -185,10 +187,11 @@ def _print(console: Console, view: View) -> None:
         _print_finding(console, finding, told)
     if view.actions:
         console.print(Text(f"\nWhat was changed ({len(view.actions)})", style="bold"))
-        for action in view.actions[-8:]:
-            where = words.some(action.layers) or "all layers"
-            line = f"  step {action.step}: {action.kind}, {where}: {action.reason} [{action.outcome.replace('_', ' ')}]"
-            console.print(Text(line))
+        for action in view.actions[-MAX_ACTIONS:]:
+            console.print(Text(f"  {words.action_line(action)}", style=_OUTCOME_COLOURS.get(action.outcome, "")))
+        if len(view.actions) > MAX_ACTIONS:
+            console.print(f"  The last {MAX_ACTIONS}; {len(view.actions) - MAX_ACTIONS} earlier ones are left out.")
+        console.print(Text(words.OUTCOME_LEGEND, style="dim"))
 
 
 def _table(lines: list[LayerLine], step: int) -> Table:

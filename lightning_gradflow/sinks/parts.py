@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from html import escape
 from typing import Any
 
 import numpy as np
 
 from lightning_gradflow.detectors.profile import DepthProfile
 from lightning_gradflow.figures import MISSING_COLOUR, NONFINITE_COLOUR, ZERO_COLOUR
+from lightning_gradflow.findings import Action
 from lightning_gradflow.history import Floats
+from lightning_gradflow.sinks.words import OUTCOMES
 
 
 def figure(height: int = 380) -> Any:
@@ -52,6 +55,32 @@ def decades(low: float, high: float) -> dict[str, Any]:
         "thickness": 14,
         "outlinewidth": 0,
     }
+
+
+OUTCOME_LINES = {"applied": ("#5b7a99", "dash"), "kept": ("#1a7f4b", "solid"), "rolled_back": ("#8a5a9e", "dot")}
+"""Colour and dash of the line at an action."""
+
+
+def mark_action(figure: Any, x: float, action: Action, place: int) -> None:
+    """A line where the run was changed, with what has become of it; `place` counts the labels from the top."""
+    colour, dash = OUTCOME_LINES.get(action.outcome, OUTCOME_LINES["applied"])
+    figure.add_vline(x=x, line={"color": colour, "dash": dash, "width": 2})
+    label(figure, x, f"{action.kind}, {OUTCOMES.get(action.outcome, action.outcome)}", colour, place)
+
+
+def label(figure: Any, x: float, text: str, colour: str, place: int) -> None:
+    """A label at a line; those of lines that stand together would write over each other at one height."""
+    figure.add_annotation(
+        x=x,
+        y=1.0 - 0.09 * (place % 8),
+        yref="paper",
+        text=escape(text),
+        showarrow=False,
+        xanchor="left",
+        xshift=4,
+        font={"color": colour, "size": 12},
+        bgcolor="rgba(127,127,127,0.15)",
+    )
 
 
 def gaps(values: Floats) -> Any:

@@ -128,25 +128,27 @@ def _suggestion(suggestion: Suggestion, unfolded: bool) -> str:
 def _actions(actions: tuple[Action, ...]) -> str:
     if not actions:
         return ""
-    head = "".join(f"<th>{name}</th>" for name in ("Step", "Action", "Layers", "Why", "Before", "After", "Outcome"))
+    head = "".join(
+        f"<th>{escape(name)}</th>" for name in ("Step", "What", "Layers", "Why", "Before -> after", "Outcome")
+    )
     rows = "".join(
         "<tr>"
         + "".join(
             f"<td>{escape(cell)}</td>"
             for cell in (
                 str(action.step),
-                action.kind,
+                words.deed(action),
                 words.some(action.layers) or "all",
                 action.reason,
-                _numbers(action.before),
-                _numbers(action.after),
-                action.outcome.replace("_", " "),
+                words.changes(action),
+                words.outcome_of(action) + ("" if action.decided_step is None else f", step {action.decided_step}"),
             )
         )
         + "</tr>"
         for action in actions
     )
-    return f'<h2>What was changed</h2><div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+    legend = f'<p class="when">{escape(words.OUTCOME_LEGEND)}</p>'
+    return f'<h2>What was changed</h2>{legend}<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
 
 
 def _figures(view: View) -> list[str]:

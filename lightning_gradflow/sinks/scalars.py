@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_gradflow.sinks.base import Sink, View, scalars
+from lightning_gradflow.findings import Action
+from lightning_gradflow.sinks.base import Sink, View, action_counts, scalars
 
 
 class ScalarSink(Sink):
@@ -23,3 +24,7 @@ class ScalarSink(Sink):
         found = scalars(view.history)
         if found:
             self._logger.log_metrics(found, step=view.step)
+
+    def on_action(self, action: Action, view: View) -> None:  # noqa: ARG002
+        """Logs how many actions there were so far, and how many were kept or taken back."""
+        self._logger.log_metrics(action_counts(view.actions), step=view.step)

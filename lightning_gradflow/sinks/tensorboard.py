@@ -1,4 +1,4 @@
-"""TensorBoard: scalars, the heatmap, two histograms, and the findings as text."""
+"""TensorBoard: scalars, the heatmap, two histograms, and findings and actions as text."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 
 from lightning_gradflow.figures import heatmap
-from lightning_gradflow.findings import Finding
+from lightning_gradflow.findings import Action, Finding
 from lightning_gradflow.history import Ints
 from lightning_gradflow.metrics import HISTOGRAM_BINS, HISTOGRAMS, MIN_EXPONENT
 from lightning_gradflow.sinks import words
-from lightning_gradflow.sinks.base import Sink, View, scalars
+from lightning_gradflow.sinks.base import Sink, View, action_counts, scalars
 from lightning_gradflow.sinks.pace import Pace
 
 
 class TensorBoardSink(Sink):
-    """Logs scalars and histograms at each row, the heatmap some twelve times a run, findings when they open.
+    """Logs scalars and histograms at each row, the heatmap some twelve times a run, findings and actions as they come.
 
     Args:
         logger: Lightning's `TensorBoardLogger`.
@@ -44,6 +44,12 @@ class TensorBoardSink(Sink):
         """Writes the finding with what to do, as Markdown."""
         self._logger.experiment.add_text("gradflow/findings", markdown(finding), global_step=view.step)
 
+    def on_action(self, action: Action, view: View) -> None:
+        """Writes what was changed, or what has become of it, and logs the counts of actions."""
+        self._logger.log_metrics(action_counts(view.actions), step=view.step)
+        text = _plain(words.action_line(action))
+        self._logger.experiment.add_text("gradflow/actions", text, global_step=view.step)
+
     def on_end(self, view: View) -> None:
         """Writes the verdict and the last heatmap."""
         if self._pace.is_due_at_end:
@@ -51,7 +57,7 @@ class TensorBoardSink(Sink):
         self._logger.experiment.add_text("gradflow/verdict", _plain(words.verdict(view)), global_step=view.step)
 
     def _log_heatmap(self, view: View) -> None:
-        pixels = heatmap(view.history)
+        pixels = heatmap(view.history, actions=view.actions)
         self._logger.experiment.add_image("gradflow/heatmap", pixels, global_step=view.step, dataformats="HWC")
 
     def _log_histogram(self, tag: str, counts: Ints, step: int) -> None:

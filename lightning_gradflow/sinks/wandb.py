@@ -1,4 +1,4 @@
-"""Weights & Biases: the heatmap, the layers as one histogram, a handful of scalars, alerts, and the findings."""
+"""Weights & Biases: the heatmap, the layers as one histogram, a few scalars, alerts, findings and actions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from lightning_gradflow.figures import heatmap
-from lightning_gradflow.findings import Finding
+from lightning_gradflow.findings import Action, Finding
 from lightning_gradflow.history import Floats, Ints
 from lightning_gradflow.metrics import HISTOGRAM_BINS, HISTOGRAMS, MAX_EXPONENT, MIN_EXPONENT
 from lightning_gradflow.sinks import words
-from lightning_gradflow.sinks.base import Sink, View, scalars
+from lightning_gradflow.sinks.base import Sink, View, action_counts, scalars
 from lightning_gradflow.sinks.pace import Pace
 from lightning_gradflow.sinks.report import page
 
@@ -29,10 +29,11 @@ _ENCODING = (
 )
 _ALERT_LEVELS = {"warning": "WARN", "critical": "ERROR"}
 _COLUMNS: list[str | int] = ["kind", "severity", "step", "resolved_step", "layers", "cause", "message", "suggestions"]
+_ACTION_COLUMNS: list[str | int] = ["step", "kind", "layers", "reason", "numbers", "outcome", "decided_step"]
 
 
 class WandbSink(Sink):
-    """One row of W&B's table for each row of the history, at most 20 alerts, and the findings at the end.
+    """A row of W&B's table for each row of the history, at most 20 alerts, and findings and actions at the end.
 
     Args:
         logger: Lightning's `WandbLogger`.
@@ -67,18 +68,30 @@ class WandbSink(Sink):
 
     def on_finding(self, finding: Finding, view: View) -> None:  # noqa: ARG002
         """Sends an alert for a warning or worse."""
-        if not finding.severity.is_alarm or self._alerts >= MAX_ALERTS:
+        if not finding.severity.is_alarm:
             return
-        self._alerts += 1
         text = words.message(finding)
         if finding.suggestions:
             text += f"\n\nWhat to do: {finding.suggestions[0].title}"
-        title = f"{words.kind(finding)} at step {finding.step}"
-        # The service limits how often a title may come: with the step in it, each finding has its own.
-        self._logger.experiment.alert(title=title, text=text, level=_ALERT_LEVELS[finding.severity.value])
+        self._alert(f"{words.kind(finding)} at step {finding.step}", text, _ALERT_LEVELS[finding.severity.value])
+
+    def on_action(self, action: Action, view: View) -> None:
+        """Sends an alert of what was changed, or of what has become of it, and logs the counts as a row."""
+        counts = action_counts(view.actions)
+        # at the end this key is a table, and W&B takes one type for a key
+        counts["gradflow/actions_taken"] = counts.pop("gradflow/actions")
+        self._logger.log_metrics(counts, step=view.step)
+        when = f"step {action.step}" if action.decided_step is None else f"step {action.decided_step}"
+        self._alert(f"Action at {when}: {words.outcome_of(action)}", words.action_line(action), "INFO")
+
+    def _alert(self, title: str, text: str, level: str) -> None:
+        """The service limits how often a title may come: with the step in it, each has its own."""
+        if self._alerts < MAX_ALERTS:
+            self._alerts += 1
+            self._logger.experiment.alert(title=title, text=text, level=level)
 
     def on_end(self, view: View) -> None:
-        """Logs the findings as a table, the report without its figures, and the last heatmap, as one row."""
+        """Logs findings and actions as tables, the report without its figures, and the last heatmap, as one row."""
         import wandb
 
         found: dict[str, Any] = {
@@ -86,6 +99,9 @@ class WandbSink(Sink):
             # The figures need 5 MB of plotly.js, and W&B shows the numbers behind them already.
             "gradflow/report": wandb.Html(page(view, figures=False), inject=False),
         }
+        if view.actions:
+            cells = [_action_cells(action) for action in view.actions]
+            found["gradflow/actions"] = wandb.Table(columns=_ACTION_COLUMNS, data=cells)
         if self._pace.is_due_at_end:
             found["gradflow/heatmap"] = self._image(view)
         self._logger.log_metrics(found, step=view.step)
@@ -93,7 +109,7 @@ class WandbSink(Sink):
     def _image(self, view: View) -> Any:
         import wandb
 
-        return wandb.Image(heatmap(view.history))
+        return wandb.Image(heatmap(view.history, actions=view.actions))
 
     def _layer_histogram(self, view: View) -> dict[str, Any]:
         """A histogram whose bins are layers: W&B draws its history as a heatmap, for 1 kB a row."""
@@ -160,4 +176,16 @@ def _cells(finding: Finding) -> list[Any]:
         finding.cause,
         finding.message,
         "\n\n".join(f"{s.title}\n{s.code}".strip() for s in finding.suggestions),
+    ]
+
+
+def _action_cells(action: Action) -> list[Any]:
+    return [
+        action.step,
+        action.kind,
+        ", ".join(action.layers),
+        action.reason,
+        words.changes(action),
+        words.outcome_of(action),
+        action.decided_step,
     ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from lightning_gradflow.detectors.profile import depth_profile
-from lightning_gradflow.findings import Finding
+from lightning_gradflow.findings import Action, Finding
 from lightning_gradflow.sinks.base import View
 
 NO_TROUBLE = "No sign of trouble in the gradients."
+_FEW = 3  # layers that a line names
 
 
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:
@@ -98,6 +99,95 @@ def period(finding: Finding) -> str:
     if finding.resolved_step is None:
         return f"since step {finding.step}"
     return f"steps {finding.step} to {finding.resolved_step}, resolved"
+
+
+DEEDS = {
+    "clip": "began to clip the gradient norm",
+    "reinit": "drew {layers} anew",
+    "recycle": "gave dead units of {layers} new weights",
+    "rollback": "went back to earlier weights, with a smaller learning rate",
+    "scale_inputs": "began to scale the inputs of {layers}",
+}
+"""What was done, by the name of the remedy."""
+
+OUTCOMES = {"applied": "on trial", "kept": "kept", "rolled_back": "taken back"}
+"""What has become of an action."""
+
+OUTCOME_LEGEND = (
+    "Each action is tried for a while. Kept: the run did better after it. Taken back: it did not, and everything "
+    "became again what it was before. On trial: that is not known yet."
+)
+"""How to read the outcomes."""
+
+_UNITS = {"span": " decades"}
+_PERCENT = "_fraction"
+
+
+def action_line(action: Action) -> str:
+    """An action in a line: what was done and why, the numbers, and what has become of it.
+
+    Example:
+        >>> numbers = {"before": {"span": -8.1, "loss": 2.31}, "after": {"span": -0.3, "loss": 1.02}}
+        >>> action_line(Action(1, "reinit", ("fc1",), "depth", **numbers, outcome="kept", decided_step=25))
+        'step 1: drew fc1 anew (depth): span -8.1 -> -0.3 decades; kept at step 25: loss 2.31 -> 1.02'
+    """
+    numbers, losses = _split(action)
+    head = f"step {action.step}: {deed(action)}" + (f" ({action.reason})" if action.reason else "")
+    end = outcome_of(action) + (f" at step {action.decided_step}" if action.decided_step is not None else "")
+    return "; ".join([": ".join(filter(None, (head, numbers))), ": ".join(filter(None, (end, losses)))])
+
+
+def deed(action: Action) -> str:
+    """What was done, and where.
+
+    Example:
+        >>> deed(Action(1, "reinit", ("a", "b", "c", "d"))), deed(Action(1, "clip")), deed(Action(1, "thaw", ("a",)))
+        ('drew 4 layers anew', 'began to clip the gradient norm', 'thaw: a')
+    """
+    names = action.layers
+    where = " and ".join(filter(None, (", ".join(names[:-1]), names[-1] if names else "all layers")))
+    layers = where if len(names) <= _FEW else f"{len(names)} layers"
+    return DEEDS.get(action.kind, f"{action.kind.replace('_', ' ')}: {{layers}}").format(layers=layers)
+
+
+def outcome_of(action: Action) -> str:
+    """What has become of an action, in the words of people."""
+    return OUTCOMES.get(action.outcome, action.outcome.replace("_", " "))
+
+
+def changes(action: Action) -> str:
+    """The numbers of an action, before and after.
+
+    Example:
+        >>> changes(Action(1, "recycle", before={"dead_fraction": 0.97}, after={"dead_fraction": 0.02, "loss": 1.5}))
+        'dead fraction 97% -> 2%; loss after it 1.5'
+    """
+    return "; ".join(filter(None, _split(action)))
+
+
+def _split(action: Action) -> tuple[str, str]:
+    """What the action changed at once, and what the loss did in the trial."""
+    names = list(dict.fromkeys([*action.before, *action.after]))
+    first = [_change(name, action.before, action.after) for name in names if not _is_loss(name)]
+    return "; ".join(first), "; ".join(_change(name, action.before, action.after) for name in names if _is_loss(name))
+
+
+def _is_loss(name: str) -> bool:
+    return name == "loss" or name.endswith("_loss")
+
+
+def _change(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    unit = _UNITS.get(name, "")
+    title = name.replace("_", " ")
+    if name not in before:
+        return f"{title} after it {_number(name, after[name])}{unit}"
+    if name not in after:
+        return f"{title} before it {_number(name, before[name])}{unit}"
+    return f"{title} {_number(name, before[name])} -> {_number(name, after[name])}{unit}"
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.0%}" if name.endswith(_PERCENT) else f"{value:.3g}"
 
 
 def some(names: Iterable[str], most: int = 6) -> str:

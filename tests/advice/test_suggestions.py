@@ -1,24 +1,28 @@
 """Which suggestions are made, and what they name."""
 
 import re
+from dataclasses import replace
+from math import inf, nan
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_gradflow.advice import explain, suggest
+from lightning_gradflow.advice import explain, suggest, too_often_clipped
 from lightning_gradflow.advice.explanations import BECAUSE, SEEN, UNKNOWN
 from lightning_gradflow.advice.site import survey
 from lightning_gradflow.advice.suggestions import CURES
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import History, Point
+from lightning_gradflow.history import History, Point, Row
 from tests.advice.cases import PAIRS, Net, finding, history_of
 
 ANY_MODEL = {
     "clip",
     "find_rate",
     "larger_eps",
+    "loosen_clipping",
     "lower_rate",
+    "lower_rate_where_clipped",
     "overfit_batch",
     "raise_rate",
     "scale_gradients",
@@ -130,6 +134,89 @@ def test_the_rate_to_write_makes_a_step_a_thousandth_of_the_weights(cause, ratio
     found = Finding(FindingKind.UPDATE_RATIO, Severity.WARNING, 2, cause=cause, evidence={"update_ratio": ratio})
     code = suggest(found, history_of(Net(), lr=0.02))[0].code
     assert f'group["lr"] = {rate}  # it was 0.02' in code
+
+
+def history_with(**scalars):
+    history = history_of(Net(act=nn.ReLU), lr=0.02)
+    for step in range(1, 6):
+        history.append(Row(step, scalars={"lr": 0.02, **scalars}))
+    return history
+
+
+@pytest.mark.parametrize(("share", "is_told"), [(0.9, True), (0.51, True), (0.5, False), (0.0, False)])
+@pytest.mark.parametrize("cause", ["unknown", "weight_scale", "depth", "recurrence"])
+def test_where_more_than_half_of_the_steps_are_clipped_a_lower_rate_comes_before_clipping(cause, share, is_told):
+    titles = [
+        cure.title for cure in suggest(finding("exploding_gradient", cause), history_with(clipped_fraction=share))
+    ]
+    wanted = f"Lower the learning rate, for {share:.0%} of the recent steps were clipped"
+    assert (wanted in titles) == is_told
+    assert not is_told or titles.index(wanted) < titles.index("Clip the gradient norm")
+
+
+def test_the_rate_of_steps_that_are_clipped_too_often_is_halved():
+    assert "= 0.01  # it was 0.02" in too_often_clipped(0.8, 0.02).code
+    assert "0.5 * lr" in too_often_clipped(0.8).code
+
+
+@pytest.mark.parametrize(("left", "is_told"), [(1e-3, True), (0.5, False), (nan, False)])
+def test_clipping_that_leaves_next_to_nothing_is_loosened_to_the_usual_norm(left, is_told):
+    found = finding("update_ratio", "learning_rate_too_small", evidence={"update_ratio": 1e-7, "clip_factor": left})
+    first = suggest(found, history_with(grad_norm_total=37.0))[0]
+    assert ("gradient_clip_val=37)" in first.code) == is_told
+
+
+@pytest.mark.parametrize(
+    ("cause", "norms", "limit"),
+    [
+        ("learning_rate_too_large", [3.0, 4.0, 5.0, 6.0, 1e9], "5.0"),
+        ("learning_rate_too_large", [3.0, 4.0, inf], "1.0"),  # too few to know what is usual
+        ("weight_scale", [3.0, 4.0, 5.0, 6.0, 1e9], "1.0"),  # it was so from the start
+    ],
+)
+def test_the_limit_for_clipping_is_the_usual_norm_where_there_was_one(cause, norms, limit):
+    history = history_of(Net(act=nn.ReLU))
+    for step, norm in enumerate(norms, 1):
+        history.append(Row(step, scalars={"grad_norm_total": norm}))
+    (cure,) = [cure for cure in suggest(finding("exploding_gradient", cause), history) if cure.title.startswith("Clip")]
+    limits = {}
+    exec(cure.code.replace("L.Trainer(", "limits.update("), {"limits": limits})
+    assert limits == {"gradient_clip_val": float(limit)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause", "hinted"),
+    [
+        ("vanishing_gradient", "weight_scale", {"initialise"}),
+        ("vanishing_gradient", "recurrence", {"initialise_recurrence"}),
+        ("exploding_gradient", "unscaled_inputs", {"scale_inputs", "clip"}),
+        ("dead_units", "learning_rate_too_large", {"lower_rate", "clip"}),
+        ("dead_units", "unscaled_inputs", {"scale_inputs"}),
+        ("loss_plateau", "dead_units", {"initialise"}),
+        ("update_ratio", "learning_rate_too_small", set()),
+    ],
+)
+@pytest.mark.parametrize("severity", Severity)
+def test_what_apply_could_have_done_is_said_of_alarms(kind, cause, hinted, severity):
+    found = replace(finding(kind, cause), severity=severity)
+    history = history_of(Net(act=nn.ReLU))
+    told = {cure.title for cure in suggest(found, history) if 'GradFlow(mitigate="apply")' in cure.reason}
+    site = survey(found, history)
+    wanted = {s.title for cure in CURES[kind, cause] if cure.__name__ in hinted for s in cure(site)}
+    assert bool(wanted) == bool(hinted)
+    assert told == (wanted if severity.is_alarm else set())
+
+
+def test_no_normalisation_and_no_initialisation_is_proposed_for_inputs_that_are_too_large():
+    for kind in ("dead_units", "saturated_activation", "update_ratio", "exploding_gradient", "nonfinite_gradient"):
+        names = {cure.__name__ for cure in CURES[kind, "unscaled_inputs"]}
+        assert not names & {"normalise", "initialise"}, "one large column drowns the others in every unit"
+        assert CURES[kind, "unscaled_inputs"][0].__name__ == "scale_inputs"
+
+
+def test_units_that_were_dead_from_the_start_are_offered_a_slope():
+    found = finding("dead_units", "initialisation", layers=("net.1",))
+    assert any("LeakyReLU" in cure.code for cure in suggest(found, history_of(Net(act=nn.ReLU))))
 
 
 def test_a_detached_trunk_is_checked_where_lightning_has_a_hook_for_it():

@@ -14,14 +14,14 @@ def _share(numbers: Mapping[str, Any]) -> Share:
     return Share(numbers["hits"], numbers["total"])
 
 
-def _cell(numbers: Mapping[str, Any]) -> str:
+def cell(numbers: Mapping[str, Any]) -> str:
     """As in `57/60 (86-98 %)`: hits, total and the interval."""
     share = _share(numbers)
     low, high = share.interval
     return f"{share.hits}/{share.total} ({100 * low:.0f}-{100 * high:.0f} %)" if share.total else "-"
 
 
-def _row(name: str, cells: list[str]) -> str:
+def row(name: str, cells: list[str]) -> str:
     return "| " + " | ".join([name, *cells]) + " |"
 
 
@@ -56,18 +56,18 @@ def _comparison(found: Mapping[str, Any]) -> list[str]:
         "held out",
         "alarms per 1,000 of their steps",
     ]
-    lines = [_row("", heads), _row("---", ["---:"] * len(heads))]
+    lines = [row("", heads), row("---", ["---:"] * len(heads))]
     for name, halves in found["judges"].items():
         every, report = halves["all"], halves["report"]
         lines.append(
-            _row(
+            row(
                 f"`{name}`" if name == "GradFlow" else name,
                 [
-                    _cell(every["recall"]),
-                    _cell(report["recall"]),
+                    cell(every["recall"]),
+                    cell(report["recall"]),
                     str(every["wrong_kind"]["hits"]),
-                    _cell(every["false_alarms"]),
-                    _cell(report["false_alarms"]),
+                    cell(every["false_alarms"]),
+                    cell(report["false_alarms"]),
                     f"{every['false_alarms_per_1000_steps']:.2f}",
                 ],
             )
@@ -80,12 +80,12 @@ def _own(found: Mapping[str, Any]) -> list[str]:
     early, moved = _share(ours["early"]), found["leave_one_family_out"]
     runs = {(run["case"], run["seed"]) for one in moved for run in one["changed"]}
     said = [
-        f"Where `GradFlow` found the fault, the cause it told was right in {_cell(ours['right_cause'])} runs,",
-        f"and the first layer it named in {_cell(ours['right_layer'])}.",
-        f"Of the faults that are there from the start, {_cell(ours['in_time_at_start'])} were told within three steps;",
-        f"of those that set in later, {_cell(ours['in_time_late'])} within one sampling interval.",
-        f"By families, {_cell(ours['recall_families'])} sick ones were found in every run,",
-        f"and {_cell(ours['false_alarm_families'])} healthy ones gave an alarm in any.",
+        f"Where `GradFlow` found the fault, the cause it told was right in {cell(ours['right_cause'])} runs,",
+        f"and the first layer it named in {cell(ours['right_layer'])}.",
+        f"Of the faults that are there from the start, {cell(ours['in_time_at_start'])} were told within three steps;",
+        f"of those that set in later, {cell(ours['in_time_late'])} within one sampling interval.",
+        f"By families, {cell(ours['recall_families'])} sick ones were found in every run,",
+        f"and {cell(ours['false_alarm_families'])} healthy ones gave an alarm in any.",
     ]
     if early.hits:
         said.append(f"In {early.hits} of {early.total} runs with a late fault it warned before there was one.")
@@ -106,13 +106,13 @@ def _origin(found: Mapping[str, Any]) -> str:
     )
 
 
-def placed(text: str, table: str) -> str:
+def placed(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """The text with what stands between the two marks replaced.
 
     Raises:
         ValueError: if the text does not hold each mark once, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"text must hold {BEGIN} and {END} once each, in this order")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"text must hold {begin} and {end} once each, in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}"

@@ -102,7 +102,7 @@ def train(name: str, seed: int) -> Run:
     clock, watcher = _Clock(flow), Watcher()
     crash = ""
     began = time.perf_counter()
-    with warnings.catch_warnings(record=True) as caught, _quiet():
+    with warnings.catch_warnings(record=True) as caught, quiet():
         warnings.simplefilter("always")
         try:
             case.fit(seed, callbacks=[*case.trainer_kwargs.get("callbacks", ()), flow, clock, watcher])
@@ -124,7 +124,7 @@ def train(name: str, seed: int) -> Run:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def quiet() -> Any:
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

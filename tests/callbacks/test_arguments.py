@@ -3,6 +3,7 @@
 import pytest
 
 from lightning_gradflow import AutoMitigator, GradFlow, GradNormLogger, PlateauDetector, SaturationMonitor
+from lightning_gradflow.remedies.plan import REMEDIES
 
 BAD = [
     (GradFlow, {"every_n_steps": 0}, r"every_n_steps must be a whole number in \[1, inf\), got 0"),
@@ -29,9 +30,11 @@ BAD = [
     (PlateauDetector, {"window": 31}, r"window must be a whole number in \[32, inf\), got 31"),
     (PlateauDetector, {"min_progress": 1}, r"min_progress must be in \(0, 1\), got 1"),
     (AutoMitigator, {"mode": None}, r"mode must be one of \('off', 'suggest', 'apply'\), got None"),
-    (AutoMitigator, {"allow": ("clip", "pray")}, r"allow must hold only remedies of \('clip', 'reinit'\), got .*pray"),
+    (AutoMitigator, {"allow": ("clip", "pray")}, r"allow must hold only remedies of \('clip', .*'\), got .*pray"),
     (AutoMitigator, {"allow": "clip"}, r"allow must hold only remedies of .* got 'clip'"),
     (AutoMitigator, {"max_actions": -1}, r"max_actions must be a whole number in \[0, inf\), got -1"),
+    (AutoMitigator, {"max_progress": 0}, r"max_progress must be in \(0, 1\], got 0"),
+    (AutoMitigator, {"max_progress": 1.1}, r"max_progress must be in \(0, 1\], got 1.1"),
 ]
 
 
@@ -50,11 +53,20 @@ def test_a_bad_argument_is_refused_by_name_range_and_value(kind, arguments, mess
         (SaturationMonitor, {"max_saturated": 1, "max_dead": 1, "window": 1}),
         (SaturationMonitor, {"max_dead": 0.1}),
         (PlateauDetector, {"window": 32, "min_progress": 0.999}),
-        (AutoMitigator, {"allow": (), "max_actions": 0}),
+        (AutoMitigator, {"allow": (), "max_actions": 0, "max_progress": 1}),
     ],
 )
 def test_the_ends_of_the_ranges_are_allowed(kind, arguments):
     kind(**arguments)
+
+
+@pytest.mark.parametrize("remedy", REMEDIES)
+def test_each_remedy_can_be_allowed_by_itself(remedy):
+    assert AutoMitigator("apply", allow=(remedy,)).allow == (remedy,)
+
+
+def test_all_remedies_are_allowed_by_default():
+    assert AutoMitigator("apply").allow == REMEDIES
 
 
 def test_before_a_fit_everything_is_empty():

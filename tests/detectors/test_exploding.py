@@ -182,3 +182,61 @@ def test_inputs_that_have_become_larger_are_the_cause_and_one_sample_is_enough()
     calm = in_time([1.0] * 12, [0.5] * 12)
     calm.append(Row(12, {"grad_norm": np.array([9e4, 1e4])}, {"grad_norm_total": 1e5, "loss": 50.0}))
     assert ExplodingGradient().judge(calm) == []
+
+
+def at_start(outputs, inputs=(1.0,), rows=1, scale=1.0):
+    history = measured(stack(len(outputs)), "delta_norm", *[[1.0] * len(outputs)] * rows, output_rms=outputs)
+    if inputs:
+        history.add_features(len(inputs))
+        for row in history.rows:
+            row.values["input_rms"] = scale * np.array(inputs)
+    return history
+
+
+LARGE = ("warning", "weight_scale", ("fc1", "fc2", "fc0"))
+START = {
+    "just below the limit": ({"outputs": [2.0, 6.0, 29.9]}, []),
+    "just above the limit": ({"outputs": [1.5, 9.0, 30.1]}, [LARGE]),
+    "no more than the inputs": ({"outputs": [5.0, 6.0, 90.0], "inputs": (8.0, 9.0)}, []),
+    "unscaled inputs": ({"outputs": [900.0, 60.0, 90.0], "inputs": (500.0,)}, "unscaled_inputs"),
+    "inputs that are made up for": ({"outputs": [1.0, 60.0, 90.0], "inputs": (500.0,)}, []),
+    "tokens": ({"outputs": [1.5, 9.0, 46.0], "inputs": ()}, [("warning", "weight_scale", ("fc1", "fc2", "fc0"))]),
+    "only in between": ({"outputs": [1.0, 5000.0, 1.0]}, []),
+    "one layer": ({"outputs": [5000.0]}, []),
+    "not at the start any more": ({"outputs": [1.5, 9.0, 30.1], "rows": 4}, []),
+}
+
+
+@pytest.mark.parametrize("case", START)
+def test_outputs_that_no_initialisation_is_meant_to_give_are_told_at_once(case):
+    made, expected = START[case]
+    found = verdict(ExplodingGradient().judge(at_start(**made)))
+    assert found == expected or [cause for _, cause, _ in found] == [expected]
+
+
+def in_loss(losses, interval=5, norms=(1.0, 2.0)):
+    history = History()
+    history.layer_axis.merge(["fc0", "fc1"])
+    for start in range(0, len(losses), interval):
+        part = np.array(losses[start : start + interval], dtype=float)
+        history.append(Row(start + len(part) - 1, {"grad_norm": np.array(norms)}, losses=part))
+    return history
+
+
+FALLING = list(np.linspace(2.3, 0.3, 50))
+LOSS = {
+    "out of its range for good": ([*FALLING, *[25.0] * 5], [("warning", "unknown", ("fc1", "fc0"))]),
+    "not by ten times": ([*FALLING, *[19.0] * 5], []),
+    "two batches of five": ([*FALLING, 99.0, 0.3, 99.0, 0.3, 0.3], []),
+    "three batches of five": ([*FALLING, 99.0, 0.3, 99.0, 99.0, 0.3], [("warning", "unknown", ("fc1", "fc0"))]),
+    "a young run": ([*FALLING[:30], *[99.0] * 5], []),
+    "an offset": ([1000 + x for x in [*FALLING, *[19.0] * 5]], []),
+    "below zero": ([x - 100 for x in [*FALLING, *[25.0] * 5]], [("warning", "unknown", ("fc1", "fc0"))]),
+}
+
+
+@pytest.mark.parametrize("scale", [1, 1e-6, 1e6])
+@pytest.mark.parametrize("case", LOSS)
+def test_a_loss_that_leaves_its_range_is_told_whatever_its_size(case, scale):
+    losses, expected = LOSS[case]
+    assert verdict(ExplodingGradient().judge(in_loss([scale * x for x in losses]))) == expected

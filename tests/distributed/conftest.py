@@ -32,7 +32,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callab
 
     @cache
     def get(group: str) -> Launched:
-        if group in ("spread", "crossed") and not HAS_FSDP2:
+        if group in ("spread", "crossed", "treated shards") and not HAS_FSDP2:
             pytest.skip("FSDP2 runs on the CPU from torch 2.7 on")
         folder = root / group
         folder.mkdir(exist_ok=True)

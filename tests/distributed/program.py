@@ -44,6 +44,7 @@ from .rank import (
     watch,
 )
 from .runs import CROSSED, REPLICATED, SHARDED, Prepare, Run, ddp, inner, sharded, whole
+from .treated import treated, treated_shards
 
 PLACES = {
     "start of a batch": (Steps, "batch_start"),
@@ -214,11 +215,17 @@ def troubled(folder: Path) -> Answer:
         "errors": {f"{place} on rank {rank}": broken(place, rank) for place in PLACES for rank in range(RANKS)},
         "decided": {place: decided(place) for place in JUDGEMENT},
         "applied": sick(ddp(), folder / "applied", mitigate="apply"),
-        "applied, sharded": sick(sharded(), folder / "applied", whole, mitigate="apply") if HAS_FSDP2 else None,
     }
 
 
-GROUPS = {"replicated": replicated, "spread": spread, "crossed": crossed, "troubled": troubled}
+GROUPS: dict[str, Callable[[Path], Answer]] = {
+    "replicated": replicated,
+    "spread": spread,
+    "crossed": crossed,
+    "troubled": troubled,
+    "treated": lambda _: treated(),
+    "treated shards": lambda _: treated_shards(),
+}
 
 
 def main(group: str, folder: str) -> None:

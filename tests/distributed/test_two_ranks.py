@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from .launcher import RANKS
-from .program import HAS_FSDP2, JUDGEMENT, PLACES
+from .program import JUDGEMENT, PLACES
 
 OF_ITS_OWN = ("told", "files", "local", "mine", "weights")
 
@@ -177,9 +177,85 @@ def test_an_error_in_the_judgement_of_one_rank_lets_no_weights_drift_apart(launc
     assert first["weights"] == second["weights"]
 
 
-@pytest.mark.skipif(not HAS_FSDP2, reason="FSDP2 runs on the CPU from torch 2.7 on")
-def test_sharded_weights_are_not_drawn_anew_and_this_is_said_once(launched):
-    first, second = _both(launched, "troubled", "applied, sharded")
+TREATED = [
+    ("treated", "applied"),
+    ("treated", "broken"),
+    ("treated", "taken back"),
+    ("treated shards", "applied"),
+    ("treated shards", "broken"),
+    ("treated shards", "clipped"),
+    ("treated shards", "taken back"),
+]
+TROUBLE = ["decides otherwise", "failing remedy", "unlike remedies", "failing decision", "failing monitor"]
+
+
+@pytest.mark.parametrize(("group", "name"), [*TREATED, *(("treated", name) for name in TROUBLE)])
+def test_both_ranks_have_the_same_weights_after_every_step_of_a_treated_run(launched, group, name):
+    first, second = _both(launched, group, name)
+    assert len(first["sums"]) >= 24
+    assert first["sums"] == second["sums"]
+    assert first["hooks"] == second["hooks"] == 0
+
+
+@pytest.mark.parametrize(("group", "name"), TREATED)
+def test_both_ranks_take_the_same_actions(launched, group, name):
+    first, second = _both(launched, group, name)
+    assert len(first["actions"]) == 1
+    assert _as_text({"actions": first["actions"]}) == _as_text({"actions": second["actions"]})
+
+
+def _level(answer):
+    return np.mean(list(answer["losses"].values())[-10:])
+
+
+@pytest.mark.parametrize("group", ["treated", "treated shards"])
+def test_a_network_that_did_not_learn_learns_on_two_ranks_too(launched, group):
+    first, _ = _both(launched, group, "applied")
+    untreated, _ = _both(launched, "treated", "suggested")
+    assert [(action["kind"], action["outcome"]) for action in first["actions"]] == [("reinit", "kept")]
+    assert _level(untreated) > 2.25
+    assert _level(first) < 2.1
+
+
+@pytest.mark.parametrize("group", ["treated", "treated shards"])
+def test_weights_come_back_to_the_bit_on_two_ranks(launched, group):
+    first, _ = _both(launched, group, "taken back")
+    sums, (action,) = first["sums"], first["actions"]
+    acted, decided = action["step"], action["decided_step"] + 2  # ranks act one sample later, when they have agreed
+    assert action["outcome"] == "rolled_back"
+    assert len(set(sums[:acted])) == 1
+    assert sums[acted] != sums[0]
+    assert sums[decided] == sums[0]
+
+
+def test_a_row_from_before_the_action_does_not_decide_about_it(launched):
+    """With several ranks it is recorded in the very sample in which they act."""
+    for answer in _both(launched, "treated", "broken"):
+        assert [action["outcome"] for action in answer["actions"]] == ["applied"]
+
+
+@pytest.mark.parametrize("name", TROUBLE[:3])
+def test_where_the_ranks_do_not_agree_nothing_is_done(launched, name):
+    without, _ = _both(launched, "treated", "plain")
+    for answer in _both(launched, "treated", name):
+        assert answer["actions"] == []
+        assert answer["sums"] == without["sums"]
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_the_first_rank_says_once_that_the_mitigator_or_all_of_us_is_off(launched, name):
+    told = [text for text in _both(launched, "treated", name)[0]["told"] if "switched off" in text]
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("name", ["failing remedy", "failing decision", "failing monitor"])
+def test_the_rank_on_which_the_mitigator_failed_says_why(launched, name):
+    (told,) = _both(launched, "treated", name)[1]["told"]
+    assert "ZeroDivisionError: on purpose" in told
+
+
+def test_weights_that_are_cut_over_ranks_are_not_treated_and_this_is_said_once(launched):
+    first, second = _both(launched, "treated shards", "cut")
     assert first["actions"] == second["actions"] == []
-    assert [text for text in first["told"] if "the mitigator is switched off" in text] == first["told"][:1]
+    assert len([text for text in first["told"] if "the mitigator is switched off" in text]) == 1
     assert second["told"] == []

@@ -136,7 +136,7 @@ def test_gradflow_can_be_given_on_the_command_line(monkeypatch, tmp_path):
         (GradNormLogger, {"max_growth": 100}, r"max_growth must be in \(0, 100\), got 100"),
         (SaturationMonitor, {"max_dead": 7}, r"max_dead must be in \(0, 1\], got 7"),
         (PlateauDetector, {"window": 31}, r"window must be a whole number in \[32, inf\), got 31"),
-        (AutoMitigator, {"allow": ["clip", "pray"]}, r"allow must hold only remedies of \('clip', 'reinit'\), got"),
+        (AutoMitigator, {"allow": ["clip", "pray"]}, r"allow must hold only remedies of \('clip', .*'\), got"),
     ],
 )
 def test_a_value_out_of_its_range_gives_our_error(monkeypatch, tmp_path, kind, arguments, message):

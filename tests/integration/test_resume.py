@@ -1,4 +1,7 @@
-"""A run that was stopped and resumed is the run that was never stopped: rows, losses, findings, actions, weights."""
+"""A run that was stopped and resumed is the run that was never stopped: rows, losses, findings, weights.
+
+What holds for remedies is in `test_cure`.
+"""
 
 import shutil
 
@@ -99,10 +102,9 @@ SETS = {
     "GradFlow": lambda: [flow(every_n_steps=4)],
     "sparse": lambda: [flow(every_n_steps=8)],  # at step 15 a validation loss waits for the next row
     "each_step": lambda: [flow()],
-    "apply": lambda: [flow(every_n_steps=4, mitigate="apply")],
     "four": lambda: [GradNormLogger(4), SaturationMonitor(4), PlateauDetector(4), AutoMitigator(every_n_steps=4)],
 }
-RUNS = [("apply", Shaky), ("four", Shaky), ("each_step", Healing), ("GradFlow", Healing), ("sparse", Healing)]
+RUNS = [("GradFlow", Shaky), ("four", Shaky), ("each_step", Healing), ("GradFlow", Healing), ("sparse", Healing)]
 
 
 @pytest.fixture(scope="module")
@@ -134,29 +136,14 @@ def test_a_resumed_run_is_the_unbroken_one(unbroken, name, kind, step):
     assert torch.equal(_weights(model), weights)
 
 
-def test_the_run_has_findings_that_were_opened_and_resolved_and_actions(unbroken):
+def test_the_run_has_findings_that_were_opened_and_resolved(unbroken):
     """Without them the test above would claim little."""
-    (shaky, *_), _, _ = unbroken("apply", Shaky)
+    (shaky, *_), _, _ = unbroken("GradFlow", Shaky)
     (healing, *_), _, _ = unbroken("each_step", Healing)
     (explosion, *_) = (finding for finding in shaky.findings if finding.kind is FindingKind.EXPLODING_GRADIENT)
-    assert explosion.resolved_step > 18
-    assert [action.kind for action in shaky.actions] == ["clip"]
+    assert explosion.resolved_step > 5  # after the first checkpoint
     assert {finding.kind for finding in healing.findings} == {FindingKind.DEAD_UNITS}
     assert np.isfinite(healing.history.scalar("val_loss")).any()
-
-
-def test_gradients_are_clipped_in_the_resumed_run_too(unbroken):
-    _, _, folder = unbroken("apply", Shaky)
-    norms = []
-
-    class Reads(Shaky):
-        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
-            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters()])))
-
-    (monitor,) = _resume(SETS["apply"], Reads(), folder, 10)
-    limit = monitor.actions[0].after["max_norm"]
-    assert monitor.history.scalar("grad_norm_total")[3] > 2 * limit  # else there would be nothing to clip
-    assert max(norms) <= limit * 1.001
 
 
 @pytest.mark.parametrize(("name", "kind"), RUNS)

@@ -1,18 +1,73 @@
-"""Weights drawn anew: what they are, and what stays as it was."""
+"""Layers drawn anew: from data where that can be had, else by the book; and what stays as it was."""
 
+import contextlib
+import copy
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
 
-from lightning_gradflow.history import Point
+from lightning_gradflow.findings import Finding, FindingKind, Severity
+from lightning_gradflow.history import History, Point, Row
+from lightning_gradflow.remedies.critical import FAR, make_critical
+from lightning_gradflow.remedies.recurrent_treatment import treat
 from lightning_gradflow.remedies.reinit import activations_around, reinitialise
+from lightning_gradflow.remedies.textbook import initialise
+from lightning_gradflow.remedies.training import RehearsalError, Training
+
+WIDTH, DEPTH, SEED = 16, 8, 3
+LAYERS = tuple(str(2 * i) for i in range(DEPTH + 1))
 
 
-def _draw(module, before="", after="", seed=0):
-    return reinitialise(module, before, after, torch.Generator().manual_seed(seed))
+def _net(activation=nn.Sigmoid):
+    torch.manual_seed(0)
+    layers = [module for _ in range(DEPTH) for module in (nn.Linear(WIDTH, WIDTH), activation())]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, 2))
+
+
+def _batch():
+    return torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def _history(op="sigmoid"):
+    history = History()
+    points = []
+    for i in range(DEPTH + 1):
+        points += [Point(str(2 * i), str(2 * i)), Point(f"{2 * i + 1}", f"{2 * i + 1}", op)]
+    history.add_points(points[:-1])
+    return history
+
+
+def _copying(net, x=None):
+    """A rehearsal on a copy, as a fit gives it."""
+
+    @contextlib.contextmanager
+    def rehearse():
+        twin = copy.deepcopy(net)
+        yield twin, lambda: twin(_batch() if x is None else x)
+
+    return rehearse
+
+
+def _training(net, rehearse=None, optimizer=None, history=None):
+    optimizers = [] if optimizer is None else [optimizer]
+    return Training(net, optimizers, _history() if history is None else history, rehearse, seed=SEED)
+
+
+def _finding(*layers, cause="saturation"):
+    return Finding(FindingKind.VANISHING_GRADIENT, Severity.WARNING, 0, layers or LAYERS, cause)
+
+
+def _stepped(net, make=torch.optim.Adam):
+    """An optimizer that knows all parameters, and gradients that wait for its next step."""
+    optimizer = make(net.parameters(), 1e-9)
+    for _ in range(2):
+        net(_batch()).square().sum().backward()
+        optimizer.step()
+    return optimizer
 
 
 def test_activations_are_those_next_to_a_layer_in_order_of_execution():
@@ -27,115 +82,337 @@ def test_activations_are_those_next_to_a_layer_in_order_of_execution():
     assert activations_around(points) == {"a": ("sigmoid", "relu"), "b": ("tanh", ""), "c": ("", "")}
 
 
-@pytest.mark.parametrize("after", ["relu", "gelu", "leaky_relu"])
-def test_before_a_rectifier_it_is_he_normal(after):
-    layer = nn.Linear(400, 300)
-    _draw(layer, after=after)
-    assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / 400), rel=0.02)
-    assert not layer.bias.any()
+# From data
 
 
-def test_before_anything_else_it_is_glorot_normal():
-    layer = nn.Linear(400, 300)
-    _draw(layer)
-    assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / 700), rel=0.02)
+def test_the_model_gets_what_was_found_on_the_copy_to_the_bit():
+    net = _net()
+    twin = copy.deepcopy(net)
+    treated = make_critical(twin, lambda: twin(_batch()), SEED)
+    done = reinitialise(_training(net, _copying(net)), _finding())
+    assert done.layers == tuple(treated.changed)
+    assert done.before == {"span": treated.spans[0]}
+    assert done.after == {"span": treated.spans[1]}
+    assert list(done.centres) == list(treated.centres)
+    assert done.before["span"] < -4
+    assert abs(done.after["span"]) < 0.3
+    assert all(map(torch.equal, net.parameters(), twin.parameters()))
 
 
-def test_before_tanh_it_is_orthogonal():
-    layer = nn.Linear(16, 16)
-    _draw(layer, "tanh", "tanh")
-    torch.testing.assert_close(layer.weight @ layer.weight.T, torch.eye(16), atol=1e-5, rtol=0)
+def test_a_model_that_is_rehearsed_itself_gets_the_same():
+    net, same = _net(), _net()
+
+    @contextlib.contextmanager
+    def on_itself():
+        yield same, lambda: same(_batch())
+
+    reinitialise(_training(net, _copying(net)), _finding())
+    reinitialise(_training(same, on_itself), _finding())
+    assert all(map(torch.equal, net.parameters(), same.parameters()))
 
 
-def test_a_stack_of_sigmoids_is_a_stack_of_orthogonal_tanh_layers():
-    """sigmoid(x) = (1 + tanh(x / 2)) / 2: what the docstring claims, computed by the tanh stack itself."""
-    torch.manual_seed(0)
-    layers = [nn.Linear(8, 8) for _ in range(6)]
-    for i, layer in enumerate(layers):
-        _draw(layer, "sigmoid" if i else "", "sigmoid", seed=i)
-    x = torch.randn(5, 8)
-    sigmoids, tanhs = x, x
-    for i, layer in enumerate(layers):
-        sigmoids = torch.sigmoid(layer(sigmoids))
-        orthogonal = layer.weight / (4 if i else 2)
-        torch.testing.assert_close(orthogonal @ orthogonal.T, torch.eye(8), atol=1e-5, rtol=0)
-        tanhs = torch.tanh(tanhs @ orthogonal.T)
-    torch.testing.assert_close(2 * sigmoids - 1, tanhs, atol=1e-5, rtol=0)
+def test_all_layers_that_are_sick_are_drawn_not_only_those_that_the_finding_names():
+    net = _net()
+    done = reinitialise(_training(net, _copying(net)), _finding("2"))
+    assert {"2", "4", "14"} <= set(done.layers)
 
 
-def test_fifty_sigmoid_layers_pass_the_gradient_on():
-    layers = [nn.Linear(32, 32) for _ in range(50)]
-    for i, layer in enumerate(layers):
-        _draw(layer, "sigmoid" if i else "", "sigmoid", seed=i)
-    torch.manual_seed(0)
-    x = torch.randn(16, 32, requires_grad=True)
-    y = x
-    for layer in layers:
-        y = torch.sigmoid(layer(y))
-    (gradient,) = torch.autograd.grad(y.square().sum(), x)
-    assert gradient.norm() > 1e-4
+def test_parameters_stay_the_same_objects_and_those_of_other_layers_their_values():
+    net = _net()
+    net[4].requires_grad_(False)
+    parameters, before = list(net.parameters()), copy.deepcopy(net)
+    done = reinitialise(_training(net, _copying(net)), _finding())
+    assert all(mine is its for mine, its in zip(net.parameters(), parameters, strict=True))
+    assert "4" not in done.layers
+    for name, parameter in net.named_parameters():
+        if name.rpartition(".")[0] not in done.layers:
+            assert torch.equal(parameter, before.get_parameter(name))
 
 
-@pytest.mark.parametrize("make", [nn.Linear, lambda i, o: nn.Conv2d(i, o, 3), lambda i, o: nn.Conv1d(i, o, 3)])
-def test_linear_layers_and_convolutions_are_drawn(make):
-    layer = make(4, 4)
-    before = layer.weight.detach().clone()
-    assert _draw(layer, after="relu") == [layer.weight, layer.bias]
-    assert not torch.equal(layer.weight, before)
+@pytest.mark.parametrize(
+    "make", [torch.optim.Adam, lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)], ids=["Adam", "SGD"]
+)
+def test_the_optimizer_forgets_the_layers_that_were_drawn_and_no_other(make):
+    net = _net()
+    net[4].weight.data[:] = 10 * torch.outer(net[4].weight.data[0], net[4].weight.data[1])  # learnt
+    optimizer = _stepped(net, make)
+    known = {p: copy.deepcopy(optimizer.state[p]) for p in net[4].parameters()}
+    done = reinitialise(_training(net, _copying(net), optimizer), _finding())
+    assert "4" not in done.layers
+    assert "2" in done.layers
+    for name, parameter in net.named_parameters():
+        was_drawn = name.rpartition(".")[0] in done.layers
+        assert (parameter in optimizer.state) != was_drawn
+        assert (parameter.grad is None) == was_drawn
+    for parameter, state in known.items():
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(optimizer.state[parameter][k])) for k, v in state.items()
+        )
 
 
-@pytest.mark.parametrize("module", [nn.LSTM(2, 2), nn.Embedding(2, 2), nn.BatchNorm1d(2), nn.ReLU()])
-def test_any_other_module_is_left_as_it_is(module):
-    before = [p.detach().clone() for p in module.parameters()]
-    assert _draw(module, after="relu") == []
-    assert all(map(torch.equal, before, module.parameters()))
+def test_a_frozen_bias_keeps_its_value():
+    net = _net()
+    net[4].bias.requires_grad_(False).fill_(0.5)
+    done = reinitialise(_training(net, _copying(net)), _finding())
+    assert "4" in done.layers
+    assert net[4].bias.tolist() == [0.5] * WIDTH
 
 
-def test_a_frozen_weight_is_left_as_it_is():
-    layer = nn.Linear(2, 2).requires_grad_(False)
-    before = layer.weight.clone()
-    assert _draw(layer, after="relu") == []
-    assert torch.equal(layer.weight, before)
+def test_tied_weights_are_left_from_data_and_by_the_book():
+    for rehearse in (_copying, lambda net: None):
+        net = _net()
+        net[4].weight = net[8].weight
+        before = net[4].weight.clone()
+        done = reinitialise(_training(net, rehearse(net)), _finding())
+        assert torch.equal(net[4].weight, before)
+        assert not {"4", "8"} & set(done.layers)
+        assert "6" in done.layers
 
 
-def test_a_frozen_bias_is_left_as_it_is():
-    layer = nn.Linear(2, 2)
-    layer.bias.requires_grad_(False).fill_(7.0)
-    assert _draw(layer, after="relu") == [layer.weight]
-    assert layer.bias.tolist() == [7.0, 7.0]
+def test_a_healthy_model_is_left_and_keeps_its_optimizer_state():
+    net = _net(nn.ReLU)
+    for layer in net[::2]:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    net = net[:6].append(nn.Linear(WIDTH, 2))
+    optimizer, before = _stepped(net), copy.deepcopy(net)
+    assert reinitialise(_training(net, _copying(net), optimizer), _finding()) is None
+    assert all(map(torch.equal, net.parameters(), before.parameters()))
+    assert all(p in optimizer.state and p.grad is not None for p in net.parameters())
 
 
-def test_a_parametrized_layer_is_not_said_to_be_drawn():
-    layer = parametrizations.weight_norm(nn.Linear(2, 2))
-    assert _draw(layer, after="relu") == []
-
-
-def test_the_same_seed_gives_the_same_weights():
-    one, other = nn.Linear(4, 4), nn.Linear(4, 4)
-    _draw(one, after="tanh", seed=3)
-    _draw(other, after="tanh", seed=3)
-    assert torch.equal(one.weight, other.weight)
-
-
-@pytest.mark.parametrize("after", ["relu", "tanh", "sigmoid", ""])
-def test_the_global_generator_is_not_touched(after):
-    layer = nn.Linear(3, 3)
+def test_the_same_seed_gives_the_same_weights_and_touches_no_random_state():
+    one, other = _net(), _net()
     before = torch.get_rng_state()
-    _draw(layer, after=after)
+    reinitialise(_training(one, _copying(one)), _finding())
     assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(77)
+    reinitialise(_training(other, _copying(other)), _finding())
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
 
 
-def test_the_pending_gradient_is_dropped():
-    layer = nn.Linear(2, 2)
-    layer(torch.ones(1, 2)).sum().backward()
-    _draw(layer, after="relu")
-    assert layer.weight.grad is None
-    assert layer.bias.grad is None
+def test_only_far_leaves_what_a_usual_initialisation_gives():
+    ordinary = _net(nn.ReLU)
+    assert reinitialise(_training(ordinary, _copying(ordinary)), _finding(), only_far=True) is None
+    large = _net(nn.ReLU)
+    for layer in large[::2]:
+        nn.init.normal_(layer.weight, std=3.0)
+    twin = copy.deepcopy(large)
+    treated = make_critical(twin, lambda: twin(_batch()), SEED, FAR)
+    done = reinitialise(_training(large, _copying(large)), _finding(), only_far=True)
+    assert done.layers == tuple(treated.changed)
+    assert len(done.layers) >= DEPTH
+    assert all(map(torch.equal, large.parameters(), twin.parameters()))
 
 
-def test_the_weights_stay_the_same_parameters_in_their_own_precision():
-    layer = nn.Linear(2, 2).bfloat16()
-    weight = layer.weight
-    _draw(layer, after="tanh")
-    assert layer.weight is weight
-    assert weight.dtype == torch.bfloat16
+# By the book
+
+
+def _failing(when):
+    def start(net):
+        @contextlib.contextmanager
+        def rehearse():
+            if when == "copy":
+                raise RehearsalError("the model can't be copied")
+
+            def run():
+                raise RehearsalError("the training step failed")
+
+            yield copy.deepcopy(net), run
+
+        return rehearse
+
+    return start
+
+
+REHEARSALS = {"none": lambda net: None, "no copy": _failing("copy"), "no step": _failing("step")}
+
+
+@pytest.mark.parametrize("name", REHEARSALS)
+def test_without_a_rehearsal_the_layers_that_are_named_are_drawn_by_the_book(name):
+    """Where it is not about depth, as with dead units."""
+    net, by_book = _net(), _net()
+    generator = torch.Generator().manual_seed(SEED)
+    for layer in ("2", "6"):
+        initialise(by_book.get_submodule(layer), "orthogonal", generator, before="sigmoid", after="sigmoid")
+    optimizer = _stepped(net)
+    dead = replace(_finding("6", "2"), kind=FindingKind.DEAD_UNITS)
+    done = reinitialise(_training(net, REHEARSALS[name](net), optimizer), dead)
+    assert done.layers == ("2", "6")
+    assert (done.before, done.after, done.centres) == ({}, {}, {})
+    for layer in ("2", "6"):
+        assert torch.equal(net.get_submodule(layer).weight, by_book.get_submodule(layer).weight)
+        assert torch.equal(net.get_submodule(layer).bias, by_book.get_submodule(layer).bias)
+    known = {key for key, parameter in net.named_parameters() if parameter in optimizer.state}
+    assert known == {key for key, _ in net.named_parameters()} - {"2.weight", "2.bias", "6.weight", "6.bias"}
+
+
+@pytest.mark.parametrize(("op", "std"), [("relu", math.sqrt(2 / WIDTH)), ("", math.sqrt(1 / WIDTH))])
+def test_by_the_book_the_activations_around_choose(op, std):
+    net = _net()
+    reinitialise(_training(net, history=_history(op) if op else _bare()), _finding())
+    weights = torch.cat([net.get_submodule(layer).weight.detach().flatten() for layer in LAYERS[1:-1]])
+    assert weights.std().item() == pytest.approx(std, rel=0.05)
+
+
+def _bare():
+    history = History()
+    history.add_points([Point(layer, layer) for layer in LAYERS])
+    return history
+
+
+def test_frozen_layers_are_left_by_the_book():
+    net = _net()
+    net[4].requires_grad_(False)
+    before = net[4].weight.clone()
+    done = reinitialise(_training(net), _finding("2", "4"))
+    assert "2" in done.layers
+    assert "4" not in done.layers
+    assert torch.equal(net[4].weight, before)
+
+
+@pytest.mark.parametrize("name", REHEARSALS)
+def test_nothing_is_done_by_the_book_where_only_far_ones_are_sick(name):
+    net, before = _net(), _net()
+    assert reinitialise(_training(net, REHEARSALS[name](net)), _finding(), only_far=True) is None
+    assert all(map(torch.equal, net.parameters(), before.parameters()))
+
+
+@pytest.mark.parametrize("layers", [("no such layer",), ("1",)])
+def test_there_is_nothing_to_do_where_no_named_layer_can_be_drawn(layers):
+    net = _net()
+    optimizer = _stepped(net)
+    dead = replace(_finding(*layers), kind=FindingKind.DEAD_UNITS)
+    assert reinitialise(_training(net, optimizer=optimizer), dead) is None
+    assert all(p in optimizer.state for p in net.parameters())
+
+
+def test_all_layers_before_an_activation_are_drawn_where_it_is_about_depth():
+    net, before = _net(), _net()
+    with torch.no_grad():  # one that has been trained
+        net[4].weight.add_(torch.outer(torch.ones(WIDTH), torch.randn(WIDTH)))
+    trained = net[4].weight.clone()
+    done = reinitialise(_training(net), _finding("2"))
+    assert done.layers == tuple(layer for layer in LAYERS[:-1] if layer != "4")
+    assert torch.equal(net[4].weight, trained)
+    last = net.get_submodule(LAYERS[-1]).weight
+    assert torch.equal(last, before.get_submodule(LAYERS[-1]).weight)
+
+
+def test_an_error_that_is_not_of_the_rehearsal_comes_through():
+    net = _net()
+
+    @contextlib.contextmanager
+    def rehearse():
+        yield copy.deepcopy(net), lambda: 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        reinitialise(_training(net, rehearse), _finding())
+
+
+# Recurrences
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.read = nn.RNN(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.read(self.rnn(x)[0][-1])
+
+
+def test_a_recurrence_is_treated_as_one():
+    def made():
+        torch.manual_seed(0)
+        model, history, x = Recurrent(), History(), torch.randn(30, 4, 8)
+        history.add_points([Point("rnn", "rnn"), Point("read", "read")])
+        history.append(Row(0, calls={"rnn": np.ones(30)}))
+        return model, _training(model, _copying(model, x), history=history)
+
+    (model, training), (expected, its) = made(), made()
+    finding = _finding("rnn", cause="recurrence")
+    treatment = treat(its, finding)
+    done = reinitialise(training, finding)
+    assert done.layers == treatment.layers == ("rnn",)
+    assert (done.before, done.after) == (treatment.before, treatment.after)
+    assert all(map(torch.equal, model.parameters(), expected.parameters()))
+    assert reinitialise(training, _finding("read", cause="recurrence")) is None
+
+
+class Read(nn.Module):
+    """A recurrence between two layers that are well as they are."""
+
+    def __init__(self, kind=nn.LSTM, inputs=1, hidden=128, std=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.read = kind(inputs, hidden), nn.Linear(hidden, 2)
+        for weight in self.rnn.parameters() if std else ():
+            nn.init.normal_(weight, std=std)
+
+    def forward(self, x):
+        return self.read(self.rnn(x)[0][-1])
+
+
+def _sequence(inputs=1):
+    return torch.randn(10, 4, inputs, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("std", [1e-4, 20.0])
+def test_recurrences_of_a_size_that_nobody_draws_are_drawn_by_the_book(kind, std):
+    net = Read(kind, std=std)
+    optimizer = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9)
+    net(_sequence()).sum().backward()
+    optimizer.step()
+    done = reinitialise(_training(net, _copying(net, _sequence()), optimizer, _bare()), _finding())
+    assert "rnn" in done.layers
+    square = net.rnn.weight_hh_l0[:128]
+    torch.testing.assert_close(square @ square.T, torch.eye(128), atol=1e-4, rtol=0)
+    assert not any(p in optimizer.state or p.grad is not None for p in net.rnn.parameters())
+
+
+@pytest.mark.parametrize("inputs", [1, 128, 2000])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrences_as_torch_draws_them_are_left(kind, inputs):
+    net = Read(kind, inputs, 16)
+    assert reinitialise(_training(net, _copying(net, _sequence(inputs)), history=_bare()), _finding()) is None
+
+
+def test_recurrences_are_left_where_the_rehearsal_fails_or_only_far_layers_are_asked_for():
+    for start, only_far in ((_failing("step"), False), (lambda net: _copying(net, _sequence()), True)):
+        net, before = Read(std=1e-4), Read(std=1e-4)
+        reinitialise(_training(net, start(net), history=_bare()), _finding("no such layer"), only_far=only_far)
+        assert all(map(torch.equal, net.rnn.parameters(), before.rnn.parameters()))
+
+
+class Tokens(nn.Module):
+    def __init__(self, std, frozen=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.read = nn.Embedding(50, 64, padding_idx=0), nn.Linear(64, 2)
+        nn.init.normal_(self.embed.weight, std=std).data[0] = 0
+        self.embed.requires_grad_(not frozen)
+
+    def forward(self, x):
+        return self.read(self.embed(x).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("std", "frozen", "expected"),
+    [
+        (1e-4, False, ("embed",)),
+        (50.0, False, ("embed",)),
+        (1e-4, True, None),
+        (0.02, False, None),
+        (0.125, False, None),
+        (1.0, False, None),
+    ],
+)
+def test_so_are_embeddings_and_those_that_are_usual_are_left(std, frozen, expected):
+    net, before = Tokens(std, frozen), Tokens(std, frozen)
+    done = reinitialise(_training(net, _copying(net, torch.arange(40).view(8, 5)), history=_bare()), _finding())
+    assert (done and tuple(name for name in done.layers if name == "embed")) == expected
+    assert torch.equal(net.embed.weight, before.embed.weight) == (expected is None)
+    if expected:
+        assert net.embed.weight[1:].std().item() == pytest.approx(1, rel=0.05)
+    assert not net.embed.weight[0].any()

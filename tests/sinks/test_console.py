@@ -2,7 +2,7 @@ import math
 
 from lightning_gradflow.findings import Action, Severity
 from lightning_gradflow.sinks import ConsoleSink, summary
-from lightning_gradflow.sinks.console import MAX_LAYERS, layer_lines
+from lightning_gradflow.sinks.console import MAX_ACTIONS, MAX_LAYERS, layer_lines
 from tests import made_up
 
 
@@ -67,9 +67,28 @@ def test_an_activation_counts_for_the_layer_before_it():
     assert math.isnan(last.saturated)
 
 
-def test_actions_are_listed():
-    action = Action(20, "reinit", ("net.0",), "dead", outcome="rolled_back")
-    assert "step 20: reinit, net.0: dead [rolled back]" in summary(made_up.view(actions=(action,)))
+def test_actions_are_listed_with_their_outcome_and_how_to_read_it():
+    text = summary(made_up.view(actions=made_up.DECIDED), width=160)
+    assert (
+        "What was changed (2)\n"
+        "  step 10: drew net.0 and net.2 anew (vanishing gradient, saturation): span -8.1 -> -0.3 decades; "
+        "kept at step 30: loss 2.31 -> 1.02\n"
+        "  step 10: began to clip the gradient norm (exploding gradient): grad norm total before it 1e+09; "
+        "max norm after it 2.5; taken back at step 30\n"
+        "Each action is tried for a while."
+    ) in text
+
+
+def test_of_many_actions_the_last_are_shown_and_the_rest_counted():
+    actions = tuple(Action(step, "clip") for step in range(MAX_ACTIONS + 3))
+    text = summary(made_up.view(actions=actions))
+    assert text.count("began to clip") == MAX_ACTIONS
+    assert f"step {MAX_ACTIONS + 2}: " in text
+    assert f"The last {MAX_ACTIONS}; 3 earlier ones are left out." in text
+
+
+def test_a_run_without_actions_says_nothing_of_them():
+    assert "What was changed" not in summary(made_up.view())
 
 
 def test_the_sink_prints_the_summary(capsys):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_gradflow.findings import Action, FindingKind, Severity
+from lightning_gradflow.sinks import words
 from lightning_gradflow.sinks.charts import charts
 from lightning_gradflow.sinks.report import FILE_NAME, ReportSink, page
 from tests import made_up
@@ -34,7 +35,7 @@ def full_view(name="net.{}"):
         made_up.finding(layers=(name.format(0),)),
         made_up.finding(Severity.WARNING, FindingKind.LOSS_PLATEAU, resolved_step=30, message="Flat."),
     )
-    action = Action(20, "clip", (name.format(0),), "norm above 10", {"norm": 12.0}, {"norm": 1.0})
+    action = Action(20, "clip", (name.format(0),), "norm above 10", {"norm": 12.0}, {"norm": 1.0}, "kept", 40)
     return made_up.view(made_up.history(name=name), findings, (action,))
 
 
@@ -70,6 +71,31 @@ def test_every_name_and_text_is_escaped():
     assert attack not in html
     assert "<b>" not in html.split("<script>")[0]
     assert Page(html).tags.count(("script", {})) == Page(calm).tags.count(("script", {}))
+
+
+def test_actions_are_a_table_with_their_outcome_and_how_to_read_it():
+    html = page(made_up.view(actions=made_up.DECIDED), figures=False)
+    text = Page(html).text
+    cells = ["Step", "What", "Layers", "Why", "Before -> after", "Outcome"]
+    cells += ["10", "drew net.0 and net.2 anew", "net.0, net.2", "vanishing gradient, saturation"]
+    cells += ["span -8.1 -> -0.3 decades; loss 2.31 -> 1.02", "kept, step 30"]
+    cells += ["10", "began to clip the gradient norm", "all", "exploding gradient"]
+    cells += ["grad norm total before it 1e+09; max norm after it 2.5", "taken back, step 30"]
+    assert "".join(cells) in text
+    assert words.OUTCOME_LEGEND in text
+
+
+@pytest.mark.parametrize("name", ["Gradient norm by layer and step", "Loss"])
+def test_a_line_stands_where_the_run_was_changed(name):
+    shown = [chart for chart in charts(made_up.view(actions=made_up.DECIDED)) if chart.title == name]
+    calm = [chart for chart in charts(made_up.view()) if chart.title == name]
+    place = 1.5 if "layer" in name else 10  # of the columns 0, 10, 20, ... two were sampled by step 10
+    assert [(line.x0, line.line.dash) for line in shown[0].figure.layout.shapes] == [(place, "solid"), (place, "dot")]
+    assert [label.text for label in shown[0].figure.layout.annotations] == ["reinit, kept", "clip, taken back"]
+    assert len({label.y for label in shown[0].figure.layout.annotations}) == 2
+    assert "outcome" in shown[0].caption
+    assert not calm[0].figure.layout.shapes
+    assert "outcome" not in calm[0].caption
 
 
 def test_without_figures_the_page_is_small(html):

@@ -20,6 +20,24 @@ def test_csv_gets_the_scalars_of_each_row(tmp_path):
     assert [float(row["gradflow/grad_norm_median"]) for row in rows] == pytest.approx([0.055] * 3)
 
 
+def test_csv_gets_the_number_of_actions_at_their_steps(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path)
+    (sink,) = make_sinks([logger])
+    made_up.replay(sink, rows=5, actions=made_up.ACTIONS)
+    logger.finalize("success")
+    with (Path(logger.log_dir) / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["gradflow/actions"]]
+    keys = ("step", "gradflow/actions", "gradflow/actions_kept", "gradflow/actions_rolled_back")
+    assert [[row[key] for key in keys] for row in rows] == [
+        ["10", "1.0", "", ""],
+        ["10", "2.0", "", ""],
+        ["30", "2.0", "1.0", ""],
+        ["30", "2.0", "1.0", "1.0"],
+    ]
+
+
 def test_a_row_without_numbers_is_not_logged():
     class Logger:
         def log_metrics(self, metrics, step):

@@ -5,6 +5,8 @@ import pytest
 from lightning_gradflow.sinks.tensorboard import TensorBoardSink, markdown
 from tests import made_up
 
+COUNTS = ("actions", "actions_kept", "actions_rolled_back")
+
 
 @pytest.fixture(scope="module")
 def events(tmp_path_factory):
@@ -13,9 +15,10 @@ def events(tmp_path_factory):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path_factory.mktemp("tensorboard"))
-    made_up.replay(TensorBoardSink(logger), rows=20, findings=(made_up.finding(),))
+    made_up.replay(TensorBoardSink(logger), rows=20, findings=(made_up.finding(),), actions=made_up.ACTIONS)
     logger.finalize("success")
-    found = EventAccumulator(logger.log_dir, size_guidance={"images": 0, "histograms": 0, "tensors": 0})
+    sizes = {"images": 0, "histograms": 0, "tensors": 0, "scalars": 0}
+    found = EventAccumulator(logger.log_dir, size_guidance=sizes)
     found.Reload()
     return found
 
@@ -48,6 +51,20 @@ def test_findings_and_verdict_are_text(events):
     assert {"gradflow/findings/text_summary", "gradflow/verdict/text_summary"} <= set(tags)
     text = events.Tensors("gradflow/findings/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "```python\nmodel.net[1] = nn.ReLU()\n```" in text
+
+
+def test_actions_are_text_and_their_number_a_scalar(events):
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("gradflow/actions/text_summary")]
+    assert len(texts) == 4  # two when they are taken, two when they are decided
+    assert texts[0].startswith("step 10: drew net.0 and net.2 anew (vanishing gradient, saturation)")
+    assert texts[0].endswith("on trial")
+    assert texts[2].endswith("kept at step 30: loss 2.31 -\\> 1.02")
+    counts = {name: [(event.step, event.value) for event in events.Scalars(f"gradflow/{name}")] for name in COUNTS}
+    assert counts == {
+        "actions": [(10, 1), (10, 2), (30, 2), (30, 2)],
+        "actions_kept": [(30, 1), (30, 1)],
+        "actions_rolled_back": [(30, 1)],
+    }
 
 
 def test_markdown_leaves_names_with_underscores_as_they_are():

@@ -1,3 +1,4 @@
+import json
 import math
 from contextlib import contextmanager
 
@@ -103,6 +104,49 @@ def test_config_names_the_layer_of_each_bin(run):
 
 def test_the_step_axis_is_defined(run):
     assert run.metrics["gradflow/*"] == "trainer/global_step"
+
+
+def test_actions_are_a_table_counts_and_alerts(logger_and_read):
+    logger, read = logger_and_read
+    made_up.replay(WandbSink(logger), rows=5, actions=made_up.ACTIONS)
+    run = read()
+    last = run.history[-1]["gradflow/actions"]
+    table = json.loads((run.folder / "files" / last["path"]).read_text())
+    assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == [
+        {
+            "step": 10,
+            "kind": "reinit",
+            "layers": "net.0, net.2",
+            "reason": "vanishing gradient, saturation",
+            "numbers": "span -8.1 -> -0.3 decades; loss 2.31 -> 1.02",
+            "outcome": "kept",
+            "decided_step": 30,
+        },
+        {
+            "step": 10,
+            "kind": "clip",
+            "layers": "",
+            "reason": "exploding gradient",
+            "numbers": "grad norm total before it 1e+09; max norm after it 2.5",
+            "outcome": "taken back",
+            "decided_step": 30,
+        },
+    ]
+    counts = [row["gradflow/actions_taken"] for row in run.rows_with("gradflow/actions_taken")]
+    assert (counts, len(run.history)) == ([1, 2, 2, 2], 5 + 4 + 1)
+    assert run.rows_with("gradflow/actions_kept")[-1]["gradflow/actions_rolled_back"] == 1
+    assert run.rows_with("gradflow/actions") == [run.history[-1]], "no key is a number here and a table there"
+    assert [(title, level) for title, _, level in run.alerts] == [
+        ("Action at step 10: on trial", "INFO"),
+        ("Action at step 10: on trial", "INFO"),
+        ("Action at step 30: kept", "INFO"),
+        ("Action at step 30: taken back", "INFO"),
+    ]
+    assert "drew net.0 and net.2 anew" in run.alerts[0][1]
+
+
+def test_a_run_without_actions_has_no_table_of_them(run):
+    assert not [key for key in run.keys if "actions" in key]
 
 
 def test_a_run_without_findings_has_an_empty_table(logger_and_read):

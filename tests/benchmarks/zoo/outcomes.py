@@ -23,7 +23,7 @@ MIN_SICK_RATIO = 0.5  # what the sick training must keep of the same loss
 MAX_TWIN_SHARE = 0.5  # the twin's loss at the end, as a share of the sick training's
 
 
-class _Losses(L.Callback):
+class Losses(L.Callback):
     """Keeps the loss that each training step returned."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Outcome:
 
 def outcome(case: Case, seed: int) -> Outcome:
     """Train once; the loss at either end is a mean over 3 batches at the start and 20 at the end."""
-    losses = _Losses()
+    losses = Losses()
     began = time.perf_counter()
     module = case.fit(seed, callbacks=[losses])
     seconds = time.perf_counter() - began
@@ -59,20 +59,24 @@ def outcome(case: Case, seed: int) -> Outcome:
     return Outcome(fmean(losses.values[:3]), fmean(losses.values[-20:]), seconds)
 
 
-def holds(case: Case, seed: int) -> tuple[bool, str]:
-    """Whether the label of ``case`` is what ``seed`` shows, and the figures in words.
+def is_sick(own: Outcome, twin: Outcome) -> bool:
+    """Whether a training failed where its fault-free twin learnt.
 
     A sick training is measured by its twin: what the fault does to the loss at the start must not count as progress.
     """
+    # Turned round, because a loss that ended as NaN is the worst of all.
+    learned = own.end < MIN_SICK_RATIO * twin.start or twin.end > MAX_TWIN_SHARE * own.end
+    return twin.ratio <= MAX_TWIN_RATIO and not learned
+
+
+def holds(case: Case, seed: int) -> tuple[bool, str]:
+    """Whether the label of ``case`` is what ``seed`` shows, and the figures in words."""
     own = outcome(case, seed)
     words = f"{own.start:.3g} -> {own.end:.3g}"
     if case.twin is None:
         return own.ratio <= MAX_HEALTHY_RATIO, f"{words} ({own.seconds:.1f} s)"
     twin = outcome(case.without_fault, seed)
-    # Turned round, because a loss that ended as NaN is the worst of all.
-    learned = own.end < MIN_SICK_RATIO * twin.start or twin.end > MAX_TWIN_SHARE * own.end
-    right = twin.ratio <= MAX_TWIN_RATIO and not learned
-    return right, f"{words}, twin {twin.start:.3g} -> {twin.end:.3g} ({own.seconds:.1f} s)"
+    return is_sick(own, twin), f"{words}, twin {twin.start:.3g} -> {twin.end:.3g} ({own.seconds:.1f} s)"
 
 
 def main() -> int:

@@ -1,0 +1,153 @@
+"""Cures that change the length of the steps: learning rate and clipping.
+
+Each takes a `Site` and returns its suggestions, none where it does not apply.
+"""
+
+from __future__ import annotations
+
+import math
+
+from lightning_gradflow.advice.site import Site
+from lightning_gradflow.findings import Suggestion
+
+_USUAL_RATIO = 1e-3  # of a step to the weights
+_MAX_CLIPPED = 0.5  # of the recent steps
+_HALF = 0.5
+_MIN_LEFT = 0.1  # of the gradient, by clipping
+_LATE = ("learning_rate_too_large", "unscaled_inputs", "unknown")  # causes of what was not there from the start
+
+
+def clip(site: Site) -> list[Suggestion]:
+    """Clipping of the gradient norm, near the run's own norms where there was a time before."""
+    has_past = site.finding.cause in _LATE and not math.isnan(site.grad_norm)
+    limit = f"{site.grad_norm:.2g}  # the median norm of this run" if has_past else "1.0"
+    return [
+        Suggestion(
+            "Clip the gradient norm",
+            f"import lightning as L\n\ntrainer = L.Trainer(\n    gradient_clip_val={limit}\n)",
+            "It bounds the step that one steep place of the loss can cause. Choose the bound near the norms of healthy "
+            "steps; if most steps are clipped, lower the learning rate instead.",
+            "Pascanu et al. 2013, On the difficulty of training recurrent neural networks",
+        )
+    ]
+
+
+def lower_rate(site: Site) -> list[Suggestion]:
+    """A smaller learning rate."""
+    return [
+        Suggestion(
+            "Lower the learning rate",
+            _rate(site, min(0.1, max(1e-6, _towards_usual(site)))),
+            "Steps larger than the loss surface is smooth raise the loss, and can push units where no gradient reaches "
+            "them.",
+            "Bengio 2012, Practical recommendations for gradient-based training of deep architectures",
+        )
+    ]
+
+
+def lower_rate_where_clipped(site: Site) -> list[Suggestion]:
+    """A smaller learning rate where more than half of the recent steps were clipped."""
+    return [too_often_clipped(site.clipped, site.lr)] if site.clipped > _MAX_CLIPPED else []
+
+
+def too_often_clipped(share: float, lr: float = math.nan) -> Suggestion:
+    """What to do where most steps are clipped.
+
+    Args:
+        share: of the recent steps that were clipped, in [0, 1].
+        lr: the learning rate, or NaN.
+
+    Example:
+        >>> too_often_clipped(0.8, lr=0.1).title
+        'Lower the learning rate, for 80% of the recent steps were clipped'
+    """
+    return Suggestion(
+        f"Lower the learning rate, for {share:.0%} of the recent steps were clipped",
+        _rate_code(lr, _HALF),
+        "Clipping is made for the odd step. Where it cuts more than half of them, it sets the length of the step and "
+        "the learning rate does not: halve the rate until fewer are cut, or raise the limit.",
+        "Godbole et al. 2023, Deep learning tuning playbook",
+    )
+
+
+def loosen_clipping(site: Site) -> list[Suggestion]:
+    """A larger limit for clipping where it is that what makes the steps small."""
+    left = site.finding.evidence.get("clip_factor", math.nan)
+    if not left < _MIN_LEFT or math.isnan(site.grad_norm):
+        return []
+    return [
+        Suggestion(
+            "Clip at a larger norm",
+            "import lightning as L\n\n"
+            f"trainer = L.Trainer(gradient_clip_val={site.grad_norm:.2g})  # the median norm of this run",
+            "The limit cuts away nearly all of each gradient, so that it sets the length of the step. A limit near the "
+            "usual norm bounds the odd step and leaves the others as they are.",
+            "Pascanu et al. 2013, On the difficulty of training recurrent neural networks",
+        )
+    ]
+
+
+def raise_rate(site: Site) -> list[Suggestion]:
+    """A larger learning rate."""
+    return [
+        Suggestion(
+            "Raise the learning rate",
+            _rate(site, max(10.0, min(1e7, _towards_usual(site)))),
+            "If longer steps in the same direction lower the loss further, the present ones waste the budget.",
+            "Smith 2017, Cyclical learning rates for training neural networks",
+        )
+    ]
+
+
+def _towards_usual(site: Site) -> float:
+    """The factor on the rate that brings a step to a thousandth of the weights, or near where the loss is lowest."""
+    ratio = site.finding.evidence.get("update_ratio", math.nan)
+    if ratio > 0 and math.isfinite(ratio):
+        return _USUAL_RATIO / ratio
+    best = site.finding.evidence.get("line_best_factor", math.nan)
+    return best / 100 if best > 0 else 1.0  # so far in one step is further than it goes in many
+
+
+def _rate(site: Site, factor: float) -> str:
+    return _rate_code(site.lr, factor)
+
+
+def _rate_code(lr: float, factor: float) -> str:
+    known = not math.isnan(lr)
+    value = f"{lr * factor:.1g}" if known else f"{factor:.1g} * lr"
+    was = f"  # it was {lr:.3g}" if known else ""
+    before = "# in configure_optimizers, before the optimizer is returned"
+    return f'{before}\nfor group in optimizer.param_groups:\n    group["lr"] = {value}{was}'
+
+
+def warm_up(site: Site) -> list[Suggestion]:
+    """A warm-up of the learning rate."""
+    del site  # the same for every model
+    return [
+        Suggestion(
+            "Warm the learning rate up over the first steps",
+            "# in configure_optimizers\n"
+            "from torch.optim.lr_scheduler import LinearLR\n\n"
+            "warm_up = LinearLR(optimizer, start_factor=0.01, total_iters=500)\n"
+            "# to be returned:\n"
+            'plan = {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}',
+            "The first gradients are the least reliable; small steps keep them from driving units into dead regions.",
+            "Goyal et al. 2017, Accurate, large minibatch SGD",
+        )
+    ]
+
+
+def find_rate(site: Site) -> list[Suggestion]:
+    """Lightning's learning rate finder."""
+    del site  # the same for every model
+    return [
+        Suggestion(
+            "Look for a learning rate with the finder",
+            "from lightning.pytorch.tuner import Tuner\n\n"
+            "# the module must read its rate from self.lr, or self.hparams.lr\n"
+            "found = Tuner(trainer).lr_find(model, train_dataloaders=data)\n"
+            "print(found.suggestion())",
+            "It tries many rates in one short run and shows where the loss falls fastest.",
+            "Smith 2017, Cyclical learning rates for training neural networks",
+        )
+    ]

@@ -1,0 +1,365 @@
+"""Critical initialisation from data: the signal keeps its size in every layer, on a batch of the run."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradflow.remedies.fresh import looks_fresh
+from lightning_gradflow.remedies.gains import TRANSPOSED, WEIGHTED, Gains, Link, by_unit
+
+_MIN_ROUNDS = 5
+"""Forward passes that set the gains, at most, or one for each layer, where that is more: most settle in ten, but behind
+a GELU a layer does only after those before it."""
+_SETTLED = 0.05  # decades that all gains together may be off
+MAX_OFF = 1.25
+"""Factor by which a gain may be off: thirty layers that are off by less lose three decades at most."""
+FAR = 4.0
+"""The same for a layer that no usual initialisation gives."""
+MAX_SPREAD = 4.0
+"""Of a layer's output, before a bounded activation: it is at its bounds for most of it."""
+_MAX_OFF_BRANCH = 4.0  # the same beside a residual connection, past which the signal goes anyway
+_MAX_STRETCH = 10.0
+"""Factor by which the layers of a stretch may change the signal together: a single sigmoid layer takes seven, the
+untrained end of a residual branch more; and with it the outputs of a first layer, and the weights of a last one."""
+_MIN_CHANNELS = 4  # fewer would be left too little to tell samples apart by, once their mean makes no difference
+_MAX_CENTRE = 8.0  # spreads that a mean may be away: of inputs that hardly vary the spread is no scale
+_MAX_FACTOR = 8.0  # by which a weight is scaled in one round
+
+
+@dataclass(frozen=True)
+class Centre:
+    """Where the inputs of a layer lie on the batch.
+
+    Args:
+        mean: (F,) of each feature.
+        spread: root mean square of what is around it, over all features; an eighth of that of the mean or more.
+    """
+
+    mean: Tensor
+    spread: float
+
+
+def centre_of(layer: nn.Module, source: Tensor) -> Centre | None:
+    """Where the inputs of a layer lie; None where that is nearer to 0 than they spread."""
+    values = by_unit(layer, source)
+    mean = values.mean(0)
+    spread = float((values - mean).square().mean().sqrt())
+    size = float(mean.square().mean().sqrt())
+    return Centre(mean.float().cpu(), max(spread, size / _MAX_CENTRE)) if size > spread > 0 else None
+
+
+@dataclass(frozen=True)
+class Treated:
+    """What came of it.
+
+    Args:
+        changed: name -> the parameters that were drawn anew, as they are in the module that was given.
+        before: layer -> what was measured, in order of execution.
+        after: the same afterwards.
+        centres: of these layers, those whose inputs lie farther from 0 than they spread, as those behind a sigmoid do.
+    """
+
+    changed: Mapping[str, Sequence[nn.Parameter]]
+    before: Mapping[str, Link]
+    after: Mapping[str, Link]
+    centres: Mapping[str, Centre]
+
+    @property
+    def spans(self) -> tuple[float, float]:
+        """Decades that the signal gains on its way back through all layers whose gain is known, before and after."""
+        return _span(self.before), _span(self.after)
+
+
+def make_critical(
+    module: nn.Module,
+    forward: Callable[[], None],
+    seed: int = 0,
+    max_off: float = MAX_OFF,
+    max_spread: float = math.inf,
+) -> Treated:
+    """Draws the layers anew that do not keep the size of the signal, and sets their gain to 1 on the batch.
+
+    Each such layer gets an orthogonal weight, one for each group of a convolution. Then, in forward passes until it
+    settles, and layer by layer in order of execution, its bias, where it has one, is shifted so that each unit's output
+    has mean 0 on the batch, and its weight is scaled so that the norm of a random gradient is the same at the next
+    layer's input and at its own; that of the first layer, to whose input no gradient goes, and of the last, so that its
+    output has variance 1. Where what the next layer takes comes from other layers too, as at the end of a residual
+    branch, the gain is `1 / sqrt(number of such layers)`, so that all of them together keep the size. Glorot's, He's
+    and the orthogonal initialisation come out where their assumptions hold. A padded convolution is made blind to the
+    mean of its inputs, where that is larger than what varies.
+
+    A layer is drawn anew if it has entries that are not finite, or if its weights look as they were drawn and
+
+    - its gain is off by more than `max_off`, and either is above 4, or the gains of the layers that follow each other
+      without a residual or a branch between change the signal by more than a factor of 10 together: less has no say in
+      whether a network learns; or, between two others, its output has a spread above 4, where a bounded activation is
+      at its bounds;
+    - as a first layer, its output has a spread off 1 by more than a factor of 10, or the slope behind it is;
+    - as a first layer of a network in which others are drawn, its output has a spread off 1 by more than `max_off`,
+      where that is below 4: those behind it are made for 1;
+    - as a last one, its weights are off `1 / sqrt(fan_in)` by more than a factor of 10, and not 0;
+    - as an end of a branch, its gain and that of its weights alone are above what the gain is to be by more than a
+      factor of 4.
+
+    The gain of a layer that is called several times in a pass is that of its first call, and counts as often in what
+    layers do together.
+
+    Left as they are: layers whose scale a normalisation takes away again, that are called with autograd off alone, that
+    share weights, are parametrized (weight norm) or frozen.
+
+    Args:
+        module: the model, or a copy of it; its weights are changed.
+        forward: makes a forward pass on a batch, with autograd on, always the same.
+        seed: the same seed gives the same weights on every rank and device, but for rounding.
+        max_off: factor by which a gain may be off before a layer is treated.
+        max_spread: of a layer's output, before it is treated.
+
+    Returns:
+        What was drawn, and what was measured before and after.
+
+    References:
+        Mishkin and Matas 2016, All you need is a good init; Schoenholz et al. 2017, Deep information propagation;
+        Saxe et al. 2014; Zhang et al. 2019, Fixup initialization.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(*[m for _ in range(9) for m in (nn.Linear(16, 16), nn.Sigmoid())], nn.Linear(16, 2))
+        >>> batch = torch.rand(64, 16)
+        >>> before, after = make_critical(net, lambda: net(batch)).spans
+        >>> before < -6, abs(after) < 0.3
+        (True, True)
+    """
+    gains = Gains(module, forward, seed)
+    modules = dict(module.named_modules())
+    before = links = gains.measure()
+    may = _treatable(module, before)
+    generator = torch.Generator().manual_seed(seed)
+    broken = [name for name in before if name in may and not _is_finite(modules[name])]
+    for name in broken:
+        _draw(modules[name], generator)
+    if broken:  # nothing can be measured behind a layer that gives NaN
+        links = gains.measure(_Adjustment(frozenset(broken), {}, {}))
+    aims, stretches = _aims(links), _stretches(links)
+    limits = _Limits(max_off, max_spread)
+    sick = [
+        name
+        for name in links
+        if name in may
+        and (name in broken or _is_sick(modules[name], links[name], aims[name], stretches.get(name, 0.0), limits))
+    ]
+    if sick and max_off < FAR:
+        sick = [
+            name for name in links if name in sick or (name in may and _is_quiet(modules[name], links[name], max_off))
+        ]
+    for name in sick:
+        _draw(modules[name], generator)
+    known: Mapping[str, Link] = {}
+    for _ in range(max(_MIN_ROUNDS, len(sick)) if sick else 0):
+        known = gains.measure(_Adjustment(frozenset(sick), aims, known))
+        if _off(known, sick, aims) < _SETTLED:
+            break
+    changed = {name: list(modules[name].parameters(recurse=False)) for name in sick}
+    look = _Look(frozenset(sick))
+    return Treated(changed, before, gains.measure(look) if sick else before, look.centres)
+
+
+def _treatable(module: nn.Module, links: Mapping[str, Link]) -> set[str]:
+    owners = Counter(p for m in module.modules() for p in m.parameters(recurse=False))
+    found = set()
+    for name, layer in module.named_modules():
+        own = list(layer.parameters(recurse=False))
+        is_own = isinstance(layer, WEIGHTED) and isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad
+        if name in links and is_own and all(owners[p] == 1 for p in own):
+            found.add(name)
+    return found
+
+
+def _aims(links: Mapping[str, Link]) -> dict[str, float]:
+    branches = sum(link.is_known and not link.is_chain for link in links.values())
+    return {name: 1.0 if link.is_chain else 1 / math.sqrt(branches) for name, link in links.items()}
+
+
+def _stretches(links: Mapping[str, Link]) -> dict[str, float]:
+    """Layer -> decades that the signal gains or loses, at most, in the layers that it follows or that follow it."""
+    runs: list[list[str]] = []
+    before: dict[str, list[str]] = {}
+    for name, link in links.items():
+        if link.is_known and link.is_chain and not link.is_first:
+            run = before.pop(name, [])
+            if not run:
+                runs.append(run)
+            run.append(name)
+            before[link.follower] = run
+    found: dict[str, float] = {}
+    for run in runs:
+        own = (0.0 if links[name].is_normalised else links[name].calls * _decades(links[name]) for name in run)
+        sums = list(accumulate(own, initial=0.0))
+        found |= dict.fromkeys(run, max(sums) - min(sums))
+    return found
+
+
+def _off(links: Mapping[str, Link], names: Sequence[str], aims: Mapping[str, float]) -> float:
+    """Decades that the gains of these layers are off, all together."""
+    set_by_gain = [name for name in names if links[name].is_known and not links[name].is_first]
+    return sum(abs(_decades(links[name]) - math.log10(aims[name])) for name in set_by_gain)
+
+
+def _decades(link: Link) -> float:
+    return math.log10(link.gain) if link.gain > 0 else -math.inf
+
+
+def _is_finite(layer: nn.Module) -> bool:
+    return all(bool(torch.isfinite(parameter).all()) for parameter in layer.parameters(recurse=False))
+
+
+@dataclass(frozen=True)
+class _Limits:
+    max_off: float
+    max_spread: float
+
+
+def _is_sick(layer: nn.Module, link: Link, aim: float, stretch: float, limits: _Limits) -> bool:
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    by_output = weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight.detach()
+    if link.is_normalised or not looks_fresh(by_output):
+        return False
+    size = float(weight.detach().double().square().mean().sqrt()) * math.sqrt(_fan_in(layer, weight))
+    if not link.is_known:  # zero is a usual choice for an output layer
+        return size > 0 and _is_off(size, 1.0, _MAX_STRETCH)
+    if link.is_first:  # its gain is that of its weights, which depends on what data are like, times a slope
+        return size == 0 or _is_off(link.spread, 1.0, _MAX_STRETCH) or _is_off(link.gain / size, 1.0, _MAX_STRETCH)
+    if not link.is_chain:  # what follows where branches meet, such as a norm, is the same for all of them
+        return min(link.gain, link.own_gain) > aim * _MAX_OFF_BRANCH
+    if link.spread > limits.max_spread:
+        return True
+    return _is_off(link.gain, aim, limits.max_off) and (link.gain > aim * FAR or stretch > math.log10(_MAX_STRETCH))
+
+
+def _is_quiet(layer: nn.Module, link: Link, max_off: float) -> bool:
+    """Whether a first layer gives those behind it, which are drawn anew, another size than they are made for."""
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    by_output = weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight.detach()
+    return link.is_first and not link.is_normalised and _is_off(link.spread, 1.0, max_off) and looks_fresh(by_output)
+
+
+def _fan_in(layer: nn.Module, weight: Tensor) -> float:
+    """Numbers that each output is a sum over, on average."""
+    if not isinstance(layer, TRANSPOSED):
+        return weight[0].numel()
+    return weight[:, 0].numel() / layer.groups / math.prod(layer.stride)
+
+
+def _is_off(value: float, aim: float, factor: float) -> bool:
+    return not aim / factor <= value <= aim * factor
+
+
+@torch.no_grad()
+def _draw(layer: nn.Module, generator: torch.Generator) -> None:
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    fresh = torch.empty(weight.shape)
+    for group in fresh.chunk(getattr(layer, "groups", 1)):
+        by_output = group.transpose(0, 1) if isinstance(layer, TRANSPOSED) else group
+        drawn = torch.empty(by_output.shape)
+        nn.init.orthogonal_(drawn, generator=generator)
+        by_output.copy_(drawn)
+    weight.copy_(fresh)
+    if isinstance(layer.bias, nn.Parameter) and layer.bias.requires_grad:
+        layer.bias.zero_()
+
+
+@dataclass(frozen=True)
+class _Adjustment:
+    """Centres and scales the layers that were drawn anew, in the course of a forward pass.
+
+    Args:
+        names: of these layers.
+        aims: the gain that each is to have.
+        known: what the pass before has measured; nothing before the first.
+    """
+
+    names: frozenset[str]
+    aims: Mapping[str, float]
+    known: Mapping[str, Link]
+
+    @torch.no_grad()
+    def __call__(self, name: str, layer: nn.Module, source: Tensor, output: Tensor) -> bool:
+        if name not in self.names:
+            return False
+        if _leave_out_mean(layer, source):
+            output = layer.forward(source)
+        values = by_unit(layer, output)
+        mean = values.mean(0)
+        if not bool(torch.isfinite(mean).all()):  # what comes in is not
+            return False
+        factor = self._factor(name, float((values - mean).square().mean().sqrt()))
+        weight = layer.weight
+        assert isinstance(weight, nn.Parameter)
+        weight.mul_(factor)
+        if isinstance(layer.bias, nn.Parameter) and layer.bias.requires_grad:
+            layer.bias.copy_((layer.bias.double() - mean.to(layer.bias.device)) * factor)
+        return True
+
+    def _factor(self, name: str, spread: float) -> float:
+        link = self.known.get(name)
+        if link is None or link.is_first or not link.is_known:
+            # at variance 1 no activation is far from where its gain is 1; an output of that size is a safe start
+            wanted = 1 / spread if spread > 0 else 1.0
+            return wanted if math.isfinite(wanted) else 1.0
+        wanted = self.aims[name] / link.gain if link.gain > 0 else 1.0
+        return min(max(wanted, 1 / _MAX_FACTOR), _MAX_FACTOR) if math.isfinite(wanted) else 1.0
+
+
+@torch.no_grad()
+def _leave_out_mean(layer: nn.Module, source: Tensor) -> bool:
+    """Makes a padded convolution blind to the mean of its inputs, where that is larger than what varies.
+
+    A bias takes the mean away in the middle of an image, not at its border, where the padding is 0 and not the mean:
+    what is left there is the same for every sample, and soon larger than what differs.
+    """
+    padding = getattr(layer, "padding", "valid")
+    is_padded = padding == "same" or (isinstance(padding, tuple) and any(padding))
+    if not is_padded or isinstance(layer, TRANSPOSED) or getattr(layer, "groups", 1) != 1:
+        return False
+    centre = centre_of(layer, source)
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    if centre is None or len(centre.mean) < _MIN_CHANNELS:
+        return False
+    by_input = weight.movedim(1, -1)
+    mean = (centre.mean / centre.mean.norm()).to(weight)
+    by_input -= (by_input @ mean)[..., None] * mean
+    torch.clear_autocast_cache()  # it holds the weights as they were
+    return True
+
+
+class _Look:
+    """Takes down where the inputs of the layers that were drawn anew lie."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+        self.centres: dict[str, Centre] = {}
+
+    @torch.no_grad()
+    def __call__(self, name: str, layer: nn.Module, source: Tensor, _output: Tensor) -> bool:
+        if name in self._names:
+            centre = centre_of(layer, source)
+            if centre is not None:
+                self.centres[name] = centre
+        return False
+
+
+def _span(links: Mapping[str, Link]) -> float:
+    gains = [link for link in links.values() if link.is_known and link.is_chain and not link.is_first]
+    if not gains:
+        return math.nan
+    return sum(map(_decades, gains))

@@ -1,0 +1,88 @@
+"""The remedies that stay in force: they do something at each optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradflow.remedies.clip import Clipper
+from lightning_gradflow.remedies.critical import Centre
+from lightning_gradflow.remedies.input_scaling import InputScaling
+from lightning_gradflow.remedies.learning_rate import RateFactor
+from lightning_gradflow.remedies.training import Training
+
+
+class Held:
+    """Clipping, a smaller learning rate, and the coordinates that layers train in.
+
+    Args:
+        training: the run that they act on.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self.scaling = InputScaling()
+        self.rate = RateFactor(training.optimizers)
+        self.clipper: Clipper | None = None
+        self.rollbacks = 0
+        """How often the run went back."""
+
+    def start_clipping(self, training: Training, max_ratio: float = 0.01) -> None:
+        """Clips from now on; see `Clipper`."""
+        self.clipper = Clipper(training, max_ratio=max_ratio)
+
+    def centre(self, centres: Mapping[str, Centre]) -> None:
+        """Lets layers train as if their inputs were standardised; nothing that they compute changes."""
+        self.scaling.hold(
+            self._training,
+            {name: (torch.full_like(it.mean, it.spread), it.mean) for name, it in centres.items()},
+        )
+
+    def before_step(self, optimizer: torch.optim.Optimizer, scale: Tensor | None) -> None:
+        """The gradients of an optimizer are complete.
+
+        Args:
+            optimizer: the one that is about to step.
+            scale: the factor of a gradient scaler that the gradients still carry, 1 where it has been taken out; None
+                without a scaler.
+        """
+        self.scaling.before_step(optimizer)
+        if self.clipper is not None:
+            self.clipper.before_step(optimizer, scale)
+
+    def batch_end(self) -> None:
+        """Puts back what a step has left half done."""
+        self.rate.batch_end()
+        self.scaling.batch_end()
+
+    def release(self) -> None:
+        """Takes all hooks off."""
+        self.rate.release()
+        self.scaling.release()
+        if self.clipper is not None:
+            self.clipper.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is in force."""
+        return {
+            "scaling": self.scaling.state_dict(),
+            "rate": self.rate.state_dict(),
+            "clipper": self.clipper.state_dict() if self.clipper is not None else None,
+            "rollbacks": self.rollbacks,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts in force what `state_dict` gave, and nothing else."""
+        self.release()
+        self.scaling = InputScaling()
+        self.scaling.load_state_dict(state["scaling"])
+        self.scaling.attach(self._training.model)
+        self.rate.load_state_dict(state["rate"])
+        self.rollbacks = state["rollbacks"]
+        self.clipper = None
+        if state["clipper"] is not None:
+            self.clipper = Clipper(self._training)
+            self.clipper.load_state_dict(state["clipper"])

@@ -1,0 +1,274 @@
+"""The scale of the inputs, folded into the layers that take them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_gradflow.detectors.inputs import inputs_jumped
+from lightning_gradflow.history import Floats, History
+from lightning_gradflow.remedies.input_layers import ScaledLayer, can_shift, can_treat, pads_with_zeros
+from lightning_gradflow.remedies.input_statistics import (
+    Moments,
+    RawInput,
+    features_of,
+    moments,
+    output_rms,
+    standardising,
+)
+from lightning_gradflow.remedies.optimizer_state import forget
+from lightning_gradflow.remedies.training import Training
+
+_MAX_RMS = 10.0  # initialisations are made for 1; up to about 10 the first steps of a training make up for it
+_MAX_OUTPUT = 2.0  # pre-activations up to here: the weights were made for such inputs
+_SAME_UNIT = 2.0  # features whose sizes changed alike, up to the chance of a batch
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What was done.
+
+    Args:
+        layers: in order of registration.
+        before: `input_rms` of the largest feature and `preactivation_rms`, each the largest of these layers.
+        after: `preactivation_rms` on the same batch.
+    """
+
+    layers: tuple[str, ...]
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+class InputScaling:
+    """Lets layers that take unscaled inputs train as if these were standardised, and leaves the inputs alone.
+
+    To fold mean and deviation into the weight once, `W = V / s` and `b = c - W m`, repairs what a layer computes and
+    not how it trains: the step of SGD on W is s^2 times too large, that of Adam s times. So each optimizer step is
+    made in the coordinates V, c of standardised inputs `(x - m) / s`:
+
+        V = W s,    c = b + W m,    dV = (dW - db m^T) / s,    dc = db
+
+    and taken back after it. Clipping, momentum, second moments and weight decay all act on V and c. Up to rounding,
+    the run is the one on standardised inputs. Between steps the weights are those for the raw inputs, so that
+    validation, checkpoints and inference need nothing else. The optimizer's state belongs to V and c.
+
+    What it can treat: Linear, convolutions (per channel; groups too), RNN, LSTM, GRU and their cells, as whole
+    tensors or as rows over ranks (FSDP2). Without a bias in the same optimizer there is a scale and no shift.
+    What it cannot: other cuts (tensor parallelism, FSDP1, ZeRO), tied, frozen or parametrized weights, classes with a
+    forward of their own.
+
+    `before_step` stands in front of everything that clips: norms count in the new coordinates. Weights are in them
+    from there until the optimizer's step is over; a forward pass in between (a skipped step, LBFGS) takes them back
+    first.
+
+    References:
+        LeCun et al. 1998, Efficient BackProp, section 4.3.
+
+    Example:
+        >>> from lightning_gradflow.remedies.input_scaling import InputScaling
+        >>> scaling, layer = InputScaling(), nn.Linear(1, 1, bias=False)
+        >>> scaling.load_state_dict({"layers": {"0": {"scale": torch.tensor([4.0]), "shift": torch.tensor([0.0])}}})
+        >>> scaling.attach(nn.Sequential(layer))
+        >>> _ = layer.weight.data.fill_(1.0)
+        >>> layer.weight.grad = torch.full((1, 1), 8.0)
+        >>> optimizer = torch.optim.SGD([layer.weight], lr=1.0)
+        >>> scaling.before_step(optimizer)
+        >>> layer.weight.item(), layer.weight.grad.item()
+        (4.0, 2.0)
+        >>> _ = optimizer.step()
+        >>> layer.weight.item()
+        0.5
+    """
+
+    def __init__(self) -> None:
+        self._scales: dict[str, tuple[Tensor, Tensor]] = {}  # (F,) scale and shift, on the CPU
+        self._layers: dict[str, ScaledLayer] = {}
+        self._hooked: list[tuple[torch.optim.Optimizer, RemovableHandle]] = []
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that are treated."""
+        return tuple(self._scales)
+
+    def start(
+        self, training: Training, layers: Sequence[str] | None = None, keep_function: bool = False
+    ) -> Folded | None:
+        """Folds the scale of the inputs into the layers that take them, and holds it from then on.
+
+        Treated are the layers that get raw input and nothing else, with a root mean square above 10, and hand it on
+        with one above 2. With `keep_function=False` their weights are taken as made for standardised inputs: what
+        follows is the network as it was initialised, on such inputs. So it is for weights that have learnt nothing,
+        and the optimizer's state of them is removed. With `keep_function=True` the inputs have lately changed their
+        size: each feature is brought back to that from before, and what was learnt, state included, stays in force.
+
+        Args:
+            training: the run, between two optimizer steps.
+            layers: the only ones to treat; None for all that qualify.
+            keep_function: whether the weights are right for the inputs from before a jump.
+
+        Returns:
+            What was done, or None where there was nothing to do, nothing was treatable, or no forward pass can be run.
+        """
+        chosen = [name for name, module in training.model.named_modules() if layers is None or name in layers]
+        chosen = [name for name in chosen if can_treat(training, name) and (keep_function or name not in self._scales)]
+        past = _before_jump(training.history) if keep_function else None
+        if training.rehearse is None or not chosen or (keep_function and past is None):
+            return None
+        modules = dict(training.model.named_modules())
+        with training.rehearse() as (copy, run):
+            inputs = {name: RawInput(copy.get_submodule(name)) for name in chosen}
+            with ExitStack() as stack:
+                for raw in inputs.values():
+                    raw.watch(stack)
+                run()
+            found = {name: it for name, it in moments(inputs, training.averaged).items() if _is_unscaled(it)}
+            maps = {name: _map(training, modules[name], it, past) for name, it in found.items()}
+            treated = {name: it for name, it in maps.items() if it is not None}
+            inputs = {name: raw for name, raw in inputs.items() if name in treated}
+            with ExitStack() as stack:
+                for name, raw in inputs.items():
+                    raw.watch(stack, *treated[name])
+                if inputs:
+                    run()
+            after = output_rms(inputs, training.averaged)
+        if not treated:
+            return None
+        for name, (scale, shift) in treated.items():
+            self._fold(training, name, scale.cpu(), shift.cpu(), keep_function)
+        self.attach(training.model)
+        before = {
+            "input_rms": max(float(found[name].rms.nan_to_num().max()) for name in treated),
+            "preactivation_rms": max(found[name].output_rms for name in treated),
+        }
+        return Folded(tuple(treated), before, {"preactivation_rms": after})
+
+    def hold(self, training: Training, maps: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
+        """Lets layers train in other coordinates from now on; what they compute stays as it is.
+
+        Args:
+            training: the run, between two optimizer steps. What its optimizers know of these layers is forgotten: it
+                belongs to the old coordinates.
+            maps: layer -> (F,) scale, above 0, and (F,) shift of its inputs.
+
+        Returns:
+            The layers that are treated from now on; those that can't be, or are already, are left out.
+        """
+        modules = dict(training.model.named_modules())
+        chosen = [name for name in maps if name not in self._scales and can_treat(training, name)]
+        chosen = [name for name in chosen if can_shift(training, modules[name])]
+        for name in chosen:
+            scale, shift = maps[name]
+            self._scales[name] = scale.cpu(), shift.cpu()
+            layer = ScaledLayer(modules[name], scale, shift)
+            forget(training.optimizers, [p for pair in layer.parameters() for p in pair if p is not None])
+        self.attach(training.model)
+        return tuple(chosen)
+
+    def _fold(self, training: Training, name: str, scale: Tensor, shift: Tensor, keep_function: bool) -> None:
+        """Gives the layer the weights that do to raw inputs what the present ones do to `(x - shift) / scale`."""
+        layer = ScaledLayer(training.model.get_submodule(name), scale, shift)
+        layer.leave()
+        for weight, bias in layer.parameters():
+            weight.grad = None
+            if bias is not None:
+                bias.grad = None
+            if not keep_function:
+                forget(training.optimizers, [weight] if bias is None else [weight, bias])
+        if name in self._scales:  # ((x - shift) / scale - m) / s = (x - shift - m scale) / (s scale)
+            s, m = self._scales[name]
+            scale, shift = s * scale, shift + m * scale
+        self._scales[name] = scale, shift
+
+    def attach(self, model: nn.Module) -> None:
+        """Finds its layers in a model: once after `load_state_dict`, when the model has its final modules.
+
+        Args:
+            model: the one that they were named in.
+        """
+        self.batch_end()
+        self._layers = {name: ScaledLayer(model.get_submodule(name), *it) for name, it in self._scales.items()}
+
+    @torch.no_grad()
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Brings weights and gradients of this optimizer to the coordinates of standardised inputs.
+
+        To be called with complete gradients, before they are clipped. Nothing is copied to the host.
+
+        Args:
+            optimizer: the one that is about to step.
+        """
+        if not self._layers:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if all(optimizer is not known for known, _ in self._hooked):
+            self._hooked.append((optimizer, optimizer.register_step_post_hook(self._after_step)))
+        for layer in self._layers.values():
+            if all(id(weight) in held and weight.grad is not None for weight, _ in layer.parameters()):
+                layer.enter(optimizer)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for layer in self._layers.values():
+            if layer.optimizer is optimizer:
+                layer.leave()
+
+    def batch_end(self) -> None:
+        """Takes back what a skipped step left behind."""
+        for layer in self._layers.values():
+            if layer.optimizer is not None:
+                layer.leave()
+
+    def release(self) -> None:
+        """Takes all hooks off and leaves weights for raw inputs. The scales stay: the next `before_step` goes on."""
+        self.batch_end()
+        for _, handle in self._hooked:
+            handle.remove()
+        self._hooked = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scales, by layer."""
+        return {"layers": {name: {"scale": scale, "shift": shift} for name, (scale, shift) in self._scales.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` gave, once `attach` has been called."""
+        self.batch_end()
+        self._layers = {}
+        self._scales = {name: (it["scale"], it["shift"]) for name, it in state["layers"].items()}
+
+
+def _is_unscaled(found: Moments) -> bool:
+    return found.size > _MAX_RMS and not found.output_rms <= _MAX_OUTPUT  # nothing finite is too large as well
+
+
+def _map(training: Training, module: nn.Module, found: Moments, past: Floats | None) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift of the inputs of a layer."""
+    if past is None:
+        shiftable = can_shift(training, module)
+        return standardising(found, shiftable=shiftable, padded=pads_with_zeros(module))
+    if len(past) != features_of(module):
+        return None
+    before = torch.from_numpy(past).to(found.rms)
+    ratio = found.rms / before
+    sure = ratio.isfinite() & (ratio > 0)
+    if not bool(sure.any()):
+        return None
+    usual = ratio[sure].median()
+    sure &= (ratio > usual * _SAME_UNIT) | (ratio < usual / _SAME_UNIT)
+    return torch.where(sure, ratio, usual), torch.zeros_like(ratio)
+
+
+def _before_jump(history: History) -> Floats | None:
+    """(F,) usual rms of each feature before the rows in which all became much larger, or None where they did not."""
+    if not inputs_jumped(history):
+        return None
+    known = np.array([row for row in history["input_rms"] if not np.isnan(row).all()])
+    sizes = np.sqrt(np.nanmean(np.square(known), axis=1))
+    at = int(np.argmax(sizes[1:] / np.maximum(sizes[:-1], np.finfo(np.float64).tiny))) + 1
+    past: Floats = np.nanmedian(known[:at], axis=0)
+    return past

@@ -1,0 +1,169 @@
+"""The treatment of a recurrence that loses its gradient, or blows it up, on the way through time."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_gradflow.detectors.recurrence import time_profile
+from lightning_gradflow.findings import Finding
+from lightning_gradflow.history import History
+from lightning_gradflow.remedies.loops import Loop, loops_among
+from lightning_gradflow.remedies.optimizer_state import forget
+from lightning_gradflow.remedies.recurrent import reinitialise_loop, reinitialise_recurrence
+from lightning_gradflow.remedies.through_time import TimeWatch
+from lightning_gradflow.remedies.training import Training
+
+_MEASURES = ("time_decades", "time_steps")
+_ROUNDS = 8  # of drawing and measuring: a few for the gain, and inputs down to a hundredth
+_MIN_DECADES = -0.3  # half of the gradient comes through
+_MIN_DRIVEN_DECADES = -1.0  # and a tenth is enough to learn from, where more costs the input its weight
+_MAX_GAIN = 1.15  # beyond it units drive each other to their bounds, whatever comes in
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What was drawn anew, and what it did to the gradient through time.
+
+    Args:
+        layers: the layers, in order of execution.
+        changed: their parameters.
+        before: `time_decades`, the decades that a gradient gains (above 0) or loses (below 0) on its way from the last
+            time step to the first, and `time_steps`, of the worst of the layers; empty where it can't be measured.
+        after: the same with the new weights.
+    """
+
+    layers: tuple[str, ...]
+    changed: tuple[nn.Parameter, ...]
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def treat(training: Training, finding: Finding) -> Treatment | None:
+    """Draws the recurrences of a finding anew and measures, on a batch, what comes of it through time.
+
+    T is what the run has shown: the median over its samples of the time steps at the layer. Which of the layers in a
+    loop gets its own state back is read off the graph of one forward pass; where the training step can't be rehearsed,
+    a square one is taken for it, if it is the only one. The optimizer forgets what it knew of them.
+
+    Orthogonal weights keep a gradient whole where units are linear; tanh and sigmoid units are not. What is measured to
+    be lost to them is given back: the recurrent weights are drawn with a gain that is larger by
+    10 ** (-time_decades / (T - 1)), and measured anew, until half of the gradient comes through. Where that takes a
+    gain above 1.15, it is the input that keeps the units at their bounds at every step: its weights are halved, until a
+    tenth comes through.
+
+    Args:
+        training: the run.
+        finding: names the layers.
+
+    Returns:
+        What was done; None where none of the layers is a recurrence that can be treated.
+    """
+    history = training.history
+    modules = _own(training.model)
+    names = [point.module for point in history.points if point.is_layer and point.module in finding.layers]
+    names = [name for name in dict.fromkeys(names) if name in modules]
+    with _watched(training, names) as watch:
+        before = _measured(training, watch, names)
+        loops = loops_among({name: m for name in names if isinstance(m := modules[name], nn.Linear)}, history, watch)
+    steps = {name: _steps(history, name, modules[name]) for name in names}
+    gain = input_gain = 1.0
+    after: dict[str, float] = {}
+    for _ in range(_ROUNDS):
+        layers, changed = _drawn(modules, names, loops, steps, training.seed, gain, input_gain)
+        if not changed:
+            return None
+        with _watched(training, names) as watch:
+            found = _measured(training, watch, names)
+        if found == after:  # there is nothing that a gain has a say in
+            break
+        after = found
+        span, length = found.get("time_decades", 0.0), found.get("time_steps", 2.0)
+        if span >= _MIN_DECADES:
+            break
+        wanted = gain * 10 ** (-span / (length - 1))
+        if wanted <= _MAX_GAIN:
+            gain = wanted
+        elif span < _MIN_DRIVEN_DECADES:
+            gain, input_gain = 1.0, input_gain / 2
+        else:
+            break
+    forget(training.optimizers, changed)
+    return Treatment(layers, changed, before, after)
+
+
+def _drawn(
+    modules: Mapping[str, nn.Module],
+    names: Sequence[str],
+    loops: Mapping[str, Loop],
+    steps: Mapping[str, int | None],
+    seed: int,
+    gain: float,
+    input_gain: float,
+) -> tuple[tuple[str, ...], tuple[nn.Parameter, ...]]:
+    """Draws all of them, from the same numbers each time; the layers and parameters that were drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    layers: list[str] = []
+    changed: list[nn.Parameter] = []
+    gains = {"gain": gain, "input_gain": input_gain}
+    for name in names:
+        module, loop = modules[name], loops.get(name)
+        ways_in: tuple[str, ...] = ()
+        if loop is not None and isinstance(module, nn.Linear):
+            ways_in = loop.ways_in
+            others = [layer for one in ways_in if isinstance(layer := modules[one], nn.Linear)]
+            fresh = reinitialise_loop(module, others, loop.op, generator, loop.columns, **gains)
+        else:
+            fresh = reinitialise_recurrence(module, generator, steps[name], **gains)
+        layers += [name, *ways_in] if fresh else []
+        changed += fresh
+    return tuple(dict.fromkeys(layers)), tuple(dict.fromkeys(changed))
+
+
+@contextmanager
+def _watched(training: Training, names: Sequence[str]) -> Iterator[TimeWatch | None]:
+    """One forward pass with the present weights; the graph of it is good for as long as the context is open."""
+    if training.rehearse is None:
+        yield None
+    else:
+        with training.rehearse() as (model, run):
+            yield TimeWatch(model, names, run, training.seed)
+
+
+def _measured(training: Training, watch: TimeWatch | None, names: Sequence[str]) -> dict[str, float]:
+    """The profile of the layer that loses or gains most, as a mean over the ranks."""
+    if watch is None:
+        return {}
+    profiles = [profile for profile in map(watch.profile, names) if profile is not None]
+    worst = max(profiles, key=lambda profile: abs(profile.span), default=None)
+    own = [math.nan, math.nan] if worst is None else [worst.span, float(worst.steps)]
+    device = next(training.model.parameters()).device
+    shared = training.averaged(torch.tensor(own, device=device)).tolist()
+    return {name: x for name, x in zip(_MEASURES, shared, strict=True) if math.isfinite(x)}
+
+
+def _steps(history: History, layer: str, module: nn.Module) -> int | None:
+    """The time steps of half of the samples or more; a bidirectional recurrence is measured to the nearer end."""
+    points = [point for point in history.points if point.is_layer and point.module == layer]
+    profiles = [time_profile(history, point, i) for point in points for i in range(len(history))]
+    found = [profile.steps for profile in profiles if profile is not None]
+    ends = 2 if isinstance(module, nn.RNNBase) and module.bidirectional else 1
+    return ends * int(np.median(found)) if found else None
+
+
+def _own(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by name, without those that share a weight with another: what is right for one is wrong for both."""
+    modules = dict(model.named_modules())
+    owners = Counter(parameter for module in modules.values() for parameter in module.parameters(recurse=False))
+    return {
+        name: module
+        for name, module in modules.items()
+        if all(owners[parameter] == 1 for parameter in module.parameters(recurse=False))
+    }

@@ -1,0 +1,561 @@
+"""Nets that lose or blow up the signal keep its size afterwards; those that keep it are not touched."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from lightning_gradflow.remedies.critical import FAR, make_critical
+from lightning_gradflow.remedies.gains import Gains
+
+WIDTH = 32
+
+
+def _batch(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _made(make, seed=0):
+    torch.manual_seed(seed)
+    return make()
+
+
+def _treated(net, x, **kwargs):
+    return make_critical(net, lambda: net(x), **kwargs)
+
+
+def _drawn_with(net, draw):
+    for module in net.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
+            draw(module.weight)
+            nn.init.zeros_(module.bias)
+    return net
+
+
+def _stack(activation, depth, width=WIDTH, draw=None):
+    layers = [module for _ in range(depth) for module in (nn.Linear(width, width), activation())]
+    net = nn.Sequential(*layers, nn.Linear(width, 4))
+    return net if draw is None else _drawn_with(net, draw)
+
+
+def _state(net):
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def _assert_untouched(net, x, **kwargs):
+    before = _state(net)
+    treated = _treated(net, x, **kwargs)
+    assert treated.changed == {}
+    assert treated.centres == {}
+    assert all(torch.equal(value, before[name]) for name, value in net.named_parameters())
+
+
+def _decades_to_data(net, x):
+    """How much of a random gradient at the last layer's input is left at the input, by autograd in one go."""
+    own = x.double().requires_grad_()
+    features = copy.deepcopy(net[:-1]).double()(own)
+    v = torch.randn_like(features)
+    (gradient,) = torch.autograd.grad(features, own, v)
+    return math.log10(gradient.norm() / v.norm())
+
+
+SMALL, LARGE = lambda w: nn.init.normal_(w, std=0.01), nn.init.normal_
+BENT = (nn.Sigmoid, nn.Tanh, nn.Softsign, nn.Hardsigmoid, nn.Hardtanh)
+HALF = (nn.ReLU, nn.GELU, nn.SELU, nn.SiLU, nn.Hardswish)
+
+
+@pytest.mark.parametrize("depth", [5, 20, 40])
+@pytest.mark.parametrize("activation", [*BENT, *HALF])
+def test_the_signal_comes_through_a_stack_that_lost_it(activation, depth):
+    net = _made(lambda: _stack(activation, depth, draw=SMALL))
+    treated = _treated(net, _batch(64, WIDTH))
+    before, after = treated.spans
+    assert before < -4
+    assert abs(after) < 0.3
+    assert len(treated.changed) == depth + 1
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.ReLU, nn.GELU])
+def test_the_signal_comes_through_a_deep_stack_as_torch_draws_it(activation):
+    net = _made(lambda: _stack(activation, 20))
+    before, after = _treated(net, _batch(64, WIDTH)).spans
+    assert before < -6
+    assert abs(after) < 0.3
+
+
+@pytest.mark.parametrize("activation", HALF)
+def test_and_is_not_blown_up_any_more(activation):
+    net = _made(lambda: _stack(activation, 20, draw=LARGE))
+    before, after = _treated(net, _batch(64, WIDTH)).spans
+    assert before > 6
+    assert abs(after) < 0.3
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Softsign, nn.Hardtanh])
+def test_activations_that_are_at_their_bounds_are_brought_back_though_the_signal_is_kept(activation):
+    net = _made(lambda: _stack(activation, 5, draw=lambda w: nn.init.normal_(w, std=2.0)))
+    treated = _treated(net, _batch(64, WIDTH))
+    assert min(treated.before[str(i)].spread for i in range(2, 10, 2)) > 4
+    assert max(link.spread for link in treated.after.values()) < 2
+    assert abs(treated.spans[1]) < 0.3
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.ReLU, nn.SELU])
+def test_the_gains_that_are_set_one_by_one_hold_for_all_of_the_net_at_once(activation):
+    net, x = _made(lambda: _stack(activation, 10, draw=SMALL)), _batch(64, WIDTH)
+    assert _decades_to_data(net, x) < -9
+    _treated(net, x)
+    assert abs(_decades_to_data(net, x)) < 1.3  # the first layer has variance 1, not gain 1
+
+
+def test_orthogonal_and_he_come_out_where_they_hold():
+    """Around 0 a tanh is linear; behind a ReLU half of the gradient is lost, so the weights have twice the variance."""
+    x = 1e-3 * _batch(256, WIDTH)
+    tanh = _made(lambda: _stack(nn.Tanh, 6, draw=SMALL))
+    _treated(tanh, x)
+    relu = _made(lambda: _stack(nn.ReLU, 6, width=64, draw=SMALL))
+    _treated(relu, _batch(256, 64))
+    for layer in relu[2:-1:2]:
+        torch.testing.assert_close(layer.weight @ layer.weight.T, 2 * torch.eye(64), atol=0.5, rtol=0)
+    for layer in tanh[2:-1:2]:
+        gram = layer.weight @ layer.weight.T
+        torch.testing.assert_close(gram, gram[0, 0] * torch.eye(WIDTH), atol=1e-4, rtol=0)
+
+
+def test_units_are_centred_and_the_first_and_last_layer_have_variance_one():
+    net, x = _made(lambda: _stack(nn.Sigmoid, 8, draw=SMALL)), _batch(64, WIDTH)
+    _treated(net, x)
+    first, last = net[0](x), net(x)
+    for output in (first, last):
+        torch.testing.assert_close(output.mean(0), torch.zeros(output.shape[1]), atol=1e-4, rtol=0)
+        assert output.square().mean().sqrt().item() == pytest.approx(1, rel=1e-3)
+    hidden = net[:5](x)
+    assert hidden.mean(0).abs().max() < 0.02 * hidden.std()
+
+
+def _convolutions(activation, make=nn.Conv2d, pad=1):
+    layers = [module for _ in range(8) for module in (make(8, 8, 3, padding=pad), activation())]
+    return nn.Sequential(make(2, 8, 3, padding=pad), activation(), *layers, make(8, 2, 1))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid])
+@pytest.mark.parametrize("make", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d])
+def test_the_signal_comes_through_convolutions(make, activation):
+    net = _made(lambda: _drawn_with(_convolutions(activation, make), SMALL))
+    x = _batch(8, 2, 32) if make is nn.Conv1d else _batch(8, 2, 12, 12)
+    before, after = _treated(net, x).spans
+    assert before < -5
+    assert abs(after) < 0.3
+
+
+class UNet(nn.Module):
+    def __init__(self, activation=nn.Sigmoid, skips=True):
+        super().__init__()
+        widths = [4, 8, 16]
+        pairs = zip([1, *widths], [*widths, 32], strict=False)
+        self.down = nn.ModuleList(self._pair(i, o, activation) for i, o in pairs)
+        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, 2) for w in reversed(widths))
+        self.join = nn.ModuleList(self._pair((1 + skips) * w, w, activation) for w in reversed(widths))
+        self.out = nn.Conv2d(4, 1, 1)
+        self.skips = skips
+
+    @staticmethod
+    def _pair(i, o, activation):
+        return nn.Sequential(nn.Conv2d(i, o, 3, 1, 1), activation(), nn.Conv2d(o, o, 3, 1, 1), activation())
+
+    def forward(self, x):
+        kept = []
+        for i, block in enumerate(self.down):
+            x = block(x if i == 0 else nn.functional.max_pool2d(x, 2))
+            kept.append(x)
+        for up, join, skip in zip(self.up, self.join, reversed(kept[:-1]), strict=True):
+            x = join(torch.cat([up(x), skip], 1) if self.skips else up(x))
+        return self.out(x)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_the_signal_comes_through_a_u_net(skips):
+    net = _made(lambda: UNet(skips=skips))
+    before, after = _treated(net, _batch(4, 1, 16, 16)).spans
+    assert before < -6
+    assert abs(after) < 0.3
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("make", [nn.Conv2d, nn.ConvTranspose2d])
+def test_each_group_of_a_convolution_is_orthogonal(make, groups):
+    layer = _made(lambda: make(8, 8, 1, groups=groups))
+    nn.init.normal_(layer.weight, std=1e-4)
+    _treated(nn.Sequential(layer, nn.Tanh(), make(8, 8, 1)), _batch(16, 8, 4, 4))
+    for group in layer.weight.detach().chunk(groups):
+        gram = group.flatten(1) @ group.flatten(1).T
+        torch.testing.assert_close(gram / gram[0, 0], torch.eye(len(gram)), atol=1e-4, rtol=0)
+
+
+# What keeps the signal is left
+
+
+def _he(net):
+    return _drawn_with(net, lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu"))
+
+
+class Residual(nn.Module):
+    def __init__(self, *layers, norm=None):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+def _resnet():
+    blocks = []
+    for _ in range(4):
+        block = Residual(
+            nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8)
+        )
+        nn.init.zeros_(block.layers[-1].weight)
+        blocks += [block, nn.ReLU()]
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), *blocks, *head)
+
+
+class Transformer(nn.Module):
+    def __init__(self, std=None, norm_first=True, width=WIDTH):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, norm_first=norm_first, batch_first=True, dropout=0.0)
+        self.embed = nn.Embedding(20, width)
+        self.body = nn.TransformerEncoder(layer, 4, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, 20)
+        for module in self.modules() if std else ():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=std)
+
+    def forward(self, x):
+        return self.head(self.body(self.embed(x)))
+
+
+class Adapted(nn.Module):
+    """LoRA, beside a frozen layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.a, self.b = nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, WIDTH, bias=False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x):
+        return self.kept(x) + self.b(self.a(x))
+
+
+def _normed(norm, activation, depth=12):
+    layers = [module for _ in range(depth) for module in (nn.Linear(WIDTH, WIDTH), norm(WIDTH), activation())]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, 4))
+
+
+TOKENS = torch.randint(0, 20, (8, 10), generator=torch.Generator().manual_seed(0))
+HEALTHY = {
+    "He ReLU": (lambda: _he(_stack(nn.ReLU, 30, width=64)), _batch(64, 64)),
+    "narrow He ReLU": (lambda: _he(_stack(nn.ReLU, 5, width=16)), _batch(64, 16)),
+    "orthogonal tanh": (lambda: _drawn_with(_stack(nn.Tanh, 30), nn.init.orthogonal_), _batch(64, WIDTH)),
+    "SELU with LeCun": (
+        lambda: _drawn_with(_stack(nn.SELU, 20, 64), lambda w: nn.init.normal_(w, std=w.shape[1] ** -0.5)),
+        _batch(64, 64),
+    ),
+    "one hidden layer, sigmoid": (lambda: _stack(nn.Sigmoid, 1), _batch(64, WIDTH)),
+    "two hidden layers, ReLU": (lambda: _stack(nn.ReLU, 2), _batch(64, WIDTH)),
+    "logistic regression": (lambda: nn.Sequential(nn.Linear(WIDTH, 4)), _batch(64, WIDTH)),
+    "BatchNorm": (lambda: _normed(nn.BatchNorm1d, nn.ReLU), _batch(64, WIDTH)),
+    "LayerNorm": (lambda: _normed(nn.LayerNorm, nn.Tanh), _batch(64, WIDTH)),
+    "RMSNorm": (lambda: _normed(nn.RMSNorm, nn.GELU), _batch(64, WIDTH)),
+    "norm and nothing": (lambda: _normed(nn.LayerNorm, nn.Identity), _batch(64, WIDTH)),
+    "ResNet, zero gamma": (_resnet, _batch(8, 3, 8, 8)),
+    "pre-LN transformer": (Transformer, TOKENS),
+    "pre-LN transformer, 0.02": (lambda: Transformer(0.02, width=128), TOKENS),
+    "post-LN transformer": (lambda: Transformer(norm_first=False), TOKENS),
+    "LoRA": (lambda: nn.Sequential(Adapted(), nn.Tanh(), Adapted(), nn.Tanh(), nn.Linear(WIDTH, 4)), _batch(64, WIDTH)),
+}
+
+
+@pytest.mark.parametrize("max_off", [None, FAR])
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_net_is_left_to_the_bit(name, max_off):
+    make, x = HEALTHY[name]
+    _assert_untouched(_made(make), x, **({} if max_off is None else {"max_off": max_off}))
+
+
+def _learnt(layer):
+    """A direction of its own that stands out, as training leaves one."""
+    with torch.no_grad():
+        left, right = (torch.nn.functional.normalize(torch.randn(n), dim=0) for n in layer.weight.shape)
+        layer.weight += 6 * layer.weight.std() * math.sqrt(max(layer.weight.shape)) * torch.outer(left, right)
+
+
+def test_weights_that_have_been_learnt_are_left_however_the_signal_fares():
+    net, x = _made(lambda: _stack(nn.Sigmoid, 10)), _batch(64, WIDTH)
+    for layer in net[::2]:
+        _learnt(layer)
+    assert make_critical(copy.deepcopy(net), lambda: net(x)).spans[0] != 0
+    _assert_untouched(net, x)
+
+
+@pytest.mark.parametrize("value", [1.0, 0.0])
+def test_ends_of_residual_branches_that_are_zero_stay_zero(value):
+    def make():
+        blocks = [Residual(nn.Linear(WIDTH, WIDTH), nn.Sigmoid(), nn.Linear(WIDTH, WIDTH)) for _ in range(4)]
+        for block in blocks:
+            nn.init.constant_(block.layers[2].weight, 0.0)
+            nn.init.normal_(block.layers[0].weight, std=value * 20 + 1e-6)
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), *blocks, nn.Linear(WIDTH, 4))
+
+    net = _made(make)
+    _treated(net, _batch(64, WIDTH))
+    assert not any(net[i].layers[2].weight.any() for i in range(1, 5))
+
+
+def test_residual_branches_that_blow_the_signal_up_are_set_to_share_it():
+    net = _made(lambda: nn.Sequential(*(Residual(nn.Linear(WIDTH, WIDTH)) for _ in range(9)), nn.Linear(WIDTH, 4)))
+    net.insert(0, nn.Linear(WIDTH, WIDTH))
+    for block in net[1:-1]:
+        nn.init.normal_(block.layers[0].weight)
+    treated = _treated(net, _batch(64, WIDTH))
+    gains = [treated.after[f"{i}.layers.0"].gain for i in range(1, 10)]
+    assert gains == pytest.approx([1 / 3] * 9, rel=0.05)
+
+
+# One of them alone
+
+
+def _with(change, make=lambda: _stack(nn.Sigmoid, 8)):
+    net = _made(make)
+    change(net)
+    before = _state(net)
+    treated = _treated(net, _batch(64, WIDTH))
+    changed = {name for name, value in net.state_dict().items() if not value.allclose(before[name], 0, 0, True)}
+    assert {name.rpartition(".")[0] for name in changed} == set(treated.changed)
+    return net, treated, changed
+
+
+def test_what_is_said_to_be_drawn_is_what_has_changed():
+    net, treated, changed = _with(lambda net: None)
+    assert {f"{i}.weight" for i in range(2, 16, 2)} <= changed
+    assert list(treated.changed) == [name for name in treated.before if name in treated.changed]
+    assert treated.changed["4"] == [net[4].weight, net[4].bias]
+
+
+def test_a_frozen_layer_is_left():
+    _, _, changed = _with(lambda net: net[4].requires_grad_(False))
+    assert not {"4.weight", "4.bias"} & changed
+    assert "6.weight" in changed
+
+
+def test_a_frozen_bias_is_left():
+    _, _, changed = _with(lambda net: net[4].bias.requires_grad_(False))
+    assert "4.bias" not in changed
+    assert "4.weight" in changed
+
+
+def test_tied_weights_are_left():
+    def tie(net):
+        net[4].weight = net[8].weight
+
+    _, _, changed = _with(tie)
+    assert not {"4.weight", "8.weight", "4.bias", "8.bias"} & changed
+    assert "6.weight" in changed
+
+
+def test_a_layer_that_is_called_in_a_loop_is_judged_by_all_of_its_calls():
+    class Loop(nn.Module):
+        def __init__(self, calls):
+            super().__init__()
+            self.first, self.again, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+            self.calls = calls
+
+        def forward(self, x):
+            x = torch.tanh(self.first(x))
+            for _ in range(self.calls):
+                x = torch.tanh(self.again(x))
+            return self.out(x)
+
+    x = _batch(64, WIDTH)
+    assert "again" not in _treated(_made(lambda: Loop(2)), x).changed
+    treated = _treated(_made(lambda: Loop(12)), x)
+    assert "again" in treated.changed
+    assert treated.before["again"].gain < 0.7
+    assert treated.after["again"].gain == pytest.approx(1, rel=0.1)
+
+
+def test_parametrized_weights_are_left():
+    _, _, changed = _with(lambda net: parametrizations.weight_norm(net[4]))
+    assert not any(name.startswith("4.") for name in changed)
+    assert "6.weight" in changed
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_constant_weights_are_drawn(value):
+    net, treated, _ = _with(lambda net: nn.init.constant_(net[4].weight, value))
+    assert len(net[4].weight.unique()) > WIDTH
+    assert abs(treated.spans[1]) < 0.3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_a_layer_that_is_not_finite_is_drawn_and_the_others_are_judged_without_it(which, value):
+    def spoil(net):
+        with torch.no_grad():
+            getattr(net[4], which)[0] = value
+
+    net, treated, _ = _with(spoil)
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+    assert abs(treated.spans[1]) < 0.3
+    _, treated, _ = _with(spoil, lambda: _he(_stack(nn.ReLU, 8)))
+    assert list(treated.changed) == ["0", "4"]  # and the first, whose output He makes larger than 1
+
+
+def test_layers_behind_something_else_that_is_not_finite_stay_finite():
+    def spoil(net):
+        net[4].requires_grad_(False)
+        nn.init.constant_(net[4].bias, math.nan)
+
+    net, *_ = _with(spoil)
+    assert all(torch.isfinite(net[i].weight).all() for i in range(0, 17, 2))
+    assert all(torch.isfinite(net[i].bias).all() for i in range(6, 17, 2))
+
+
+def test_dead_units_come_back():
+    """Biases of -8 before ReLUs: no gradient at all comes through."""
+
+    def kill(net):
+        for layer in net[:-1:2]:
+            nn.init.constant_(layer.bias, -8.0)
+
+    net, treated, _ = _with(kill, lambda: _he(_stack(nn.ReLU, 6)))
+    assert treated.spans[0] == -math.inf
+    assert abs(treated.spans[1]) < 0.3
+    assert 0.3 < (net[:2](_batch(64, WIDTH)) > 0).float().mean() < 0.7
+
+
+def test_one_layer_among_healthy_ones_is_drawn_alone():
+    _, treated, _ = _with(
+        lambda net: nn.init.normal_(net[4].weight, std=1e-3),
+        lambda: _drawn_with(_stack(nn.Identity, 6), nn.init.orthogonal_),
+    )
+    assert list(treated.changed) == ["4"]
+
+
+def test_inputs_that_are_always_zero_do_no_harm():
+    net, x = _made(lambda: _stack(nn.Sigmoid, 8, draw=SMALL)), _batch(64, WIDTH)
+    x[:, ::2] = 0
+    before, after = _treated(net, x).spans
+    assert before < -8
+    assert abs(after) < 0.3
+    net = _made(lambda: _stack(nn.Sigmoid, 8, draw=SMALL))
+    _treated(net, torch.zeros(64, WIDTH))
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_far_is_what_no_usual_initialisation_gives():
+    ours = _made(lambda: _stack(nn.ReLU, 20))
+    _assert_untouched(ours, _batch(64, WIDTH), max_off=FAR)
+    large = _made(lambda: _stack(nn.ReLU, 20, width=64, draw=LARGE))
+    assert list(_treated(large, _batch(64, 64), max_off=FAR).changed) == [str(i) for i in range(2, 40, 2)]
+
+
+def test_centres_are_where_inputs_lie_that_are_farther_from_zero_than_they_spread():
+    net, x = _made(lambda: _stack(nn.Sigmoid, 8)), _batch(64, WIDTH)
+    treated = _treated(net, x)
+    assert "4" in treated.centres
+    assert "0" not in treated.centres
+    inputs = net[:4](x).detach().double()
+    torch.testing.assert_close(treated.centres["4"].mean, inputs.mean(0).float())
+    around = (inputs - inputs.mean(0)).square().mean().sqrt().item()
+    assert treated.centres["4"].spread == pytest.approx(around, rel=1e-3)
+
+
+# How it is done
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others():
+    x = _batch(64, WIDTH)
+    one, same, other = (_made(lambda: _stack(nn.Tanh, 8, draw=SMALL)) for _ in range(3))
+    _treated(one, x, seed=1)
+    torch.manual_seed(99)
+    _treated(same, x, seed=1)
+    _treated(other, x, seed=2)
+    assert all(map(torch.equal, one.parameters(), same.parameters()))
+    assert not torch.allclose(one[2].weight, other[2].weight)
+
+
+def test_the_global_random_state_is_not_touched():
+    net, x = _made(lambda: _stack(nn.Tanh, 8, draw=SMALL)), _batch(64, WIDTH)
+    before = torch.get_rng_state()
+    _treated(net, x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_holds_under_autocast(dtype):
+    net, x = _made(lambda: _stack(nn.Sigmoid, 10)), _batch(64, WIDTH)
+
+    def run():
+        with torch.autocast("cpu", dtype):
+            net(x)
+
+    before, after = make_critical(net, run).spans
+    assert before < -6
+    assert abs(after) < 0.3
+    assert net[2].weight.dtype == torch.float32
+
+
+def test_it_holds_in_bfloat16():
+    net, x = _made(lambda: _stack(nn.Sigmoid, 10)).bfloat16(), _batch(64, WIDTH).bfloat16()
+    weight = net[2].weight
+    before, after = _treated(net, x).spans
+    assert before < -6
+    assert abs(after) < 0.3
+    assert net[2].weight is weight
+    assert weight.dtype == torch.bfloat16
+
+
+def test_it_needs_a_few_passes_and_one_where_there_is_nothing_to_do():
+    calls = []
+    for make in (lambda: _stack(nn.Sigmoid, 20), lambda: _he(_stack(nn.ReLU, 20, 64))):
+        net = _made(make)
+        x = _batch(64, net[0].in_features)
+        passes = []
+        make_critical(net, lambda net=net, x=x, passes=passes: passes.append(net(x)))
+        calls.append(len(passes))
+    assert 3 <= calls[0] <= 12
+    assert calls[1] == 1
+
+
+def test_a_model_without_layers_is_left():
+    net = nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4))
+    treated = _treated(net, torch.arange(4))
+    assert treated.changed == {}
+    assert all(math.isnan(span) for span in treated.spans)
+
+
+def test_nothing_is_left_behind_after_an_error():
+    net = _made(lambda: _stack(nn.Sigmoid, 8))
+    passes = []
+
+    def fail():
+        net(_batch(64, WIDTH))
+        passes.append(None)
+        if len(passes) == 3:
+            raise ValueError("the user's")
+
+    with pytest.raises(ValueError, match="the user's"):
+        make_critical(net, fail)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+
+def test_what_is_measured_afterwards_is_what_is_measured_by_itself():
+    net, x = _made(lambda: _stack(nn.Sigmoid, 8)), _batch(64, WIDTH)
+    after = _treated(net, x, seed=5).after
+    assert Gains(net, lambda: net(x), 5).measure() == pytest.approx(after)

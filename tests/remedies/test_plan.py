@@ -1,0 +1,55 @@
+"""Which remedies are tried for what."""
+
+import pytest
+
+from lightning_gradflow.findings import FindingKind
+from lightning_gradflow.remedies.plan import DESTRUCTIVE, NOT_FOR, PLAN, REMEDIES, remedies_for
+
+ROWS = pytest.mark.parametrize("row", PLAN, ids=lambda row: f"{row[0]}-{row[1]}")
+
+
+@ROWS
+def test_a_row_of_the_plan_names_remedies_that_there_are_each_once(row):
+    assert PLAN[row]
+    assert set(PLAN[row]) <= set(REMEDIES)
+    assert len(set(PLAN[row])) == len(PLAN[row])
+
+
+@ROWS
+def test_a_cause_that_only_the_user_can_cure_has_no_row(row):
+    assert row[1] not in NOT_FOR
+
+
+def test_every_remedy_is_in_the_plan():
+    assert {remedy for remedies in PLAN.values() for remedy in remedies} == set(REMEDIES)
+
+
+def test_weights_are_overwritten_by_known_remedies():
+    assert set(REMEDIES) > DESTRUCTIVE
+    assert "clip" not in DESTRUCTIVE
+    assert "rollback" not in DESTRUCTIVE
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FindingKind if kind is not FindingKind.NO_GRADIENT])
+def test_every_kind_of_finding_but_a_missing_gradient_can_be_treated(kind):
+    assert any(row[0] is kind for row in PLAN)
+
+
+def test_parameters_without_a_gradient_are_left_to_the_user():
+    assert remedies_for(FindingKind.NO_GRADIENT, "unknown") == ()
+
+
+@pytest.mark.parametrize("kind", FindingKind)
+@pytest.mark.parametrize("cause", sorted(NOT_FOR))
+def test_what_only_the_user_can_cure_has_no_remedy(kind, cause):
+    assert remedies_for(kind, cause) == ()
+
+
+def test_a_cause_without_a_row_has_the_remedies_of_an_unknown_one():
+    kind = FindingKind.EXPLODING_GRADIENT
+    assert remedies_for(kind, "of a new kind") == PLAN[kind, "unknown"] != ()
+
+
+def test_a_cause_without_a_row_of_a_kind_without_an_unknown_one_has_none():
+    assert (FindingKind.LOSS_PLATEAU, "unknown") not in PLAN
+    assert remedies_for(FindingKind.LOSS_PLATEAU, "of a new kind") == ()

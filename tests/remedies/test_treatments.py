@@ -1,0 +1,160 @@
+"""What each remedy does to a run."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradflow.findings import FindingKind
+from lightning_gradflow.history import Row
+from lightning_gradflow.remedies.held import Held
+from lightning_gradflow.remedies.plan import REMEDIES
+from lightning_gradflow.remedies.training import RehearsalError
+from lightning_gradflow.remedies.treatments import _TREATMENTS, Patient, treat
+from tests.remedies.made_up_run import Run, finding
+
+RATE = finding(FindingKind.UPDATE_RATIO, "learning_rate_too_large")
+BREAKS = finding(FindingKind.NONFINITE_GRADIENT, "unknown")
+
+
+def _patient(run, found=RATE, has_past=False, good_step=-1, held=None):
+    return Patient(run.training, found, held or run.held, has_past, good_step)
+
+
+def test_every_remedy_is_known():
+    assert set(_TREATMENTS) == set(REMEDIES)
+
+
+def test_clipping_tells_the_norm_and_acts_from_the_next_step_on():
+    run = Run()
+    run.go(2.0)
+    done = treat("clip", _patient(run))
+    assert (done.layers, done.before) == ((), {"grad_norm_total": 2.0})
+    run.net[0].weight.grad = torch.full((4, 4), 1e9)
+    run.mitigation.before_step(run.optimizer)
+    assert run.net[0].weight.grad.abs().max() < 1e6
+
+
+def test_layers_before_a_sigmoid_are_drawn_anew_without_a_rehearsal():
+    run = Run()
+    before = [p.detach().clone() for p in run.net.parameters()]
+    done = treat("reinit", _patient(run, finding()))
+    assert done.layers == ("0", "2")
+    changed = [not torch.equal(p, q) for p, q in zip(run.net.parameters(), before, strict=True)]
+    assert changed == [True, True, True, True, False, False]
+
+
+def test_the_same_seed_draws_the_same_weights_whatever_the_random_state():
+    one, other = Run(), Run()
+    treat("reinit", _patient(one, finding()))
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    treat("reinit", _patient(other, finding()))
+    assert torch.equal(one.weights(), other.weights())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def _sampled(ratios, rates=(), every=4):
+    """A run with these update ratios and learning rates, one a sample."""
+    run = Run()
+    run.history.layer_axis.merge(["0"])
+    for i, ratio in enumerate(ratios):
+        scalars = {"lr": rates[i]} if rates else {}
+        run.history.append(Row(every * i, {"update_ratio": np.array([ratio])}, scalars))
+    return run
+
+
+@pytest.mark.parametrize(("ratio", "factor"), [(0.1, 0.1), (1.0, 0.01), (20.0, 0.0005)])
+def test_steps_that_were_too_large_from_the_start_are_brought_to_the_usual_size(ratio, factor):
+    run = _sampled([ratio, 3.0])
+    done = treat("rollback", _patient(run))
+    assert done.before == {"lr_factor": 1.0}
+    assert done.after == {"lr_factor": pytest.approx(factor)}
+    assert run.held.rate.factor == pytest.approx(factor)
+
+
+def test_a_run_that_went_well_at_this_rate_goes_on_with_it_the_first_time_and_slower_the_second():
+    run = _sampled([0.001] * 6, rates=[0.1] * 6)
+    factors = []
+    for _ in range(2):
+        treat("rollback", _patient(run, BREAKS, has_past=True, good_step=12))
+        factors.append(run.held.rate.factor)
+    assert factors == [1.0, pytest.approx(0.1)]
+
+
+def test_a_rate_that_has_risen_since_the_run_went_well_is_brought_back():
+    run = _sampled([0.001] * 6, rates=[0.1] * 4 + [2.0] * 2)
+    done = treat("rollback", _patient(run, BREAKS, has_past=True, good_step=12))
+    assert done.after == {"max_lr": 0.1}
+    assert (run.held.rate.factor, run.held.rate.cap) == (1.0, 0.1)
+
+
+def test_where_no_step_was_measured_the_rate_is_lowered_all_the_same():
+    run = Run()
+    run.history.append(Row(0))
+    treat("rollback", _patient(run))
+    assert 0 < run.held.rate.factor < 1
+
+
+def test_the_rate_has_an_end_downwards():
+    run = _sampled([1e3])
+    for _ in range(12):
+        treat("rollback", _patient(run))
+    assert run.held.rate.factor == 1e-6
+
+
+def test_a_rate_that_cannot_be_lowered_is_no_way_back():
+    run = _sampled([1.0])
+    run.training = type(run.training)(run.net, [torch.optim.Rprop(run.net.parameters())], run.history)
+    assert treat("rollback", _patient(run, held=Held(run.training))) is None
+
+
+def test_inputs_are_not_scaled_under_weights_that_have_learnt_their_scale():
+    assert treat("scale_inputs", _patient(Run(), has_past=True)) is None
+
+
+@pytest.mark.parametrize("remedy", ["recycle", "scale_inputs"])
+def test_what_needs_a_rehearsal_does_nothing_without_one(remedy):
+    run = Run()
+    before = run.weights()
+    assert treat(remedy, _patient(run, finding(FindingKind.DEAD_UNITS))) is None
+    assert torch.equal(run.weights(), before)
+
+
+@contextmanager
+def _cannot_be_copied():
+    raise RehearsalError("the model can't be copied")
+    yield
+
+
+@pytest.mark.parametrize("remedy", ["recycle", "scale_inputs"])
+def test_where_the_rehearsal_fails_what_needs_one_does_nothing(remedy):
+    run = Run(rehearse=_cannot_be_copied)
+    before = run.weights()
+    assert treat(remedy, _patient(run, finding(FindingKind.DEAD_UNITS))) is None
+    assert torch.equal(run.weights(), before)
+
+
+def test_where_the_rehearsal_fails_layers_are_drawn_by_the_book():
+    by_the_book, run = Run(), Run(rehearse=_cannot_be_copied)
+    treat("reinit", _patient(by_the_book, finding()))
+    assert treat("reinit", _patient(run, finding())).layers == ("0", "2")
+    assert torch.equal(run.weights(), by_the_book.weights())
+
+
+def test_scaled_inputs_are_scaled_and_the_scale_is_held():
+    run = Run(rehearse=None)
+    x = 1000 * torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+
+    @contextmanager
+    def rehearse():
+        yield run.net, lambda: run.net(x)
+
+    run.training = type(run.training)(run.net, [run.optimizer], run.history, rehearse)
+    usual = nn.Sequential(*Run().net)(x / x.std(0)).detach()
+    done = treat("scale_inputs", _patient(run, finding(FindingKind.DEAD_UNITS, "unscaled_inputs")))
+    assert done.layers == ("0",)
+    assert run.held.scaling.layers == ("0",)
+    torch.testing.assert_close(run.net(x), usual, atol=0.05, rtol=0)

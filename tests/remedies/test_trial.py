@@ -1,0 +1,422 @@
+"""The loop of a cure, on made-up histories: act, verify, keep or put back, pause, and try the next remedy."""
+
+import io
+import math
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradflow.findings import FindingKind, Severity
+from lightning_gradflow.remedies import treatments
+from lightning_gradflow.remedies.plan import DESTRUCTIVE, REMEDIES
+from tests.remedies.made_up_run import Run, finding, net
+
+SICK = finding()
+EXPLODES = finding(FindingKind.EXPLODING_GRADIENT, "unknown")  # clip, then rollback
+BREAKS = finding(FindingKind.NONFINITE_GRADIENT, "unknown", Severity.CRITICAL)  # rollback, then clip
+DRIFTS = finding(FindingKind.SATURATED_ACTIVATION, "drift")  # reinit, then rollback
+
+
+def _ends(run, loss, *found, rows=5):
+    """The rest of a trial of 20 steps, and what is decided at its end."""
+    for _ in range(rows - 1):
+        assert run.go(loss, *found) is None
+    return run.go(loss, *found)
+
+
+# -- whether to act
+
+
+@pytest.mark.parametrize("severity", [Severity.WARNING, Severity.CRITICAL])
+def test_an_alarm_is_treated(severity):
+    run = Run()
+    action = run.go(2.0, finding(severity=severity))
+    assert (action.kind, action.outcome, action.step, action.decided_step) == ("reinit", "applied", 3, None)
+    assert action.layers == ("0", "2")
+    assert action.reason == "vanishing gradient, saturation"
+
+
+def test_what_is_no_alarm_is_not_treated():
+    run = Run()
+    assert run.go(2.0, finding(severity=Severity.INFO)) is None
+    assert torch.equal(run.weights(), Run().weights())
+
+
+def test_the_most_severe_alarm_is_treated_first():
+    run = Run()
+    run.go(2.0, SICK, BREAKS)
+    assert run.actions == [("rollback", "applied")]
+
+
+@pytest.mark.parametrize("cause", ["no_signal_in_data", "learning_rate_too_small", "underflow"])
+def test_what_only_the_user_can_cure_is_not_treated(cause):
+    assert Run().go(2.0, finding(cause=cause)) is None
+
+
+def test_where_nothing_is_allowed_nothing_is_done():
+    run = Run(allow=())
+    for _ in range(8):
+        assert run.go(2.0, SICK, EXPLODES, BREAKS, DRIFTS) is None
+    assert torch.equal(run.weights(), Run().weights())
+
+
+@pytest.mark.parametrize("remedy", REMEDIES)
+def test_only_what_is_allowed_is_done(remedy):
+    run = Run(allow=(remedy,))
+    for _ in range(20):
+        run.go(2.0, SICK, EXPLODES, BREAKS, DRIFTS)
+    assert {kind for kind, _ in run.actions} <= {remedy}
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_there_are_no_more_actions_than_the_maximum(most):
+    run = Run(max_actions=most)
+    for _ in range(40):
+        run.go(2.0, SICK, EXPLODES, BREAKS, DRIFTS)
+    assert len(run.actions) == most
+
+
+@pytest.mark.parametrize(("progress", "acts"), [(0.7, True), (0.8, False), (math.nan, True)])
+def test_late_in_a_run_no_weights_are_overwritten(progress, acts):
+    action = Run(allow=tuple(DESTRUCTIVE)).go(2.0, SICK, progress=progress)
+    assert (action is not None) == acts
+
+
+def test_late_in_a_run_gradients_are_still_clipped():
+    assert Run().go(2.0, EXPLODES, progress=0.99).kind == "clip"
+
+
+def test_a_run_that_has_learnt_is_not_drawn_anew():
+    run = Run(allow=("reinit",))
+    run.learns()
+    before = run.weights()
+    assert run.go(0.2, SICK) is None
+    assert torch.equal(run.weights(), before)
+
+
+@pytest.mark.parametrize("found", [SICK, EXPLODES, DRIFTS], ids=lambda f: str(f.kind))
+def test_a_run_that_has_learnt_goes_back_first(found):
+    run = Run()
+    run.learns()
+    run.go(0.2, found)
+    assert run.actions == [("rollback", "applied")]
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_the_unit_of_the_loss_does_not_matter(factor):
+    def told(scale):
+        run = Run(scale=scale)
+        losses = [2.0] * 6 + [1.9, 5.0, 7.0] + [2.0] * 12
+        for loss in losses:
+            run.go(loss, SICK, DRIFTS)
+        return [(a.kind, a.step, a.outcome, a.decided_step) for a in run.mitigation.actions]
+
+    assert told(factor) == told(1.0)
+    assert len(told(1.0)) > 1
+
+
+# -- the trial
+
+
+def test_a_remedy_is_kept_where_the_alarm_is_gone_and_the_loss_is_not_higher():
+    run = Run()
+    run.go(2.0, SICK)
+    drawn = run.weights()
+    action = _ends(run, 2.0)
+    assert (action.outcome, action.step, action.decided_step) == ("kept", 3, 23)
+    assert (action.before["loss"], action.after["loss"]) == (2.0, 2.0)
+    assert torch.equal(run.weights(), drawn)
+
+
+def test_a_remedy_is_kept_where_the_loss_has_fallen_though_the_alarm_stays():
+    run = Run()
+    run.go(2.0, SICK)
+    assert _ends(run, 1.0, SICK).outcome == "kept"
+
+
+def test_a_remedy_is_put_back_where_the_alarm_stays_and_the_loss_has_not_fallen():
+    run = Run()
+    run.go(2.0, SICK)
+    assert _ends(run, 2.0, SICK).outcome == "rolled_back"
+
+
+def test_a_remedy_is_put_back_where_the_alarm_is_gone_and_the_loss_is_higher():
+    run = Run()
+    run.go(2.0, SICK)
+    assert _ends(run, 3.0).outcome == "rolled_back"
+
+
+@pytest.mark.parametrize(("planned", "steps"), [(10, 16), (200, 20), (1000, 100), (1e6, 200), (math.nan, 50)])
+def test_a_trial_lasts_a_tenth_of_the_run_within_limits(planned, steps):
+    run = Run(planned=planned)
+    run.go(2.0, SICK)
+    assert run.go(1.0, steps=steps - 1) is None
+    assert run.go(1.0, steps=1).outcome == "kept"
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_trial_whose_loss_is_not_finite_ends_at_once(loss):
+    run = Run()
+    run.go(2.0, SICK)
+    assert run.go(loss, SICK).outcome == "rolled_back"
+
+
+def test_a_trial_whose_gradient_is_not_finite_ends_at_once():
+    run = Run()
+    run.go(2.0, SICK)
+    assert run.go(2.0, BREAKS).outcome == "rolled_back"
+
+
+def test_a_trial_whose_loss_is_far_higher_ends_before_its_time():
+    run = Run()
+    run.go(2.0, SICK)
+    assert run.go(19.0, SICK, steps=8) is None
+    assert run.go(21.0, SICK, steps=8).outcome == "rolled_back"
+    assert run.newest.decided_step == 19
+
+
+def test_a_trial_goes_on_while_a_far_higher_loss_comes_down():
+    run = Run()
+    run.go(2.0, SICK)
+    for loss in (80.0, 60.0, 40.0, 25.0):
+        assert run.go(loss) is None
+
+
+def test_a_row_that_was_measured_before_the_action_says_nothing_of_it():
+    run = Run()
+    run.go(2.0, SICK)
+    assert run.mitigation.decide([BREAKS], run.history, math.nan) is None
+
+
+# -- what is put back, and what stays
+
+
+def _state(run):
+    return [run.weights(), *(s["momentum_buffer"].clone() for s in run.optimizer.state.values())]
+
+
+def test_what_was_drawn_anew_comes_back_to_the_bit():
+    run = Run()
+    before = run.weights()
+    run.train()
+    run.go(2.0, SICK)
+    assert not torch.equal(run.weights(), before)
+    run.train()
+    _ends(run, 2.0, SICK)
+    assert torch.equal(run.weights(), before)
+    assert not run.optimizer.state
+
+
+def test_a_run_that_is_well_but_for_its_alarm_comes_back_to_where_it_was():
+    """What was learnt since its last good sample is not lost."""
+    run = Run(allow=("recycle",))
+    run.learns()
+    run.train()
+    before = _state(run)
+    done = treatments.Treatment(("0",))
+
+    def spoils(patient):
+        patient.training.model[0].weight.data.zero_()
+        return done
+
+    with mock.patch.dict(treatments._TREATMENTS, recycle=spoils):
+        run.go(0.2, finding(FindingKind.DEAD_UNITS, "unknown"))
+    assert not run.net[0].weight.any()
+    run.train()
+    _ends(run, 0.6, finding(FindingKind.DEAD_UNITS, "unknown"))
+    assert run.newest.outcome == "rolled_back"
+    assert all(map(torch.equal, _state(run), before))
+
+
+def test_a_run_that_broke_goes_back_to_its_last_good_weights():
+    run = Run()
+    run.learns(40)
+    run.train()
+    good = run.weights()
+    run.go(0.2)  # the weights are remembered
+    run.train()
+    run.go(0.2)  # and now they are known to be good, as the next sample is well too
+    run.train()
+    with torch.no_grad():
+        run.net[0].weight.fill_(math.nan)
+    run.go(math.nan, BREAKS)
+    assert [outcome for _, outcome in run.actions] == ["applied"]
+    assert torch.equal(run.weights(), good)
+
+
+def test_clipping_that_helped_goes_on_and_is_not_started_again():
+    run = Run()
+    run.go(2.0, EXPLODES)
+    _ends(run, 1.0)
+    assert run.actions == [("clip", "kept")]
+    assert run.held.clipper is not None
+    for _ in range(10):
+        run.go(1.0, finding(FindingKind.EXPLODING_GRADIENT, "weight_scale"))
+    assert [kind for kind, _ in run.actions].count("clip") == 1
+
+
+def test_clipping_that_did_not_help_ends():
+    run = Run()
+    run.go(2.0, EXPLODES)
+    clipper = run.held.clipper
+    _ends(run, 2.0, EXPLODES)
+    assert run.held.clipper is None
+    run.net[0].weight.grad = torch.full((4, 4), 1e9)
+    clipper.before_step(run.optimizer)
+    assert run.net[0].weight.grad.max() == 1e9
+
+
+def test_a_second_way_back_goes_on_from_the_rate_that_did_not_help():
+    run = Run(allow=("rollback",))
+    factors = []
+    for _ in range(3):
+        while run.go(2.0, BREAKS, ratio=0.1) is None:
+            pass
+        factors.append(run.held.rate.factor)
+        assert run.go(math.nan, BREAKS, ratio=0.1).outcome == "rolled_back"
+    assert run.held.rate.factor == factors[-1]
+    assert 1.0 > factors[0] > factors[1] > factors[2]
+
+
+# -- the next remedy
+
+
+def test_after_a_pause_of_half_a_trial_the_next_remedy_is_tried():
+    run = Run()
+    run.go(2.0, EXPLODES)
+    _ends(run, 2.0, EXPLODES)
+    assert run.actions == [("clip", "rolled_back")]
+    assert run.go(2.0, EXPLODES, steps=9) is None
+    assert run.go(2.0, EXPLODES, steps=1).kind == "rollback"
+
+
+def test_a_remedy_is_not_tried_twice_for_the_same_kind():
+    run = Run(allow=("reinit",))
+    run.go(2.0, SICK)
+    _ends(run, 2.0, SICK)
+    for _ in range(20):
+        assert run.go(2.0, SICK) is None
+    assert run.go(2.0, finding(FindingKind.SATURATED_ACTIVATION, "weight_scale")).kind == "reinit"
+
+
+class _Bare(nn.Module):
+    """Has weights, but no layer that could be drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+
+def test_a_remedy_that_can_do_nothing_is_passed_over():
+    run = Run(model=_Bare())
+    run.go(2.0, DRIFTS)
+    assert run.actions == [("rollback", "applied")]
+
+
+def test_where_no_remedy_can_do_anything_nothing_has_changed():
+    run = Run(allow=("reinit", "rollback"), model=_Bare())
+    run.optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+    run.optimizer.step()
+    before = _state(run)
+    assert run.go(2.0, SICK) is None
+    assert run.actions == []
+    assert all(map(torch.equal, _state(run), before))
+    assert len(run.optimizer.state) == 1
+
+
+def test_a_remedy_that_could_do_nothing_is_not_asked_again():
+    run = Run(allow=("reinit",), model=_Bare())
+    run.go(2.0, SICK)
+    with mock.patch.dict(treatments._TREATMENTS, reinit=mock.Mock(side_effect=AssertionError("asked again"))):
+        for _ in range(5):
+            run.go(2.0, SICK)
+
+
+def test_what_failed_half_way_can_be_undone():
+    run = Run()
+    run.train()
+    before = _state(run)
+    run.go(2.0, finding(FindingKind.UPDATE_RATIO, "learning_rate_too_large"), ratio=0.5)
+    assert run.held.rate.factor < 1
+    run.mitigation.undo(run.training)
+    assert all(map(torch.equal, _state(run), before))
+    assert run.held.rate.factor == 1
+    assert run.actions == []
+
+
+# -- from one fit to the next
+
+
+def _resumed(run):
+    """Another one that goes on with what a checkpoint holds."""
+    file = io.BytesIO()
+    torch.save(run.mitigation.state_dict(), file)
+    file.seek(0)
+    other = Run()
+    other.history.load_state_dict(run.history.state_dict())
+    other.step = run.step
+    other.mitigation.end()
+    other.mitigation.load_state_dict(torch.load(file, weights_only=True), run.mitigation.actions)
+    other.mitigation.start(other.training)
+    return other
+
+
+def test_a_resumed_run_has_the_same_remedies_in_force():
+    run = Run()
+    run.go(2.0, EXPLODES)
+    _ends(run, 1.0)
+    for one in (run, other := _resumed(run)):
+        with torch.no_grad():
+            for mine, theirs in zip(one.net.parameters(), net().parameters(), strict=True):
+                mine.copy_(theirs)
+        one.optimizer.state.clear()
+        for _ in range(3):
+            one.train()
+    assert other.actions == [("clip", "kept")]
+    assert torch.equal(other.weights(), run.weights())
+    plain = Run()
+    for _ in range(3):
+        plain.train()
+    assert not torch.equal(plain.weights(), run.weights())
+
+
+def test_a_resumed_run_pauses_and_knows_what_was_tried():
+    run = Run(allow=("reinit",))
+    run.go(2.0, SICK)
+    _ends(run, 2.0, SICK)
+    other = _resumed(run)
+    for _ in range(10):
+        action = other.go(2.0, SICK)
+        assert action is None or action.kind != "reinit"
+
+
+def test_a_resumed_run_that_had_learnt_is_not_drawn_anew():
+    run = Run()
+    run.learns()
+    other = _resumed(run)
+    other.go(0.2, SICK)
+    assert other.actions == [("rollback", "applied")]
+    assert other.newest.before["loss"] == pytest.approx(np.median(run.history.losses[-16:]))
+
+
+def test_a_trial_that_the_end_of_a_fit_cut_short_is_not_judged():
+    run = Run()
+    run.go(2.0, SICK)
+    other = _resumed(run)
+    for _ in range(10):
+        assert other.go(math.nan) is None
+    assert other.actions == [("reinit", "applied")]
+
+
+def test_after_the_end_nothing_acts():
+    run = Run()
+    run.go(2.0, BREAKS)
+    run.mitigation.end()
+    assert not run.optimizer._optimizer_step_pre_hooks
+    assert not run.optimizer._optimizer_step_post_hooks
+    run.mitigation.before_step(run.optimizer)
+    run.mitigation.batch_end()
+    run.mitigation.end()
