@@ -25,7 +25,7 @@ from lightning_gradflow.remedies.trial import Decision, Mitigation
 
 PART = "the mitigator"
 _AVERAGES = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
-_SNAPSHOTS = 2  # the last good one, and one of which it is not known yet
+_SNAPSHOTS = 3  # the last good one, one of which it is not known yet, and for a moment what an action began with
 _LARGE = 1 << 30  # bytes of snapshots that people are told of
 
 
@@ -80,6 +80,8 @@ class Treating:
 
     def before_optimizer_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """The gradients of an optimizer are complete."""
+        if not self._mitigation.changes_gradients:
+            return
         device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
         scale = trainer_facts.loss_scale(trainer, device)
         if scale is not None and not trainer_facts.takes_scaled_gradients(optimizer):

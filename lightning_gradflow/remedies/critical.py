@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradflow.remedies.fresh import looks_fresh
-from lightning_gradflow.remedies.gains import TRANSPOSED, WEIGHTED, Gains, Link, by_unit
+from lightning_gradflow.remedies.gains import TRANSPOSED, Gains, Link, by_unit
 
 _MIN_ROUNDS = 5
 """Forward passes that set the gains, at most, or one for each layer, where that is more: most settle in ten, but behind
@@ -29,6 +29,7 @@ _MAX_STRETCH = 10.0
 """Factor by which the layers of a stretch may change the signal together: a single sigmoid layer takes seven, the
 untrained end of a residual branch more; and with it the outputs of a first layer, and the weights of a last one."""
 _MIN_CHANNELS = 4  # fewer would be left too little to tell samples apart by, once their mean makes no difference
+_TELLING = 16  # rows and columns: a trained head of 10 units looks as if it had been drawn
 _MAX_CENTRE = 8.0  # spreads that a mean may be away: of inputs that hardly vary the spread is no scale
 _MAX_FACTOR = 8.0  # by which a weight is scaled in one round
 
@@ -111,8 +112,9 @@ def make_critical(
     The gain of a layer that is called several times in a pass is that of its first call, and counts as often in what
     layers do together.
 
-    Left as they are: layers whose scale a normalisation takes away again, that are called with autograd off alone, that
-    share weights, are parametrized (weight norm) or frozen.
+    Left as they are: layers of less than 16 units or inputs in a network of which another layer looks trained; layers
+    whose scale a normalisation takes away again, that are called with autograd off alone, that share weights, are
+    parametrized (weight norm) or frozen.
 
     Args:
         module: the model, or a copy of it; its weights are changed.
@@ -172,13 +174,17 @@ def make_critical(
 
 def _treatable(module: nn.Module, links: Mapping[str, Link]) -> set[str]:
     owners = Counter(p for m in module.modules() for p in m.parameters(recurse=False))
-    found = set()
-    for name, layer in module.named_modules():
-        own = list(layer.parameters(recurse=False))
-        is_own = isinstance(layer, WEIGHTED) and isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad
-        if name in links and is_own and all(owners[p] == 1 for p in own):
-            found.add(name)
-    return found
+    layers = {name: m for name, m in module.named_modules() if name in links and isinstance(m.weight, nn.Parameter)}
+    telling = {name for name, m in layers.items() if min(m.weight.flatten(1).shape) >= _TELLING}
+    # where a part has been trained, what is too small to tell may have been as well
+    is_trained = any(not looks_fresh(layers[name].weight) for name in telling)
+    return {
+        name
+        for name, layer in layers.items()
+        if layer.weight.requires_grad
+        and all(owners[p] == 1 for p in layer.parameters(recurse=False))
+        and (name in telling or not is_trained)
+    }
 
 
 def _aims(links: Mapping[str, Link]) -> dict[str, float]:

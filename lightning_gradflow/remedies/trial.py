@@ -115,6 +115,11 @@ class Mitigation:
             rows = training.history.rows
             self._good_step = rows[-1].step if self._learnt and rows else -1
 
+    @property
+    def changes_gradients(self) -> bool:
+        """Whether a remedy is in force that has something to do before an optimizer steps."""
+        return self._held is not None and (self._held.clipper is not None or bool(self._held.scaling.layers))
+
     def before_step(self, optimizer: torch.optim.Optimizer, scale: Tensor | None = None) -> None:
         """The gradients of an optimizer are complete; see `Held.before_step`."""
         if self._held is not None:
