@@ -15,8 +15,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 _SEED = 0
 _DEVICES = ("cpu", "cuda")  # whose random state can be put back
@@ -74,11 +75,17 @@ def step_of(
         torch.default_generator.manual_seed(_SEED)
         if twin.device.type == "cuda":
             torch.cuda.manual_seed_all(_SEED)
-        own = tree_map_only(Tensor, Tensor.clone, batch)  # a step may change its batch in place
+        own = copy_of(batch)  # a step may change its batch in place
         with trainer.precision_plugin.train_step_context():
             return twin.training_step(own, batch_idx) if takes_index else twin.training_step(own)
 
     return step
+
+
+def copy_of(batch: Any) -> Any:
+    """A copy of a batch: of its tensors in the collections that Lightning knows, of any other object as a whole."""
+    copied = apply_to_collection(batch, Tensor, Tensor.clone)
+    return copy.deepcopy(batch) if copied is batch else copied
 
 
 def loss_of(

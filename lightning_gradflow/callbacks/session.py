@@ -27,6 +27,7 @@ from lightning_gradflow.detectors.plateau import LossPlateau
 from lightning_gradflow.probes.ranks import anyone_failed
 from lightning_gradflow.probes.shards import is_sharded as is_spread
 from lightning_gradflow.recorder import Recorder
+from lightning_gradflow.remedies.held import is_in_force
 from lightning_gradflow.sinks import ConsoleSink, ReportSink, make_sinks
 
 if TYPE_CHECKING:
@@ -324,3 +325,8 @@ class Session:
         self._validation.load_state_dict(state["val_loss"])
         if self._treating is not None:
             self._treating.load_state_dict(mitigation, self.recorder.actions)
+        elif mitigation is not None and mitigation["held"] and is_in_force(mitigation["held"]):
+            self._border.tell(
+                'lightning_gradflow: this checkpoint is of a run that was cured with mitigate="apply"; without it a '
+                "smaller learning rate, clipping or scaled inputs that were in force end here. flow.actions says which."
+            )

@@ -10,22 +10,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lightning_gradflow.border import Border
 from lightning_gradflow.callbacks import trainer_facts
-from lightning_gradflow.callbacks.copies import apart, can_rehearse, check_memory, quiet_copy, step_of
+from lightning_gradflow.callbacks.copies import apart, can_rehearse, check_memory, copy_of, quiet_copy, step_of
 from lightning_gradflow.findings import Action
 from lightning_gradflow.recorder import Recorder
 from lightning_gradflow.remedies.snapshot import size
 from lightning_gradflow.remedies.training import Rehearsal, RehearsalError, Training, of_one_process
 from lightning_gradflow.remedies.trial import Decision, Mitigation
+from lightning_gradflow.sinks.words import action_line
 
 PART = "the mitigator"
 _AVERAGES = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
-_SNAPSHOTS = 3  # the last good one, one of which it is not known yet, and for a moment what an action began with
+_SNAPSHOTS = 4  # of the start, the last good one, one of which it is not known yet, and of before an action
 _LARGE = 1 << 30  # bytes of snapshots that people are told of
 
 
@@ -48,7 +50,7 @@ class Treating:
         self._batch: tuple[Any, int] | None = None
         self._decision: Decision | None = None
         self._is_sharded = False
-        self._told = False
+        self._told: set[str] = set()
 
     def begin(self, trainer: Trainer, module: LightningModule, *, is_sharded: bool) -> None:
         """The fit starts.
@@ -76,7 +78,7 @@ class Treating:
 
     def batch_start(self, batch: Any, batch_idx: int) -> None:
         """Copies a batch of a sample, before the training step may change it in place."""
-        self._batch = (tree_map_only(Tensor, Tensor.clone, batch), batch_idx)
+        self._batch = (copy_of(batch), batch_idx)
 
     def before_optimizer_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """The gradients of an optimizer are complete."""
@@ -119,6 +121,7 @@ class Treating:
             raise error
         if action is not None:
             self._recorder.act(self._mitigation.actions, action)
+            rank_zero_info(f"lightning_gradflow: {action_line(action)}")
 
     def decide(self, trainer: Trainer, module: LightningModule) -> None:
         """Looks at the newest row."""
@@ -126,10 +129,11 @@ class Treating:
         step = trainer_facts.logged_step(trainer)
         self._mitigation.keep_good(said, self._training(trainer, module, rehearse=None))
         self._decision = self._mitigation.decide(said, history, trainer_facts.progress(trainer, step))
-        advice = self._mitigation.clipping_advice if not self._told else ""
-        if advice:
-            self._told = True
-            self._border.tell(f"lightning_gradflow: {advice}")
+        is_remedy = any(action.kind == "clip" for action in self._mitigation.actions)
+        for said_once in (self._mitigation.clipping_advice if is_remedy else "", self._mitigation.forbidden):
+            if said_once and said_once not in self._told:
+                self._told.add(said_once)
+                self._border.tell(f"lightning_gradflow: {said_once}")
 
     def end(self) -> None:
         """The fit is over, or died."""
@@ -234,4 +238,4 @@ def _shareable(batch: Any) -> Any:
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batch)
+    return move_data_to_device(batch, device)

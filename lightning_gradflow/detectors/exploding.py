@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,6 +22,7 @@ _EARLY = 50  # steps: inputs that were too large from the start have done their 
 _AT_START = 3  # samples
 _NEWEST_LOSSES, _MIN_LOSSES = 5, 20
 _BEYOND = 10.0  # times the range of all losses before: no batch does that three times in a row
+_TINY = 1e-30
 _LARGE_OUTPUT = 30.0  # rms, and factor over the inputs: networks that learn start with outputs up to 3, and 12 times
 _CERTAIN = 4.0  # decades: with less, an optimizer that evens the updates out learns
 
@@ -38,11 +40,12 @@ class ExplodingGradient:
     become ten times as large with it one sample is enough, and they are the cause (`unscaled_inputs`). Steps that a
     gradient scaler skipped do not count: there the gradient was infinite because of the scale.
 
-    In the loss: the median of the newest five is above all before by ten times their range.
+    In the loss: the median of the newest five is above all before by ten times their range, and the gradient is ten
+    times as large as usual.
 
-    At the start: the outputs of the last layer are above 30, and 30 times as large as the inputs; or above 30, and the
-    inputs are unscaled. The gradients of all weights are as much too large, whatever the span says, and a loss that
-    falls from there has learnt nothing but a smaller output.
+    At the start: the outputs of the last layer differ between samples by more than 30, and trainable layers make them
+    30 times as large as the inputs; or the inputs are unscaled. The gradients of all weights are as much too large,
+    whatever the span says, and a loss that falls from there has learnt nothing but a smaller output.
 
     Args:
         max_growth: decades that the signal may gain from the last to the first layer, in (0, 100). The default of 3 is
@@ -128,20 +131,24 @@ class ExplodingGradient:
         profile = depth_profile(history, 0)
         if profile is None or len(history) > _AT_START:
             return []
-        found = in_order(history.rows[0].values.get("output_rms", np.empty(0)), history.point_axis.order)
-        sizes = dict(zip((point.name for point in history.points), found, strict=True))
+        first = history.rows[0]
+        spreads = first.values.get("output_rms", np.empty(0)) * first.values.get("output_spread", np.empty(0))
+        sizes = dict(zip((p.name for p in history.points), in_order(spreads, history.point_axis.order), strict=True))
         layers = [point for point in profile.points if point.is_layer and np.isfinite(sizes[point.name])]
         inputs = history["input_rms"][0]
         known = inputs[np.isfinite(inputs)]
         if len(layers) < 2:
             return []
         before = float(np.sqrt(np.mean(np.square(known)))) if known.size else sizes[layers[0].name]
+        steps = {p.module: sizes[p.name] / max(sizes[b.name], _TINY) for b, p in pairwise(layers)}
+        steps[layers[0].module] = sizes[layers[0].name] / max(before, _TINY)
+        # a frozen layer is as its author wants it
+        norms = dict(zip(history.layers, in_order(first.values["grad_norm"], history.layer_axis.order), strict=True))
+        growth = math.prod(step for name, step in steps.items() if np.isfinite(norms.get(name, math.nan)))
         last = sizes[layers[-1].name]
         is_unscaled = bool(offending_features(history))
-        if not (last > _LARGE_OUTPUT and (is_unscaled or last > _LARGE_OUTPUT * before)):
+        if not (last > _LARGE_OUTPUT and (is_unscaled or growth > _LARGE_OUTPUT)):
             return []
-        steps = {p.module: sizes[p.name] / max(sizes[b.name], 1e-30) for b, p in pairwise(layers)}
-        steps[layers[0].module] = sizes[layers[0].name] / max(before, 1e-30)
         return [
             Finding(
                 kind=FindingKind.EXPLODING_GRADIENT,
@@ -151,7 +158,7 @@ class ExplodingGradient:
                 cause="unscaled_inputs" if is_unscaled else "weight_scale",
                 evidence={
                     "output_rms": float(last),
-                    "output_growth": float(last / max(before, 1e-30)),
+                    "output_growth": float(growth),
                     **(feature_evidence(history) if is_unscaled else {}),
                 },
             )
@@ -159,7 +166,10 @@ class ExplodingGradient:
 
     def _in_loss(self, history: History) -> list[Finding]:
         """A loss that has left the range of all that it was, and stays there: what was learnt is gone."""
-        if len(history) < _MIN_PAST:
+        total = history.scalar("grad_norm_total")
+        usual = total[:-1][np.isfinite(total[:-1])]
+        # a term that was added to the loss lifts it and leaves the gradients as they were
+        if len(history) < _MIN_PAST or not usual.size or not total[-1] > _BEYOND * np.median(usual):
             return []
         steps, losses = history.loss_steps, history.losses
         before = losses[(steps <= history.rows[-2].step) & np.isfinite(losses)]

@@ -186,12 +186,12 @@ class Clipper:
         return " ".join(told)
 
     def state_dict(self) -> dict[str, Any]:
-        """The norms and factors of each optimizer, in their order, as tensors."""
-        return {"optimizers": [state.to_dict() for state in self._states]}
+        """The norms and factors of each optimizer, in their order, as tensors, and the ceiling's share."""
+        return {"optimizers": [state.to_dict() for state in self._states], "max_ratio": self._max_ratio}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Clips on from what `state_dict` gave, a released one too: the limits are the same to the bit."""
-        self._is_on = True
+        self._is_on, self._max_ratio = True, state["max_ratio"]
         for mine, its in zip(self._states, state["optimizers"], strict=True):
             mine.load(its)
 

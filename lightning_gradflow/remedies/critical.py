@@ -141,7 +141,7 @@ def make_critical(
     gains = Gains(module, forward, seed)
     modules = dict(module.named_modules())
     before = links = gains.measure()
-    may = _treatable(module, before)
+    may, is_trained = _treatable(module, before)
     generator = torch.Generator().manual_seed(seed)
     broken = [name for name in before if name in may and not _is_finite(modules[name])]
     for name in broken:
@@ -156,7 +156,7 @@ def make_critical(
         if name in may
         and (name in broken or _is_sick(modules[name], links[name], aims[name], stretches.get(name, 0.0), limits))
     ]
-    if sick and max_off < FAR:
+    if sick and max_off < FAR and not is_trained:
         sick = [
             name for name in links if name in sick or (name in may and _is_quiet(modules[name], links[name], max_off))
         ]
@@ -172,19 +172,22 @@ def make_critical(
     return Treated(changed, before, gains.measure(look) if sick else before, look.centres)
 
 
-def _treatable(module: nn.Module, links: Mapping[str, Link]) -> set[str]:
+def _treatable(module: nn.Module, links: Mapping[str, Link]) -> tuple[set[str], bool]:
+    """The layers that may be drawn anew, and whether a part of the network looks trained."""
     owners = Counter(p for m in module.modules() for p in m.parameters(recurse=False))
     layers = {name: m for name, m in module.named_modules() if name in links and isinstance(m.weight, nn.Parameter)}
     telling = {name for name, m in layers.items() if min(m.weight.flatten(1).shape) >= _TELLING}
     # where a part has been trained, what is too small to tell may have been as well
     is_trained = any(not looks_fresh(layers[name].weight) for name in telling)
-    return {
+    may = {
         name
         for name, layer in layers.items()
         if layer.weight.requires_grad
         and all(owners[p] == 1 for p in layer.parameters(recurse=False))
-        and (name in telling or not is_trained)
+        # a last layer has to be off by far
+        and (name in telling or not is_trained or not links[name].is_known)
     }
+    return may, is_trained
 
 
 def _aims(links: Mapping[str, Link]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ class Held:
         self.clipper: Clipper | None = None
         self.rollbacks = 0
         """How often the run went back."""
+        self.slowest = 1.0
+        """The smallest factor of the learning rate that was tried, whether or not it is in force."""
 
     def start_clipping(self, training: Training, max_ratio: float = 0.01) -> None:
         """Clips from now on; see `Clipper`."""
@@ -72,6 +75,7 @@ class Held:
             "rate": self.rate.state_dict(),
             "clipper": self.clipper.state_dict() if self.clipper is not None else None,
             "rollbacks": self.rollbacks,
+            "slowest": self.slowest,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -81,8 +85,21 @@ class Held:
         self.scaling.load_state_dict(state["scaling"])
         self.scaling.attach(self._training.model)
         self.rate.load_state_dict(state["rate"])
-        self.rollbacks = state["rollbacks"]
+        self.rollbacks, self.slowest = state["rollbacks"], state["slowest"]
         self.clipper = None
         if state["clipper"] is not None:
-            self.clipper = Clipper(self._training)
+            self.clipper = Clipper(self._training)  # the history is read for nothing: the state comes next
             self.clipper.load_state_dict(state["clipper"])
+
+
+def is_in_force(state: Mapping[str, Any]) -> bool:
+    """Whether a state of `Held` holds anything that a run would miss.
+
+    Example:
+        >>> is_in_force({"scaling": {"layers": {}}, "rate": {"factor": 0.5, "cap": float("inf")}, "clipper": None})
+        True
+    """
+    rate = state["rate"]
+    return (
+        bool(state["scaling"]["layers"]) or rate["factor"] < 1 or math.isfinite(rate["cap"]) or bool(state["clipper"])
+    )

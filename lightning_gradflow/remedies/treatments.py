@@ -108,10 +108,13 @@ def _rollback(patient: Patient) -> Treatment | None:
     held = patient.held
     before = {"lr_factor": held.rate.factor, "max_lr": held.rate.cap}
     factor, cap = _slower(patient)
+    if not patient.has_past and factor > _LARGEST_FACTOR:
+        return None  # to start once more as before would end as before
     if (factor < 1 or cap < held.rate.cap) and not RateFactor.can_treat(patient.training.optimizers):
         return None
-    held.rate.factor = max(held.rate.factor * factor, _SMALLEST_FACTOR)
+    held.rate.factor = max(min(factor, held.rate.factor), _SMALLEST_FACTOR)
     held.rate.cap = min(held.rate.cap, cap)
+    held.slowest = min(held.slowest, held.rate.factor)
     held.rollbacks += 1
     after = {"lr_factor": held.rate.factor, "max_lr": held.rate.cap}
     changed = [name for name in before if before[name] != after[name]]
@@ -122,18 +125,19 @@ def _rollback(patient: Patient) -> Treatment | None:
 
 
 def _slower(patient: Patient) -> tuple[float, float]:
-    """By what the learning rate is multiplied, and what it must not exceed."""
-    history = patient.training.history
+    """The factor of the learning rate, and what it must not exceed."""
+    history, held = patient.training.history, patient.held
+    slower = _UNKNOWN_FACTOR * held.slowest
     if not patient.has_past:
-        return (_UNKNOWN_FACTOR if patient.held.rollbacks else _to_usual_ratio(patient)), math.inf
+        return (slower if held.rollbacks else _to_usual_ratio(patient)), math.inf
     rates = history.scalar("lr")
     before, after = rates[history.steps <= patient.good_step], rates[history.steps > patient.good_step]
     # one group's rate is what is known: of several it would be the cap of others
     is_one = sum(len(optimizer.param_groups) for optimizer in patient.training.optimizers) == 1
     if is_one and before.size and after.size and np.nanmax(after) > _RISEN * before[-1] > 0:
         return 1.0, float(before[-1])
-    if patient.held.rollbacks:
-        return _UNKNOWN_FACTOR, math.inf
+    if held.rollbacks:
+        return slower, math.inf
     # what broke a run that went well at this rate may have been a batch: it is slowed down for good the next time
     return (_LARGEST_FACTOR if patient.finding.cause == "learning_rate_too_large" else 1.0), math.inf
 
@@ -146,7 +150,7 @@ def _to_usual_ratio(patient: Patient) -> float:
     if not finite.size:
         return _UNKNOWN_FACTOR
     # the first step that was too large: those that came of it are larger still
-    return min(_USUAL_RATIO / float(np.nanmedian(finite[0])), _LARGEST_FACTOR)
+    return min(_USUAL_RATIO / float(np.nanmedian(finite[0])), 1.0)
 
 
 _TREATMENTS: dict[str, Callable[[Patient], Treatment | None]] = {

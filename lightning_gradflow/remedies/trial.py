@@ -66,6 +66,7 @@ class _Trial:
     step: int
     loss: float
     held: Mapping[str, Any]
+    back: Snapshot | None = None
 
 
 class Mitigation:
@@ -95,11 +96,14 @@ class Mitigation:
         self._trial: _Trial | None = None
         self._tried: set[tuple[str, str]] = set()
         self._pause_until = -1
+        self._start: Snapshot | None = None  # until something has been learnt
         self._good: Snapshot | None = None
         self._newest: Snapshot | None = None
         self._good_step = self._newest_step = -1
         self._before: tuple[Snapshot, Mapping[str, Any], int] | None = None
         self._learnt = False
+        self.forbidden = ""
+        """What could not be done because it is not allowed."""
         self.actions: list[Action] = []
         """All that was done, in order."""
 
@@ -111,7 +115,8 @@ class Mitigation:
         if self._state:
             self._held.load_state_dict(self._state)
         if self._max_actions:
-            self._good, self._newest = Snapshot.take(training.model, training.optimizers), None
+            self._start = self._good = Snapshot.take(training.model, training.optimizers)
+            self._newest = None
             rows = training.history.rows
             self._good_step = rows[-1].step if self._learnt and rows else -1
 
@@ -135,7 +140,9 @@ class Mitigation:
         if self._held is not None:
             self._state = self._held.state_dict()
             self._held.release()
-        self._held = self._good = self._newest = self._trial = self._before = None
+        self._held = self._start = self._good = self._newest = self._before = None
+        if self._trial is not None:
+            self._trial = replace(self._trial, back=None)
 
     @property
     def clipping_advice(self) -> str:
@@ -165,6 +172,12 @@ class Mitigation:
             remedies = tuple(r for r in self._fitting(finding) if self._may(r, finding, history, progress))
             if remedies:
                 return Decision("act", remedies, finding, _loss_at(history, self._good_step))
+            forbidden = [r for r in self._fitting(finding) if r not in self._allow]
+            if forbidden and not self.forbidden:
+                self.forbidden = (
+                    f"{finding.kind.replace('_', ' ')} was found, and nothing was changed: {' or '.join(forbidden)} "
+                    "would fit, and may not be used (allow)."
+                )
         return None
 
     def _fitting(self, finding: Finding) -> tuple[str, ...]:
@@ -205,6 +218,8 @@ class Mitigation:
         is_gone = all(f.kind is not trial.finding.kind for f in alarms)
         has_fallen = is_known and not now >= before - margin  # also where it was not finite
         is_higher = is_known and now > before + _TOLERATED * abs(before) + margin
+        # of what is told at the start alone it says nothing that it is not told any more
+        is_gone &= "output_growth" not in trial.finding.evidence
         helped = (is_gone and not is_higher) or has_fallen
         # new weights may start above what a constant gives, which is where a blocked network stood
         if not helped and is_gone and is_falling and row.step - trial.step < _LONGER * _length(history):
@@ -226,26 +241,36 @@ class Mitigation:
         finding = decision.finding
         assert finding is not None
         held = self._held.state_dict()
-        step = training.history.rows[-1].step
-        still_knows = self._learnt and has_learnt(training.history, _LEARNT)
-        is_sound = still_knows and is_finite(training.model, training.averaged)
-        self._newest = None
         now = Snapshot.take(training.model, training.optimizers)
         self._before = now, held, len(self.actions)
+        self._newest = None
+        finite = is_finite(training.model, training.averaged)
+        is_sound = finite and self._learnt and has_learnt(training.history, _LEARNT)
         if is_sound:
-            self._good, self._good_step = now, step
+            self._good, self._good_step = now, training.history.rows[-1].step
+        target, has_past = self._target(finding)
         for remedy in decision.remedies:
-            if not is_sound and self._good is not None and "rollback" in self._allow | {remedy}:
-                self._good.restore(training.model, training.optimizers)
-            done = treat(
-                remedy, Patient(training, finding, self._held, self._learnt, self._good_step, "clip" in self._allow)
-            )
+            goes_back = not is_sound and ("rollback" in self._allow | {remedy} or not finite)
+            if goes_back and target is not None:
+                target.restore(training.model, training.optimizers)
+            good_step = self._good_step if has_past else -1
+            done = treat(remedy, Patient(training, finding, self._held, has_past, good_step, "clip" in self._allow))
             if done is not None:
-                return self._begin(remedy, decision, done, held, training.history)
+                back = now if finite else target
+                return self._begin(remedy, decision, done, held, training.history, back)
             self._tried.add((str(finding.kind), remedy))
-        if not is_sound:
-            now.restore(training.model, training.optimizers)
+        now.restore(training.model, training.optimizers)
         return None
+
+    def _target(self, finding: Finding) -> tuple[Snapshot | None, bool]:
+        """What a run that broke goes back to, and whether that is a state in which it went well.
+
+        One that has learnt nothing starts anew: what a fault has left of its weights is no better than what they were.
+        """
+        is_accident = finding.kind in _BROKEN and finding.cause != "learning_rate_too_large"
+        if self._learnt or (is_accident and self._good_step >= 0):
+            return self._good, True
+        return self._start, False
 
     def undo(self, training: Training) -> None:
         """Puts back what the last `carry_out` did: where it failed half-way, or another rank did something else."""
@@ -258,7 +283,13 @@ class Mitigation:
         self._trial = self._before = None
 
     def _begin(
-        self, remedy: str, decision: Decision, done: Treatment, held: Mapping[str, Any], history: History
+        self,
+        remedy: str,
+        decision: Decision,
+        done: Treatment,
+        held: Mapping[str, Any],
+        history: History,
+        back: Snapshot | None,
     ) -> Action:
         finding = decision.finding
         assert finding is not None
@@ -272,7 +303,7 @@ class Mitigation:
             after=dict(done.after),
         )
         # a run that broke is measured by what it had reached before, one that has learnt nothing by its start
-        self._trial = _Trial(len(self.actions), remedy, finding, step, decision.loss, held)
+        self._trial = _Trial(len(self.actions), remedy, finding, step, decision.loss, held, back)
         self.actions.append(action)
         return action
 
@@ -282,11 +313,16 @@ class Mitigation:
             return None
         step = training.history.rows[-1].step
         is_kept = decision.what == "keep"
-        if not is_kept:
-            if self._good is not None:
-                self._good.restore(training.model, training.optimizers)
-            if trial.remedy != "rollback":  # each rollback goes on from the rate that did not help
-                self._held.load_state_dict(trial.held)
+        if is_kept:  # nothing goes back behind what has helped
+            self._start = self._good = Snapshot.take(training.model, training.optimizers)
+            self._good_step = step if self._learnt else -1
+        else:
+            back = trial.back or self._good
+            if back is not None:
+                back.restore(training.model, training.optimizers)
+            count, slowest = self._held.rollbacks, self._held.slowest
+            self._held.load_state_dict(trial.held)
+            self._held.rollbacks, self._held.slowest = count, slowest  # the next one has to be slower still
         if trial.remedy != "rollback":
             self._tried.add((str(trial.finding.kind), trial.remedy))
         self._pause_until = step + _length(training.history) // 2
@@ -301,21 +337,39 @@ class Mitigation:
 
     def keep_good(self, said: Sequence[Finding], training: Training) -> None:
         """Remembers the present weights, once the run has learnt; they count as good when the next sample is well."""
-        if self._trial is not None or not self._max_actions or not self._learnt:
+        history = training.history
+        if self._trial is not None or not self._max_actions or len(self.actions) >= self._max_actions:
             return
-        if any(f.severity.is_alarm for f in said) or not has_learnt(training.history, _LEARNT):
+        if any(f.severity.is_alarm for f in said) or not self._is_well(history):
             self._newest = None
             return
         if self._newest is not None:
             self._good, self._good_step = self._newest, self._newest_step
+            if self._learnt:
+                self._start = None
         self._newest = Snapshot.take(training.model, training.optimizers)
-        self._newest_step = training.history.rows[-1].step
+        self._newest_step = history.rows[-1].step
+
+    def _is_well(self, history: History) -> bool:
+        """Whether the run has learnt, or has at least gone on for as long as a trial lasts without getting worse."""
+        if has_learnt(history, _LEARNT):
+            return True
+        if self._learnt or history.rows[-1].step < _length(history):
+            return False
+        losses = history.losses[np.isfinite(history.losses)]
+        start, now = _loss_at(history, -1), _level(losses[-max(3, min(20, len(losses) // 3)) :])
+        return now <= start + _TOLERATED * abs(start)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What was done and is in force. A trial that is not over is not judged any more: its snapshot is not kept."""
+        """What was done, is in force, and is on trial; if that fails, there is nothing to go back to."""
+        trial = self._trial
+        on_trial = None
+        if trial is not None:
+            on_trial = [trial.index, trial.remedy, trial.finding.to_dict(), trial.step, trial.loss, trial.held]
         return {
+            "trial": on_trial,
             "held": self._held.state_dict() if self._held is not None else self._state,
             "tried": sorted(list(pair) for pair in self._tried),
             "pause_until": self._pause_until,
@@ -324,12 +378,15 @@ class Mitigation:
 
     def load_state_dict(self, state: Mapping[str, Any] | None, actions: Sequence[Action]) -> None:
         """Continues from what `state_dict` gave, if anything, with the actions that were taken."""
-        self.actions = list(actions)
+        self.actions, self._trial = list(actions), None
         if state is None:
             return
         self._state = state["held"]
         self._tried = {(kind, remedy) for kind, remedy in state["tried"]}
         self._pause_until, self._learnt = state["pause_until"], state["learnt"]
+        if state["trial"] is not None:
+            index, remedy, finding, step, loss, held = state["trial"]
+            self._trial = _Trial(index, remedy, Finding.from_dict(finding), step, loss, held)
 
 
 def _loss_at(history: History, step: int) -> float:
@@ -338,8 +395,9 @@ def _loss_at(history: History, step: int) -> float:
     losses = losses[np.isfinite(losses)]
     if step < 0 or not losses.size:
         losses = history.losses[np.isfinite(history.losses)]
-        first = losses[: max(3, min(10, len(losses) // 10))]
-        return min(_level(first), _level(first[:1]))  # it may have diverged at once
+        first = _level(losses[: max(3, min(10, len(losses) // 10))])
+        diverged = losses.size > 0 and first > losses[0] + _CLEAR * _noise(losses) and first > 2 * abs(losses[0])
+        return float(losses[0]) if diverged else first
     return _level(losses[-max(3, min(20, len(losses) // 3)) :])
 
 

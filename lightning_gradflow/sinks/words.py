@@ -114,8 +114,8 @@ OUTCOMES = {"applied": "on trial", "kept": "kept", "rolled_back": "taken back"}
 """What has become of an action."""
 
 OUTCOME_LEGEND = (
-    "Each action is tried for a while. Kept: the run did better after it. Taken back: it did not, and everything "
-    "became again what it was before. On trial: that is not known yet."
+    "Each action is tried for a while. Kept: the alarm ended and the loss is no higher, or the loss fell. Taken back: "
+    "neither, and everything became again what it was before. On trial: the run ended before that was known."
 )
 """How to read the outcomes."""
 

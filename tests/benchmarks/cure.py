@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,17 @@ def trials(arguments: argparse.Namespace, budget: float, pool: Any, shelf: Shelf
             found[one.case, one.seed] = Trial(old.case, old.seed, {**old.courses, one.arm: one})
 
     train((TWIN, "none"), pairs)
-    left = [pair for pair in pairs if pair[0] in HEALTHY or found[pair].still_sick]
-    train([arm for arm in ARMS if arm in arguments.arms and arm != "none"], left)
+    arms = [arm for arm in ARMS if arm in arguments.arms and arm != "none"]
+    train(arms, [pair for pair in pairs if pair[0] not in HEALTHY and found[pair].still_sick])
+    healthy = [pair for pair in pairs if pair[0] in HEALTHY]
+    train(arms[-1:], healthy)
+    # all arms act at the same moments: where there was none, the others would do what this one did
+    idle = [pair for pair in healthy if arms and not found[pair].courses[arms[-1]].deeds]
+    for pair in idle:
+        last = found[pair].courses[arms[-1]]
+        others = {arm: replace(last, arm=arm) for arm in arms[:-1]}
+        found[pair] = Trial(found[pair].case, found[pair].seed, {**found[pair].courses, **others})
+    train(arms[:-1], [pair for pair in healthy if pair not in idle])
     return list(found.values())
 
 

@@ -45,7 +45,8 @@ def _setting(found: Mapping[str, Any], budget: float, main: Mapping[str, Any]) -
         f"{budget:g} times the steps within which its label was settled. Cured is what closes at least 80 % of the gap "
         "between the end without a cure and the end of the fault-free twin. Where a training ends worse than its twin "
         "began, the gap counts from there. *Random action* takes any remedy for any layers at the moments at which "
-        "ours may act, and does not look whether it helped. A healthy training is harmed if it ends more than 10 % "
+        "ours may act, and does not look whether it helped. All arms act at alarms: a healthy training in which ours "
+        "had nothing to do is not trained again in the others. A healthy training is harmed if it ends more than 10 % "
         "worse, and untouched if all losses and weights are those of a Trainer without a callback, to the last bit."
     )
 

@@ -1,7 +1,9 @@
 """The mitigator in a fit: when it acts, on what, and what it leaves as it was."""
 
+import logging
 import random
 import warnings
+from collections import UserDict
 from unittest import mock
 
 import lightning as L
@@ -60,6 +62,12 @@ def seen(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def any_step_is_too_large(monkeypatch):
+    """What is made up is that the rate is too large: the real steps are small ones."""
+    monkeypatch.setattr(treatments, "_USUAL_RATIO", 1e-6)
+
+
 def _unscaled():
     """The data in another unit, far from 0."""
     x, y = data().dataset.tensors
@@ -77,9 +85,9 @@ def test_a_remedy_is_tried_for_a_while_and_then_kept():
 
 def test_a_remedy_that_does_not_help_is_taken_back_and_the_weights_are_those_from_before():
     model = Steady()
-    before = weights(model)
-    doctor, each = Doctor(STAYS_SICK, allow=("reinit",)), Each(weights)
-    fit([doctor, each], model, max_epochs=3)
+    early, doctor, each = Each(weights), Doctor(STAYS_SICK, allow=("reinit",)), Each(weights)
+    fit([early, doctor, each], model, max_epochs=3)
+    before = early.kept[4]
     assert _told(doctor.actions) == [("reinit", "rolled_back", 4, 20)]
     assert not torch.equal(each.kept[4], before)
     assert torch.equal(each.kept[20], before)
@@ -116,6 +124,20 @@ def test_with_accumulation_it_acts_only_between_two_steps(batches):
     assert doctor.actions
     assert moved
     assert all(steps[i] > steps[i - 1] for i in changed)
+
+
+def test_each_action_and_each_verdict_is_told_in_a_line(caplog):
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        fit([Doctor(SICK)], Net(), max_epochs=3)
+    lines = [record.getMessage() for record in caplog.records if "lightning_gradflow: step 4" in record.getMessage()]
+    assert len(lines) == 2
+    assert "on trial" in lines[0]
+    assert "kept at step 20" in lines[1]
+
+
+def test_what_is_not_allowed_is_told_once():
+    told = _warnings([Doctor(STAYS_SICK, allow=("clip",))], max_epochs=3)
+    assert len([text for text in told if "would fit, and may not be used" in text]) == 1
 
 
 # -- a rehearsal leaves no trace
@@ -166,6 +188,28 @@ def test_a_rehearsal_sees_the_batch_as_the_training_step_got_it(seen):
     rehearsed = seen[5:-7]
     assert len(rehearsed) > 0
     assert all(torch.equal(x, fifth) for x in rehearsed)
+
+
+class _Pops(Net):
+    """Takes its batch out of a mapping that is no dict, and leaves it empty."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([batch.pop("x"), batch.pop("y")], batch_idx)
+
+
+def test_a_rehearsal_has_a_batch_that_the_training_step_has_emptied(seen):
+    def together(pairs):
+        x, y = zip(*pairs, strict=True)
+        return UserDict(x=torch.stack(x), y=torch.stack(y))
+
+    train = DataLoader(data().dataset, 4, collate_fn=together)
+    doctor = Doctor(SICK, allow=("reinit",))
+    with mock.patch("lightning_gradflow.remedies.reinit._by_the_book", wraps=_by_the_book) as book:
+        fit([doctor], _Pops(), train=train)
+    assert [(action.kind, action.step) for action in doctor.actions] == [("reinit", 4)]
+    assert book.call_count == 0
+    assert len(seen) > 13
+    assert all(torch.equal(x, list(data())[4][0]) for x in seen[5:-7])
 
 
 class _Once(Net):
@@ -292,6 +336,7 @@ WAYS["scaled"] = (Net, _scaled)
 WAYS["compiled"] = (_compiled, {})
 
 
+@pytest.mark.usefixtures("any_step_is_too_large")
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_in_force_leaves_learning_rates_and_hooks_as_they_were(way):
     """Clipping, a lower rate, and then new weights, one after the other."""
@@ -402,6 +447,7 @@ def test_without_an_average_nothing_is_told_of_one():
 # -- one fit after the other
 
 
+@pytest.mark.usefixtures("any_step_is_too_large")
 def test_a_second_fit_goes_on_with_what_is_in_force():
     doctor, model = Doctor(EXPLODES, TOO_FAST, max_actions=1, allow=("rollback",)), Net()
     trainer = fit([doctor], model, max_epochs=3)
@@ -419,6 +465,16 @@ def test_a_second_fit_goes_on_with_what_is_in_force():
     assert factors == [1] * 12
     assert len(doctor.actions) == 1
     assert not traces(model, *trainer.optimizers)
+
+
+@pytest.mark.parametrize(("found", "outcome"), [(SICK, "kept"), (STAYS_SICK, "rolled_back")])
+def test_a_trial_that_the_end_of_a_fit_interrupts_is_decided_in_the_next(found, outcome):
+    doctor, model = Doctor(found, allow=("reinit",)), Steady()
+    trainer = fit([doctor], model)
+    assert _told(doctor.actions) == [("reinit", "applied", 4, None)]
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(model, data())
+    assert _told(doctor.actions) == [("reinit", outcome, 4, 20)]
 
 
 def test_after_an_error_the_next_fit_has_a_mitigator_again(as_users_have_it):
@@ -453,6 +509,7 @@ class _DiesBeforeItsStep(Net):
             raise RuntimeError("out of luck")
 
 
+@pytest.mark.usefixtures("any_step_is_too_large")
 @pytest.mark.parametrize("kind", [_Dies, _DiesInBackward, _DiesBeforeItsStep])
 @pytest.mark.parametrize("found", [TOO_FAST, Says(FindingKind.DEAD_UNITS, "unscaled_inputs")], ids=lambda f: f.cause)
 def test_a_run_that_dies_has_its_learning_rate_back_and_no_hook_left(kind, found):
@@ -503,6 +560,7 @@ def test_an_error_in_a_remedy_in_force_ends_it_and_the_run_goes_on(as_users_have
     assert not traces(model, *trainer.optimizers)
 
 
+@pytest.mark.usefixtures("any_step_is_too_large")
 def test_where_the_monitor_fails_what_is_in_force_ends_too(as_users_have_it):
     model, doctor = Net(), Doctor(TOO_FAST, allow=("rollback",))
     hooks = []
@@ -531,6 +589,7 @@ def test_an_error_while_it_begins_leaves_the_rest_at_work(as_users_have_it):
     assert len(doctor.history) > 3
 
 
+@pytest.mark.usefixtures("any_step_is_too_large")
 def test_a_rehearsal_that_would_step_with_the_optimizers_of_the_run_leaves_the_learning_rate_whole():
     doctor, model = Doctor(TOO_FAST, SICK_LATER, allow=("rollback", "reinit")), _GoesPast()
     each = Each(lambda module: [optimizer.param_groups[0]["lr"] for optimizer in module.trainer.optimizers])

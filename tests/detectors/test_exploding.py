@@ -184,12 +184,18 @@ def test_inputs_that_have_become_larger_are_the_cause_and_one_sample_is_enough()
     assert ExplodingGradient().judge(calm) == []
 
 
-def at_start(outputs, inputs=(1.0,), rows=1, scale=1.0):
-    history = measured(stack(len(outputs)), "delta_norm", *[[1.0] * len(outputs)] * rows, output_rms=outputs)
-    if inputs:
-        history.add_features(len(inputs))
-        for row in history.rows:
-            row.values["input_rms"] = scale * np.array(inputs)
+def at_start(outputs, inputs=(1.0,), rows=1, spread=None, frozen=()):
+    """`outputs` are the rms of each layer's output, `spread` the shares of it by which samples differ."""
+    points = stack(len(outputs))
+    shares = [1.0] * len(outputs) if spread is None else spread
+    history = measured(points, "delta_norm", *[[1.0] * len(outputs)] * rows, output_rms=outputs, output_spread=shares)
+    history.layer_axis.merge([point.name for point in points])
+    norms = np.array([nan if i in frozen else 1.0 for i in range(len(outputs))])
+    history.add_features(len(inputs))
+    for row in history.rows:
+        row.values["grad_norm"] = norms
+        if inputs:
+            row.values["input_rms"] = np.array(inputs)
     return history
 
 
@@ -201,6 +207,8 @@ START = {
     "unscaled inputs": ({"outputs": [900.0, 60.0, 90.0], "inputs": (500.0,)}, "unscaled_inputs"),
     "inputs that are made up for": ({"outputs": [1.0, 60.0, 90.0], "inputs": (500.0,)}, []),
     "tokens": ({"outputs": [1.5, 9.0, 46.0], "inputs": ()}, [("warning", "weight_scale", ("fc1", "fc2", "fc0"))]),
+    "all of it an offset": ({"outputs": [1.0, 3.0, 300.0], "spread": [1.0, 1.0, 0.01]}, []),
+    "a frozen layer that is to scale": ({"outputs": [1.0, 2.0, 640.0], "frozen": (2,)}, []),
     "only in between": ({"outputs": [1.0, 5000.0, 1.0]}, []),
     "one layer": ({"outputs": [5000.0]}, []),
     "not at the start any more": ({"outputs": [1.5, 9.0, 30.1], "rows": 4}, []),
@@ -214,12 +222,15 @@ def test_outputs_that_no_initialisation_is_meant_to_give_are_told_at_once(case):
     assert found == expected or [cause for _, cause, _ in found] == [expected]
 
 
-def in_loss(losses, interval=5, norms=(1.0, 2.0)):
+def in_loss(losses, interval=5, growth=20.0, norms=(1.0, 2.0)):
+    """`growth` is that of the gradient in the newest row."""
     history = History()
     history.layer_axis.merge(["fc0", "fc1"])
     for start in range(0, len(losses), interval):
         part = np.array(losses[start : start + interval], dtype=float)
-        history.append(Row(start + len(part) - 1, {"grad_norm": np.array(norms)}, losses=part))
+        total = growth if start + interval >= len(losses) else 1.0
+        scalars = {"grad_norm_total": total}
+        history.append(Row(start + len(part) - 1, {"grad_norm": np.array(norms)}, scalars, losses=part))
     return history
 
 
@@ -240,3 +251,8 @@ LOSS = {
 def test_a_loss_that_leaves_its_range_is_told_whatever_its_size(case, scale):
     losses, expected = LOSS[case]
     assert verdict(ExplodingGradient().judge(in_loss([scale * x for x in losses]))) == expected
+
+
+def test_a_loss_that_was_changed_on_purpose_leaves_the_gradients_as_they_were():
+    losses, _ = LOSS["out of its range for good"]
+    assert ExplodingGradient().judge(in_loss(losses, growth=9.0)) == []

@@ -25,7 +25,7 @@ ARGUMENTS = {
         "train_loss": "train/nll",
         "val_loss": "val/nll",
     },
-    AutoMitigator: {"mode": "apply", "allow": ["clip"], "max_actions": 5, "every_n_steps": 10},
+    AutoMitigator: {"mode": "apply", "allow": ["clip"], "max_actions": 5, "max_progress": 0.5, "every_n_steps": 10},
 }
 CHILDREN = {
     "gradients": GradNormLogger,

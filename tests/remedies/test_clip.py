@@ -324,6 +324,15 @@ def test_a_resumed_clipper_clips_as_one_that_went_on(tmp_path):
     assert first == second
 
 
+def test_a_resumed_clipper_has_the_same_ceiling():
+    net = _linear(2.0)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    training = Training(net, [sgd], History())
+    clipper, other = Clipper(training, max_ratio=0.05), Clipper(training)
+    other.load_state_dict(clipper.state_dict())
+    assert _feed(other, sgd, net.weight, 1e9) == [pytest.approx(0.05 * 2.0 / 0.1)]
+
+
 def test_a_state_that_was_read_is_not_changed_by_later_steps():
     net = _linear()
     clipper, adam = _adam(net, _past(*[3.0] * 5))

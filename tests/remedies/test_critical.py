@@ -302,6 +302,20 @@ def test_weights_that_have_been_learnt_are_left_however_the_signal_fares():
     _assert_untouched(net, x)
 
 
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_what_is_too_small_to_tell_is_left_where_another_layer_has_been_trained(pretrained):
+    net, x = _made(lambda: nn.Sequential(_stack(nn.Sigmoid, 6), _stack(nn.Sigmoid, 6, width=8))), _batch(64, WIDTH)
+    net[0][-1] = nn.Linear(WIDTH, 8)
+    if pretrained:
+        for layer in net[0][:-1:2]:
+            _learnt(layer)
+    small = _state(net[1])
+    treated = _treated(net, x)
+    changed = any(not torch.equal(a, b) for a, b in zip(_state(net[1]).values(), small.values(), strict=True))
+    assert changed is not pretrained
+    assert any(name.startswith("1.") for name in treated.changed) is not pretrained
+
+
 @pytest.mark.parametrize("value", [1.0, 0.0])
 def test_ends_of_residual_branches_that_are_zero_stay_zero(value):
     def make():

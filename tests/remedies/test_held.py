@@ -61,7 +61,7 @@ def test_a_checkpoint_brings_back_all_that_is_in_force():
     net, optimizer, training = _made()
     held = Held(training)
     _all_in_force(held, training)
-    held.rollbacks = 2
+    held.rollbacks, held.slowest = 2, 0.01
     for seed in range(4):
         _step(net, optimizer, held, seed, size=10.0**seed)
     saved = _saved({"held": held.state_dict(), "net": net.state_dict(), "optimizer": optimizer.state_dict()})
@@ -70,7 +70,7 @@ def test_a_checkpoint_brings_back_all_that_is_in_force():
     other_optimizer.load_state_dict(saved["optimizer"])
     resumed = Held(other_training)
     resumed.load_state_dict(saved["held"])
-    assert resumed.rollbacks == 2
+    assert (resumed.rollbacks, resumed.slowest) == (2, 0.01)
     for one, its, by in ((net, optimizer, held), (other, other_optimizer, resumed)):
         for seed in range(4, 8):
             _step(one, its, by, seed, size=10.0 ** (8 - seed))

@@ -75,6 +75,21 @@ def test_steps_that_were_too_large_from_the_start_are_brought_to_the_usual_size(
     assert run.held.rate.factor == pytest.approx(factor)
 
 
+@pytest.mark.parametrize("ratio", [0.019, 0.01, 1e-4])
+def test_a_run_whose_first_step_was_not_too_large_does_not_start_once_more(ratio):
+    run = _sampled([ratio, 3.0])
+    assert treat("rollback", _patient(run)) is None
+    assert (run.held.rate.factor, run.held.rollbacks, run.held.slowest) == (1.0, 0, 1.0)
+
+
+def test_the_next_way_back_is_slower_than_the_slowest_that_was_tried():
+    run = _sampled([1.0])
+    treat("rollback", _patient(run))
+    run.held.rate.factor = 1.0  # it did not help
+    assert treat("rollback", _patient(run)).after == {"lr_factor": pytest.approx(0.001)}
+    assert run.held.slowest == pytest.approx(0.001)
+
+
 def test_a_run_that_went_well_at_this_rate_goes_on_with_it_the_first_time_and_slower_the_second():
     run = _sampled([0.001] * 6, rates=[0.1] * 6)
     factors = []

@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -69,6 +70,24 @@ def test_only_what_is_allowed_is_done(remedy):
     for _ in range(20):
         run.go(2.0, SICK, EXPLODES, BREAKS, DRIFTS)
     assert {kind for kind, _ in run.actions} <= {remedy}
+
+
+def test_what_would_fit_and_may_not_be_used_is_told_with_the_finding():
+    run = Run(allow=("scale_inputs",))
+    run.go(2.0)
+    assert run.mitigation.forbidden == ""
+    run.go(2.0, EXPLODES)
+    told = run.mitigation.forbidden
+    assert told.startswith("exploding gradient was found")
+    assert "clip or rollback would fit" in told
+    run.go(2.0, SICK)
+    assert run.mitigation.forbidden == told
+
+
+def test_of_what_has_been_treated_nothing_is_called_forbidden():
+    run = Run()
+    run.go(2.0, SICK)
+    assert run.mitigation.forbidden == ""
 
 
 @pytest.mark.parametrize("most", [0, 1, 2])
@@ -199,15 +218,73 @@ def _state(run):
 
 
 def test_what_was_drawn_anew_comes_back_to_the_bit():
+    """To what it was just before, not to the start of the run."""
     run = Run()
-    before = run.weights()
     run.train()
+    before = _state(run)
     run.go(2.0, SICK)
-    assert not torch.equal(run.weights(), before)
+    assert not torch.equal(run.weights(), before[0])
     run.train()
     _ends(run, 2.0, SICK)
-    assert torch.equal(run.weights(), before)
-    assert not run.optimizer.state
+    assert all(map(torch.equal, _state(run), before))
+
+
+@pytest.mark.parametrize("allow", [REMEDIES, ("clip",)])
+def test_weights_that_are_not_finite_are_replaced_before_any_remedy_and_never_come_back(allow):
+    run = Run(allow=allow)
+    start = run.weights()
+    with torch.no_grad():
+        run.net[0].weight.fill_(math.nan)
+    run.go(2.0, BREAKS, ratio=0.1)
+    assert torch.equal(run.weights(), start)
+    assert _ends(run, 2.0, BREAKS, rows=1).outcome == "rolled_back"
+    assert torch.equal(run.weights(), start)
+
+
+def test_nothing_goes_back_behind_what_has_helped():
+    run = Run()
+    run.go(2.0, SICK)
+    run.train()
+    assert _ends(run, 1.99).outcome == "kept"
+    kept = run.weights()
+    run.train()
+    with torch.no_grad():
+        run.net[0].weight.fill_(math.nan)
+    while run.go(1.99, BREAKS, ratio=0.1) is None:
+        pass
+    assert run.newest.kind == "rollback"
+    assert torch.equal(run.weights(), kept)
+
+
+def test_a_run_that_learnt_nothing_but_went_on_for_a_while_goes_back_to_its_last_good_weights():
+    """An accident, such as a bad batch, says nothing against what came before it."""
+    run = Run(allow=("clip",))
+    start = run.weights()
+    for _ in range(8):
+        run.go(2.0)
+    run.train()
+    good = run.weights()
+    run.go(2.0)  # the weights are remembered
+    run.train()
+    run.go(2.0)  # and now they are known to be good
+    with torch.no_grad():
+        run.net[0].weight.fill_(math.nan)
+    run.go(math.nan, BREAKS)
+    assert torch.equal(run.weights(), good)
+    assert not torch.equal(good, start)
+
+
+@pytest.mark.parametrize(("evidence", "outcome"), [({}, "kept"), ({"output_growth": 9.0}, "rolled_back")])
+def test_an_alarm_that_is_told_at_the_start_alone_proves_nothing_by_its_end(evidence, outcome):
+    run = Run()
+    run.go(2.0, replace(SICK, evidence=evidence))
+    assert _ends(run, 2.0).outcome == outcome
+
+
+def test_an_alarm_that_is_told_at_the_start_alone_is_cured_where_the_loss_falls():
+    run = Run()
+    run.go(2.0, replace(SICK, evidence={"output_growth": 9.0}))
+    assert _ends(run, 1.0).outcome == "kept"
 
 
 def test_a_run_that_is_well_but_for_its_alarm_comes_back_to_where_it_was():
@@ -269,7 +346,7 @@ def test_clipping_that_did_not_help_ends():
     assert run.net[0].weight.grad.max() == 1e9
 
 
-def test_a_second_way_back_goes_on_from_the_rate_that_did_not_help():
+def test_a_way_back_that_did_not_help_leaves_the_rate_as_it_was_and_the_next_one_is_slower_still():
     run = Run(allow=("rollback",))
     factors = []
     for _ in range(3):
@@ -277,8 +354,15 @@ def test_a_second_way_back_goes_on_from_the_rate_that_did_not_help():
             pass
         factors.append(run.held.rate.factor)
         assert run.go(math.nan, BREAKS, ratio=0.1).outcome == "rolled_back"
-    assert run.held.rate.factor == factors[-1]
-    assert 1.0 > factors[0] > factors[1] > factors[2]
+        assert run.held.rate.factor == 1.0
+    assert factors == pytest.approx([0.1, 0.01, 0.001])
+
+
+def test_a_rate_that_helped_stays():
+    run = Run(allow=("rollback",))
+    run.go(2.0, BREAKS, ratio=0.1)
+    assert _ends(run, 1.0).outcome == "kept"
+    assert run.held.rate.factor == pytest.approx(0.1)
 
 
 # -- the next remedy
@@ -402,13 +486,39 @@ def test_a_resumed_run_that_had_learnt_is_not_drawn_anew():
     assert other.newest.before["loss"] == pytest.approx(np.median(run.history.losses[-16:]))
 
 
-def test_a_trial_that_the_end_of_a_fit_cut_short_is_not_judged():
+@pytest.mark.parametrize(("loss", "outcome"), [(1.0, "kept"), (2.0, "rolled_back")])
+def test_a_trial_that_a_stop_interrupts_goes_on_and_is_decided(loss, outcome):
     run = Run()
     run.go(2.0, SICK)
+    for _ in range(2):
+        run.go(loss, SICK)
     other = _resumed(run)
-    for _ in range(10):
-        assert other.go(math.nan) is None
-    assert other.actions == [("reinit", "applied")]
+    action = _ends(other, loss, SICK, rows=3)
+    assert (action.kind, action.outcome, action.step, action.decided_step) == ("reinit", outcome, 3, 23)
+
+
+def test_a_rate_that_was_on_trial_at_a_stop_is_put_back_where_it_does_not_help():
+    run = Run(allow=("rollback",))
+    run.go(2.0, BREAKS, ratio=0.1)
+    other = _resumed(run)
+    assert other.held.rate.factor == pytest.approx(0.1)
+    resumed = other.weights()
+    other.train()
+    assert other.go(math.nan, BREAKS).outcome == "rolled_back"
+    assert other.held.rate.factor == 1.0
+    assert torch.equal(other.weights(), resumed)  # there is nothing older
+
+
+def test_a_fit_that_goes_on_from_before_a_trial_knows_nothing_of_it():
+    run = Run()
+    run.go(2.0)
+    state = run.mitigation.state_dict()
+    run.go(2.0, SICK)
+    run.mitigation.end()
+    run.mitigation.load_state_dict(state, [])
+    run.mitigation.start(run.training)
+    assert run.go(math.nan) is None
+    assert run.go(2.0, EXPLODES).kind == "clip"
 
 
 def test_after_the_end_nothing_acts():
