@@ -14,7 +14,7 @@ from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped,
 from lightning_gradflow.detectors.profile import depth_profile, in_order, is_skipped, recent_profiles
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import History
+from lightning_gradflow.history import Floats, History
 
 _MIN_PAST = 8  # rows before the run's own median means something
 _LARGE_GAIN = 1.25  # of a layer and its activation together: weights at the critical scale for it reach 1
@@ -23,6 +23,7 @@ _AT_START = 3  # samples
 _NEWEST_LOSSES, _MIN_LOSSES = 5, 20
 _BEYOND = 10.0  # times the range of all losses before: no batch does that three times in a row
 _TINY = 1e-30
+_NOTHING: Floats = np.empty(0)
 _LARGE_OUTPUT = 30.0  # rms, and factor over the inputs: networks that learn start with outputs up to 3, and 12 times
 _CERTAIN = 4.0  # decades: with less, an optimizer that evens the updates out learns
 
@@ -131,9 +132,9 @@ class ExplodingGradient:
         profile = depth_profile(history, 0)
         if profile is None or len(history) > _AT_START:
             return []
-        first = history.rows[0]
-        spreads = first.values.get("output_rms", np.empty(0)) * first.values.get("output_spread", np.empty(0))
-        sizes = dict(zip((p.name for p in history.points), in_order(spreads, history.point_axis.order), strict=True))
+        first, order = history.rows[0], history.point_axis.order
+        rms, share = (in_order(first.values.get(name, _NOTHING), order) for name in ("output_rms", "output_spread"))
+        sizes = dict(zip((point.name for point in history.points), rms * share, strict=True))
         layers = [point for point in profile.points if point.is_layer and np.isfinite(sizes[point.name])]
         inputs = history["input_rms"][0]
         known = inputs[np.isfinite(inputs)]
@@ -143,8 +144,9 @@ class ExplodingGradient:
         steps = {p.module: sizes[p.name] / max(sizes[b.name], _TINY) for b, p in pairwise(layers)}
         steps[layers[0].module] = sizes[layers[0].name] / max(before, _TINY)
         # a frozen layer is as its author wants it
-        norms = dict(zip(history.layers, in_order(first.values["grad_norm"], history.layer_axis.order), strict=True))
-        growth = math.prod(step for name, step in steps.items() if np.isfinite(norms.get(name, math.nan)))
+        norms = in_order(first.values.get("grad_norm", _NOTHING), history.layer_axis.order)
+        trained = {name for name, norm in zip(history.layers, norms, strict=True) if np.isfinite(norm)}
+        growth = math.prod(step for name, step in steps.items() if name in trained or not trained)
         last = sizes[layers[-1].name]
         is_unscaled = bool(offending_features(history))
         if not (last > _LARGE_OUTPUT and (is_unscaled or growth > _LARGE_OUTPUT)):

@@ -256,3 +256,11 @@ def test_a_loss_that_leaves_its_range_is_told_whatever_its_size(case, scale):
 def test_a_loss_that_was_changed_on_purpose_leaves_the_gradients_as_they_were():
     losses, _ = LOSS["out of its range for good"]
     assert ExplodingGradient().judge(in_loss(losses, growth=9.0)) == []
+
+
+@pytest.mark.parametrize("missing", ["grad_norm", "output_spread", "output_rms", "input_rms"])
+def test_where_something_was_not_measured_the_start_is_judged_by_the_rest(missing):
+    history = at_start([1.5, 9.0, 46.0])
+    del history.rows[0].values[missing]
+    known = missing in ("grad_norm", "input_rms")
+    assert [finding.cause for finding in ExplodingGradient().judge(history)] == ["weight_scale"] * known
