@@ -213,7 +213,7 @@ class Treating:
         return error
 
     def state_dict(self) -> dict[str, Any]:
-        """What was done, is in force, and is about to be done."""
+        """What is in force and on trial."""
         return self._mitigation.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any] | None, actions: Sequence[Action]) -> None:

@@ -336,7 +336,7 @@ class Mitigation:
         return self.actions[trial.index]
 
     def keep_good(self, said: Sequence[Finding], training: Training) -> None:
-        """Remembers the present weights, once the run has learnt; they count as good when the next sample is well."""
+        """Remembers the present weights of a run that is well; they count as good when the next sample is well too."""
         history = training.history
         if self._trial is not None or not self._max_actions or len(self.actions) >= self._max_actions:
             return
