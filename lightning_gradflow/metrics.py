@@ -50,7 +50,9 @@ METRICS: dict[str, Metric] = {
     ),
     "backward_pass": Metric("points", "index", "which backward pass of the step delta_norm was taken from"),
     "output_rms": Metric("points", "norm", "root mean square of the output"),
-    "output_spread": Metric("points", "fraction", "rms of a layer's output around its batch mean / output_rms"),
+    "output_spread": Metric(
+        "points", "fraction", "rms of a layer's output around its batch mean / output_rms; of 16,384 entries"
+    ),
     "in_graph": Metric("points", "fraction", "share of a layer's calls whose output was part of the autograd graph"),
     "input_detached": Metric(
         "points", "fraction", "share of a layer's calls whose input came from another layer, but without its graph"

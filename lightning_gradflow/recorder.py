@@ -48,6 +48,8 @@ class Recorder:
         self, detectors: Sequence[Detector], border: Border, *, suggest: bool = True, model: str = "model"
     ) -> None:
         self.history = History()
+        self._judged: History | None = None  # without the rows that nobody can be judged by, where there are such
+        self._losses: list[Floats] = []  # that came with those since the last other one
         self.ledger = Ledger()
         self.actions: list[Action] = []
         self.sinks: list[Sink] = []
@@ -72,9 +74,26 @@ class Recorder:
         return self.ledger.findings
 
     @property
+    def judged(self) -> History:
+        """The rows that findings come from: all but those that hold nothing but the size of the gradients."""
+        return self.history if self._judged is None else self._judged
+
+    @property
     def view(self) -> View:
         """What there is to see now."""
-        return View(self.history, self.findings, tuple(self.actions), self._step, self._progress, self.model)
+        return View(self.judged, self.findings, tuple(self.actions), self._step, self._progress, self.model)
+
+    def expect_gradients_only(self) -> None:
+        """Rows are about to come that hold nothing but the size of the gradients; before, all are judged by."""
+        if self._judged is None:
+            self._judged = self._beside(self.history.state_dict())
+
+    def _beside(self, state: Mapping[str, Any]) -> History:
+        """A history out of a state, with the names of the one that holds all rows."""
+        history = History()
+        history.load_state_dict(state)
+        history.share_names(self.history)
+        return history
 
     def add(self, row: Row, step: int, progress: float = float("nan")) -> list[Finding]:
         """Takes the newest row, judges, and shows what came of it.
@@ -87,13 +106,26 @@ class Recorder:
         Returns:
             The findings that were opened by it, most severe first.
         """
-        self.history.append(row)
         self._step, self._progress, self._ended = step, progress, False
-        opened = self._open(is_sample=True)
+        is_judged = self._append(row)
+        opened = self._open(is_sample=True) if is_judged else []
+        view = self.view if is_judged else replace(self.view, history=self.history)
         for part, sink in self._named_sinks():
-            self._show(part, sink, "on_row", self.view)
+            self._show(part, sink, "on_row", view)
         self._tell(opened)
         return opened
+
+    def _append(self, row: Row) -> bool:
+        """Whether the row is one to be judged by: of gradients alone only one in which they are not finite is."""
+        self.history.append(row)
+        if self._judged is None:
+            return True
+        self._losses.append(row.losses)
+        if row.gradients_only and not np.any(row.values.get("grad_nonfinite_fraction", np.empty(0)) > 0):
+            return False
+        self._judged.append(replace(row, losses=np.concatenate(self._losses)))
+        self._losses = []
+        return True
 
     def act(self, actions: Sequence[Action], action: Action) -> None:
         """Shows an action that was taken, or decided about.
@@ -116,7 +148,10 @@ class Recorder:
             progress: share of the planned steps that is done, in [0, 1], or NaN.
         """
         self.history.close(step, losses, val_loss)
-        if self.history.rows:
+        if self._judged is not None:
+            self._judged.close(step, np.concatenate([*self._losses, losses]), val_loss)
+            self._losses = []
+        if self.judged.rows:
             self._progress = progress
             self._tell(self._open(is_sample=False))
 
@@ -127,7 +162,7 @@ class Recorder:
         found = consolidate(said, self.ledger.open)
         self.said = tuple(found)
         told = [self._explain(finding) if self.ledger.is_news(finding) else finding for finding in found]
-        return self.ledger.update(self.history.rows[-1].step, told, is_sample, self._was_seen)
+        return self.ledger.update(self.judged.rows[-1].step, told, is_sample, self._was_seen)
 
     def _was_seen(self, finding: Finding) -> bool:
         """Whether the newest row measured, in a layer of the finding, what it is judged by."""
@@ -136,7 +171,7 @@ class Recorder:
             return True
         seen: set[str] = set()
         for metric in metrics:
-            values = self.history.rows[-1].values.get(metric, np.empty(0))
+            values = self.judged.rows[-1].values.get(metric, np.empty(0))
             axis = self.history.layer_axis if METRICS[metric].axis == "layers" else self.history.point_axis
             measured = {name for name in axis.names if _is_finite(values, axis.identity(name))}
             seen |= measured if METRICS[metric].axis == "layers" else self._modules(measured)
@@ -164,13 +199,13 @@ class Recorder:
 
     def _judge(self, part: str, detector: Detector) -> list[Finding]:
         empty: list[Finding] = []
-        return self._border.run(part, detector.judge, self.history, default=empty)
+        return self._border.run(part, detector.judge, self.judged, default=empty)
 
     def _explain(self, finding: Finding) -> Finding:
         none: tuple[Suggestion, ...] = ()
         suggestions = none
         if self._suggest:
-            suggestions = self._border.run("advice", advice.suggest, finding, self.history, default=none)
+            suggestions = self._border.run("advice", advice.suggest, finding, self.judged, default=none)
         return replace(finding, message=advice.explain(finding), suggestions=suggestions)
 
     def _show(self, part: str, sink: Sink, hook: str, *args: Any) -> None:
@@ -189,6 +224,8 @@ class Recorder:
         """History, findings and actions, so that a resumed run continues them."""
         return {
             "history": self.history.state_dict(),
+            "judged": self._judged.state_dict() if self._judged is not None else None,
+            "losses": [losses.tolist() for losses in self._losses],
             "ledger": self.ledger.state_dict(),
             "actions": [action.to_dict() for action in self.actions],
         }
@@ -196,6 +233,8 @@ class Recorder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
         self.history.load_state_dict(state["history"])
+        self._judged = self._beside(state["judged"]) if state["judged"] is not None else None
+        self._losses = [np.array(losses, dtype=np.float64) for losses in state["losses"]]
         self.ledger.load_state_dict(state["ledger"])
         self.actions = [Action.from_dict(action) for action in state["actions"]]
 

@@ -12,6 +12,7 @@ from lightning_gradflow.figures import (
     MISSING_COLOUR,
     NONFINITE_COLOUR,
     ZERO_COLOUR,
+    colour_map,
     grid,
     heatmap,
     limits,
@@ -80,10 +81,10 @@ def test_a_large_and_a_small_norm_look_different_without_pyplot_or_a_changed_set
     assert len(np.unique(cells, axis=0)) >= 2
 
 
-def test_drawing_does_without_pyplot():
+def test_drawing_does_without_the_figures_of_matplotlib():
     code = (
         "import sys; from lightning_gradflow.figures import heatmap; from lightning_gradflow.history import History;"
-        "sys.modules['matplotlib.pyplot'] = None; heatmap(History())"
+        "sys.modules |= {'matplotlib.pyplot': None, 'matplotlib.figure': None}; heatmap(History())"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -107,7 +108,8 @@ def test_any_history_gives_pixels(rows, metric):
     pixels = heatmap(made_up.gradients(*rows), metric)
     assert pixels.dtype == np.uint8
     assert pixels.shape[2] == 3
-    assert max(pixels.shape[:2]) <= 1300
+    assert pixels.shape[1] == 1200
+    assert 300 <= pixels.shape[0] <= 900
 
 
 def test_long_and_foreign_names_leave_room_for_the_picture():
@@ -115,6 +117,29 @@ def test_long_and_foreign_names_leave_room_for_the_picture():
     shown.layer_axis.merge(["a.very.long.name." * 12 + str(i) for i in range(3)] + ["$x_1$", "层"])
     shown.append(made_up.Row(0, {"grad_norm": np.array([math.inf] * 5)}))
     assert area(heatmap(shown), NONFINITE_COLOUR) > 0.3
+
+
+def test_cells_are_equally_large_and_fill_the_frame():
+    pixels = heatmap(made_up.gradients([0.0, math.inf] * 4, [math.inf, 0.0] * 4))
+    black, red = area(pixels, ZERO_COLOUR), area(pixels, NONFINITE_COLOUR)
+    assert black == pytest.approx(red, rel=0.02)
+    assert black + red > 0.5
+
+
+def test_the_colour_bar_goes_from_the_lowest_colour_at_its_foot_to_the_highest():
+    pixels = heatmap(made_up.gradients([1.0, 1e-3]))
+    bar = pixels[34 : pixels.shape[0] - 48, 1200 - 100 + 18 + 9]
+    assert (bar[0].tolist(), bar[-1].tolist()) == (colour_map()[-1].tolist(), colour_map()[0].tolist())
+    assert (np.diff(bar.astype(int).sum(axis=1)) <= 0).mean() > 0.9  # viridis gets darker all the way down
+
+
+def test_values_beyond_the_scale_have_the_colours_of_its_ends_and_the_bar_has_tips():
+    wild = [[1e-8] * 100] * 49 + [[1e-8] * 98 + [1e30, 1e-40]]
+    assert limits(np.array(wild)) == (-12, -8)
+    with_tips, without = (heatmap(made_up.gradients(*rows)) for rows in (wild, [[1e-8] * 99 + [1e-12]] * 50))
+    corner = (slice(34, 36), 1200 - 100 + 18 + 1)
+    assert (with_tips[corner] == 255).all()
+    assert (without[corner] < 255).any()
 
 
 def test_a_single_infinite_value_survives_the_merging_of_cells():

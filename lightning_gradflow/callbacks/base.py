@@ -73,6 +73,11 @@ class Monitor(Callback):
         """Whether findings are to carry suggestions."""
         return False
 
+    @property
+    def signal_every_n_steps(self) -> int | None:
+        """Steps between two samples of all that is measured; between them it asks for the gradients alone."""
+        return self.every_n_steps
+
     # -- what a person asks of it -------------------------------------------------------------------------------
 
     @property

@@ -22,6 +22,13 @@ from torch.utils._pytree import tree_leaves
 _SEED = 0
 _DEVICES = ("cpu", "cuda")  # whose random state can be put back
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CONNECTIONS = (
+    "torch.distributed.device_mesh",
+    "torch.distributed.distributed_c10d",
+    "torch.distributed.fsdp",
+    "torch._C._distributed_c10d",
+)
+"""Where the objects come from that connect processes."""
 
 
 def can_rehearse(module: LightningModule) -> bool:
@@ -50,7 +57,7 @@ def apart(module: LightningModule) -> Iterator[None]:
 
 def quiet_copy(trainer: Trainer, module: LightningModule, *others: Any) -> tuple[Any, ...]:
     """A deep copy of the module, and of what refers to it, that logs nothing and calls no hook of anyone's."""
-    copied: tuple[Any, ...] = copy.deepcopy((module, *others), _results_of(module))
+    copied: tuple[Any, ...] = copy.deepcopy((module, *others), memo_of(module))
     _silence(copied[0], trainer)
     return copied
 
@@ -104,11 +111,18 @@ def loss_of(
     return loss
 
 
-def check_memory(module: nn.Module, copies: int) -> None:
-    """Raises a `MemoryError` where so many copies of the parameters would need more than half of what is free."""
+def check_memory(module: nn.Module, copies: int, device: torch.device | None = None) -> None:
+    """Raises a `MemoryError` where so many copies of the parameters would need more than half of what is free.
+
+    Args:
+        module: whose parameters are counted; whole, where they are spread over ranks.
+        copies: how many.
+        device: where they would be; where the parameters are, if it is None.
+    """
     parameters = list(module.parameters())
     need = copies * sum(p.numel() * p.element_size() for p in parameters)
-    device = next((p.device for p in parameters), torch.device("cpu"))
+    if device is None:
+        device = next((p.device for p in parameters), torch.device("cpu"))
     free = math.inf
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -118,10 +132,18 @@ def check_memory(module: nn.Module, copies: int) -> None:
         raise MemoryError(f"copies of the model would take {need / 2**30:.1f} GiB of {free / 2**30:.1f} GiB")
 
 
-def _results_of(module: nn.Module) -> dict[int, Any]:
-    """The memo of a deep copy that knows the results of a graph which a module keeps: torch refuses to copy those."""
-    kept = (leaf for child in module.modules() for leaf in tree_leaves(list(vars(child).values())))
-    return {id(x): x.detach().clone() for x in kept if isinstance(x, Tensor) and not x.is_leaf}
+def memo_of(module: nn.Module) -> dict[int, Any]:
+    """The memo of a deep copy that knows what a module keeps and torch refuses to copy.
+
+    The results of a graph are cloned. What connects processes, such as meshes and groups, is not copied: there is one.
+    """
+    kept = [leaf for child in module.modules() for leaf in tree_leaves(list(vars(child).values()))]
+    results = {id(x): x.detach().clone() for x in kept if isinstance(x, Tensor) and not x.is_leaf}
+    return results | {id(x): x for x in kept if _connects(x)}
+
+
+def _connects(value: Any) -> bool:
+    return str(type(value).__module__).startswith(_CONNECTIONS) and not isinstance(value, (nn.Module, Tensor))
 
 
 def _silence(twin: LightningModule, trainer: Trainer) -> None:

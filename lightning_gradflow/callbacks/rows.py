@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lightning_gradflow.history import MAX_CALLS, Axis, Floats
+from lightning_gradflow.history import MAX_CALLS, Axis, Floats, Ints
 from lightning_gradflow.metrics import METRICS, measured
 
 CLIP_WINDOW = 50
@@ -22,12 +22,33 @@ def columns(found: Mapping[str, Mapping[str, float]], axis: Axis[str]) -> dict[s
         >>> columns({"b": {"grad_norm": 2.0}}, Axis(["a", "b"]))
         {'grad_norm': array([nan,  2.])}
     """
+    places: dict[str, list[int]] = {}
+    values: dict[str, list[float]] = {}
+    for i, by_metric in enumerate(found.values()):
+        for metric, value in by_metric.items():
+            if metric not in places:
+                places[metric], values[metric] = [], []
+            places[metric].append(i)
+            values[metric].append(value)
+    there = {metric: (np.array(places[metric]), np.array(values[metric], dtype=np.float64)) for metric in places}
+    return full_columns(list(found), there, axis)
+
+
+def full_columns(names: Sequence[str], found: Mapping[str, tuple[Ints, Floats]], axis: Axis[str]) -> dict[str, Floats]:
+    """The same out of metric -> (n,) places in `names` and (n,) values there.
+
+    Example:
+        >>> full_columns(["b"], {"grad_norm": (np.array([0]), np.array([2.0]))}, Axis(["a", "b"]))
+        {'grad_norm': array([nan,  2.])}
+    """
+    identities = np.array([axis.identity(name) for name in names], dtype=np.int64)
     made: dict[str, Floats] = {}
-    for name, values in found.items():
-        for metric, value in values.items():
-            column = made.setdefault(metric, np.full(len(axis), np.nan))
-            column[axis.identity(name)] = value
-    return {metric: made[metric] for metric in METRICS if metric in made}
+    for metric in METRICS:
+        if metric in found:
+            at, values = found[metric]
+            made[metric] = np.full(len(axis), np.nan)
+            made[metric][identities[at]] = values
+    return made
 
 
 def totals(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradflow.callbacks.pending import MAX_LOSSES, PendingLosses
-from lightning_gradflow.callbacks.rows import columns, evenly, mean, mean_loss, totals
+from lightning_gradflow.callbacks.rows import columns, evenly, full_columns, mean, mean_loss, totals
 from lightning_gradflow.history import Floats, History, Row
+from lightning_gradflow.probes.collector import paused_collector
 from lightning_gradflow.probes.gradients import GradientProbe
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.loss_line import unpack
@@ -21,6 +22,7 @@ from lightning_gradflow.probes.ranks import RankFailedError, Topology
 from lightning_gradflow.probes.signals import SignalProbe
 from lightning_gradflow.probes.spectra import SpectralProbe
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
+from lightning_gradflow.probes.unpacking import Signals
 
 _NONE = np.empty(0)
 
@@ -71,6 +73,7 @@ class Sampler:
         self.is_agreed = True  # on what the ranks are about to do
         self.others_know = False  # that this rank, or another one, has failed
         self.step: int | None = None
+        self.gradients_only = False
         self._in_batch = False
         self.waited = 0  # batches since the sample was opened
 
@@ -128,14 +131,21 @@ class Sampler:
 
     # -- in the course of a step ----------------------------------------------------------------------------------
 
-    def start_batch(self, step: int) -> None:
-        """The sampled step starts, or goes on with another batch; one without a backward pass is left behind."""
+    def start_batch(self, step: int, *, gradients_only: bool = False) -> None:
+        """The sampled step starts, or goes on with another batch; one without a backward pass is left behind.
+
+        Args:
+            step: its number.
+            gradients_only: whether nothing but the size of the parameter gradients is read.
+        """
         if self._start(step):
+            self.gradients_only = gradients_only
             self._signals.drop()
             if not self._layers.covers(self._model):  # layers were added or replaced in the run
                 self._look_at_model({"signals": self._signals.state_dict(), "spectra": self._spectra.state_dict()})
-            self._gradients = GradientProbe(self._layers, self._transfer)
-        self._signals.start_batch()
+            self._gradients = GradientProbe(self._layers, self._transfer, only_size=gradients_only)
+        if not self.gradients_only:
+            self._signals.start_batch()
 
     def start_muted(self, step: int) -> None:
         """The same on a rank that has failed: at the end of the step the others are met."""
@@ -157,7 +167,8 @@ class Sampler:
 
     def before_backward(self) -> None:
         """A forward pass is over."""
-        self._signals.before_backward()
+        if not self.gradients_only:
+            self._signals.before_backward()
 
     def after_backward(self, more_to_come: bool, scale: Tensor | None = None) -> None:
         """A backward pass is over.
@@ -167,6 +178,8 @@ class Sampler:
             scale: the factor of the gradient scaler that it was made with.
         """
         self.backwards += 1
+        if self.gradients_only:
+            return
         self._signals.after_backward(scale)
         if more_to_come:
             self._signals.next_forward()
@@ -183,6 +196,7 @@ class Sampler:
         self._read.append(key)
         return True
 
+    @paused_collector()
     def read_gradients(self, optimizer: torch.optim.Optimizer, scale: Tensor | None, factor: float, raw: bool) -> None:
         """Reads the gradients that an optimizer is about to use.
 
@@ -202,9 +216,10 @@ class Sampler:
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         self._gradients.measure(self._read.index(id(optimizer)), parameters, multiplier)
 
+    @paused_collector()
     def after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Reads what the step of an optimizer changed."""
-        if not self._measures_gradients or id(optimizer) not in self._read:
+        if not self._measures_gradients or self.gradients_only or id(optimizer) not in self._read:
             return
         self._gradients.after_step(
             self._read.index(id(optimizer)), gradients_changed=self._closures.get(id(optimizer), 1) > 1
@@ -222,6 +237,8 @@ class Sampler:
         """
         in_vain = needs_backward and not self.batch_had_backward
         self._in_batch = False
+        if self.gradients_only:
+            return
         self._signals.after_backward()
         if in_vain:
             self._signals.forget_batch()
@@ -247,6 +264,7 @@ class Sampler:
 
     # -- after it ---------------------------------------------------------------------------------------------------
 
+    @paused_collector()
     def finish(
         self,
         scalars: Mapping[str, float],
@@ -274,7 +292,7 @@ class Sampler:
         try:
             self._signals.finish()
             self._gradients.finish()
-            if self._measures_gradients:
+            if self._measures_gradients and not self.gradients_only:
                 self._spectra.measure()
             if self._scale is not None:
                 self._transfer.put("loss scale", self._scale.reshape(1))
@@ -288,19 +306,18 @@ class Sampler:
                 self.report_failure()
             raise
         scale = float(host["loss scale"][0]) if "loss scale" in host else math.nan
-        signals = self._signals.collect(host, self._multiplier)
         layers = self._gradients.collect(host, scaled=not math.isnan(scale))
-        self._history.add_points(list(signals.points))
-        executed = [point.module for point in self._history.points if point.is_layer]
-        present = self._layers.in_order(executed)
-        gone = [name for name in self._history.layers if not self._layers.is_layer(name)]
-        self._history.layer_axis.reorder([*present, *gone])
-        values = columns({point.name: found for point, found in signals.points.items()}, self._history.point_axis)
+        signals = Signals() if self.gradients_only else self._signals.collect(host, self._multiplier)
+        if not self.gradients_only:
+            self._take_names(signals)
+        names = [point.name for point in signals.order]
+        values = full_columns(names, signals.columns, self._history.point_axis)
         values |= columns(layers, self._history.layer_axis)
         if signals.input_rms.size:
             self._history.add_features(len(signals.input_rms))
             values["input_rms"] = signals.input_rms
-        values |= columns(self._spectra.collect(host), self._history.layer_axis)
+        if not self.gradients_only:
+            values |= columns(self._spectra.collect(host), self._history.layer_axis)
         losses = self._losses.by_step(host.get("losses", _NONE), self._transfer.topology.ranks)
         clip_factor = self._gradients.clip_factor(host, self._multiplier) if sees_clipping else math.nan
         found = {**scalars, **totals(layers, clip_factor, self._history.scalar("clip_factor"), scale)}
@@ -313,7 +330,15 @@ class Sampler:
             histograms=self._gradients.histograms(host, self._history.layers),
             losses=losses,
             calls={name: evenly(calls) for name, calls in signals.calls.items()},
+            gradients_only=self.gradients_only,
         )
+
+    def _take_names(self, signals: Signals) -> None:
+        self._history.add_points(signals.order)
+        executed = [point.module for point in self._history.points if point.is_layer]
+        present = self._layers.in_order(executed)
+        gone = [name for name in self._history.layers if not self._layers.is_layer(name)]
+        self._history.layer_axis.reorder([*present, *gone])
 
     def report_failure(self) -> None:
         """Takes part in the collective of this sample with nothing but the news that this rank has failed."""

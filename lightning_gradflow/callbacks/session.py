@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_gradflow.callbacks.base import Monitor
 
 MONITOR = "the monitor"
+_SIGNAL_INTERVAL = 20  # steps at least
 _DEAD_WINDOW = 3  # samples, as SaturationMonitor has it, where none is among the monitors
 
 
@@ -153,9 +154,9 @@ class Session:
         step = trainer_facts.logged_step(trainer)
         if len(self.recorder.history) and step < self.recorder.history.steps[-1]:
             self._start_anew()
-        asked = [part.every_n_steps for part in self._parts if part.every_n_steps is not None]
-        asked += [monitor.every_n_steps for monitor in self.monitors if monitor.every_n_steps is not None]
-        interval = min(asked, default=trainer_facts.logging_interval(trainer))
+        interval, gradients_interval = self._intervals(trainer_facts.logging_interval(trainer))
+        if gradients_interval < interval:
+            self.recorder.expect_gradients_only()
         sampler = Sampler(
             module,
             self.recorder.history,
@@ -168,7 +169,7 @@ class Session:
         explains = any(part.explains_plateaus for part in self._parts) and not is_sharded and topology.model == 1
         plateaus = [detector for detector in self._detectors if isinstance(detector, LossPlateau)]
         why = Why(
-            self.recorder.history,
+            self.recorder.judged,
             self._border,
             is_able=explains and is_able(trainer, module),
             suspects=lambda history: any(plateau.suspects(history) for plateau in plateaus),
@@ -177,6 +178,7 @@ class Session:
         self._steps = Steps(
             sampler,
             Cadence(interval),
+            gradients_interval,
             self._validation,
             why,
             train_loss=self._named("train_loss"),
@@ -195,6 +197,17 @@ class Session:
             self._border.tell(
                 "lightning_gradflow: the model has no trainable parameters, so there is nothing to watch."
             )
+
+    def _intervals(self, of_logger: int) -> tuple[int, int]:
+        """Steps between two samples, and between two readings of the gradients alone."""
+        monitors = [*self._parts, *self.monitors]
+        asked = [n for monitor in monitors if (n := monitor.every_n_steps) is not None]
+        of_signal = [n for monitor in monitors if (n := monitor.signal_every_n_steps) is not None]
+        if not asked and not of_signal:
+            return of_logger, of_logger
+        finest = min(asked + of_signal)
+        # where nobody says: a sample costs a sixth of a step, which is then below one in a hundred
+        return min(of_signal, default=finest * -(-_SIGNAL_INTERVAL // finest)), finest
 
     def _begin_treating(self, treating: Treating, trainer: Trainer, module: LightningModule, is_sharded: bool) -> None:
         def begin() -> None:
@@ -287,7 +300,7 @@ class Session:
             self._border.switch_off(MITIGATOR, "the ranks do not find the same")
         step = trainer_facts.logged_step(trainer)  # loggers are told in order, and a sample may take several steps
         self.recorder.add(row, step, trainer_facts.progress(trainer, step))
-        if treating is not None:
+        if treating is not None and not row.gradients_only:
             if not sampler.is_alone:
                 self._act(treating, trainer, module)
             self._border.run(MITIGATOR, treating.decide, trainer, module, default=None)

@@ -28,6 +28,7 @@ class Steps:
     Args:
         sampler: makes the rows.
         cadence: which steps are sampled.
+        gradients_interval: steps between two samples of the parameter gradients alone, where no other is due.
         validation: takes the validation loss.
         why: keeps batches where a plateau is to be explained.
         train_loss: name under which the training loss is logged; None for the one that is returned or found.
@@ -40,6 +41,7 @@ class Steps:
         self,
         sampler: Sampler,
         cadence: Cadence,
+        gradients_interval: int,
         validation: ValidationLoss,
         why: Why,
         *,
@@ -50,6 +52,7 @@ class Steps:
     ) -> None:
         self.sampler = sampler
         self._cadence = cadence
+        self._gradients_interval = gradients_interval
         self._validation = validation
         self._why = why
         self._train_loss = train_loss
@@ -66,16 +69,19 @@ class Steps:
             self._why.batch_start(trainer_facts.logged_step(trainer), batch, batch_idx)
         step = self._due_step(trainer)
         if step is not None:
-            self.sampler.start_batch(step)
+            self.sampler.start_batch(step, gradients_only=not self._is_due_as_a_whole(step))
 
     def _due_step(self, trainer: Trainer) -> int | None:
         """The step of the batch that starts, if it is part of a sample."""
         if trainer_facts.skips_backward(trainer):
             return None
         step = trainer_facts.logged_step(trainer)
-        is_due = self._cadence.is_due(step) or self._why.is_ready
+        is_due = self._is_due_as_a_whole(step) or step % self._gradients_interval == 0
         is_due = self.sampler.is_open or (is_due and step > self.sampler.last_step)
         return step if is_due else None
+
+    def _is_due_as_a_whole(self, step: int) -> bool:
+        return self._cadence.is_due(step) or self._why.is_ready
 
     def before_backward(self) -> None:
         """Ends the observation of a forward pass."""
@@ -111,7 +117,7 @@ class Steps:
 
     def await_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Reads what the step will have changed, after remedies that have put back what they do for its time."""
-        is_read, self._is_read = self._is_read, False
+        is_read, self._is_read = self._is_read and not self.sampler.gradients_only, False
         # what only wraps an optimizer may have no hooks
         if is_read and hasattr(optimizer, "_optimizer_step_post_hooks") and id(optimizer) not in self._step_hooks:
             self._step_hooks[id(optimizer)] = optimizer.register_step_post_hook(
@@ -176,7 +182,7 @@ class Steps:
                 return None
         if loss is None:
             self._take_logged_loss(trainer, step)
-        if not module.automatic_optimization and sampler.step is not None:
+        if not module.automatic_optimization and sampler.step is not None and not sampler.gradients_only:
             read = [i for i, optimizer in enumerate(trainer.optimizers) if id(optimizer) in sampler.stepped]
             self._cadence.sampled(sampler.step, range(len(trainer.optimizers)), read)
         # there is no hook before self.clip_gradients: what is read is what the optimizer gets

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import pickle
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_gradflow.border import Border
 from lightning_gradflow.callbacks import trainer_facts
-from lightning_gradflow.callbacks.copies import apart, can_rehearse, check_memory, copy_of, quiet_copy, step_of
+from lightning_gradflow.callbacks.copies import can_rehearse, copy_of
+from lightning_gradflow.callbacks.rehearsal import rehearsal, shared, unsharded
+from lightning_gradflow.callbacks.together import ApartError, Together
+from lightning_gradflow.callbacks.unsharded import as_parts
 from lightning_gradflow.findings import Action
 from lightning_gradflow.recorder import Recorder
 from lightning_gradflow.remedies.snapshot import size
-from lightning_gradflow.remedies.training import Rehearsal, RehearsalError, Training, of_one_process
+from lightning_gradflow.remedies.training import Training, of_one_process
 from lightning_gradflow.remedies.trial import Decision, Mitigation
 from lightning_gradflow.sinks.words import action_line
 
@@ -35,7 +37,8 @@ class Treating:
     """Drives a `Mitigation` in a fit.
 
     With several ranks a decision waits for the next sample, in which all ranks are known to have decided the same. They
-    then act on the batch of rank zero, with the same random numbers, and take over its weights.
+    then act on the batch of rank zero, with the same random numbers, and take over its weights. Where FSDP2 has spread
+    the parameters, each rank puts them together in a copy, and what comes of it is written into the parts.
 
     Args:
         mitigation: decides and acts.
@@ -74,7 +77,7 @@ class Treating:
                 f"lightning_gradflow: to be able to go back, the mitigator keeps up to {needs / 2**30:.1f} GiB of "
                 "copies of weights and optimizer states in the memory of the host."
             )
-        self._mitigation.start(self._training(trainer, module, rehearse=None))
+        self._mitigation.start(self._training(trainer, module))
 
     def batch_start(self, batch: Any, batch_idx: int) -> None:
         """Copies a batch of a sample, before the training step may change it in place."""
@@ -107,15 +110,15 @@ class Treating:
         batch, self._batch = self._batch, None
         if decision is None:
             return
-        rehearse = self._rehearsal(trainer, module, batch) if decision.what == "act" else None
-        training = self._training(trainer, module, rehearse)
+        together = Together(trainer.strategy.root_device, trainer.world_size)
+        training = self._treatable(trainer, module, batch if decision.what == "act" else None, together)
         action, error = None, None
         try:
             action = self._mitigation.carry_out(decision, training)
         except Exception as raised:
             error = raised
         if trainer.world_size > 1:
-            error = self._even_out(training, action, error, trainer.strategy.root_device)
+            error = self._even_out(training, action, error, together)
         if error is not None:
             self._mitigation.undo(training)
             raise error
@@ -125,9 +128,9 @@ class Treating:
 
     def decide(self, trainer: Trainer, module: LightningModule) -> None:
         """Looks at the newest row."""
-        said, history = self._recorder.said, self._recorder.history
+        said, history = self._recorder.said, self._recorder.judged
         step = trainer_facts.logged_step(trainer)
-        self._mitigation.keep_good(said, self._training(trainer, module, rehearse=None))
+        self._mitigation.keep_good(said, self._training(trainer, module))
         self._decision = self._mitigation.decide(said, history, trainer_facts.progress(trainer, step))
         is_remedy = any(action.kind == "clip" for action in self._mitigation.actions)
         for said_once in (self._mitigation.clipping_advice if is_remedy else "", self._mitigation.forbidden):
@@ -140,77 +143,56 @@ class Treating:
         self._batch = self._decision = None
         self._mitigation.end()
 
-    def _training(self, trainer: Trainer, module: LightningModule, rehearse: Rehearsal | None) -> Training:
-        history = self._recorder.history
+    def _training(self, trainer: Trainer, module: LightningModule) -> Training:
+        """The run as it is now."""
+        if self._is_sharded:
+            as_parts(module)
+        history = self._recorder.judged
         # the rest is the same on all ranks: they rehearse with the same batch
         averaged = _mean_over_ranks if self._is_sharded and trainer.world_size > 1 else of_one_process
-        return Training(module, trainer.optimizers, history, rehearse, averaged, seed=len(history))
+        return Training(module, trainer.optimizers, history, averaged=averaged, seed=len(history))
 
-    def _rehearsal(self, trainer: Trainer, module: LightningModule, given: tuple[Any, int] | None) -> Rehearsal | None:
-        if given is None or self._is_sharded or not can_rehearse(module):
-            return None
-        shared = [_shareable(given)] if trainer.world_size > 1 else [given]
-        if trainer.world_size > 1:
-            dist.broadcast_object_list(shared, src=0)
-        batch = _moved(shared[0], module.device)
-        if batch is None:
-            return None
+    def _treatable(
+        self, trainer: Trainer, module: LightningModule, batch: tuple[Any, int] | None, together: Together
+    ) -> Training:
+        """The run as it is now, which can be rehearsed if there is a batch of it."""
+        training = self._training(trainer, module)
+        if self._is_sharded and trainer.world_size > 1:
 
-        @contextmanager
-        def rehearse() -> Iterator[tuple[nn.Module, Callable[[], None]]]:
-            try:
-                check_memory(module, copies=2)
-            except MemoryError as error:
-                raise RehearsalError(str(error)) from error
-            with apart(module), self._no_step(trainer):
-                try:
-                    (twin,) = quiet_copy(trainer, module)
-                except Exception as error:
-                    raise RehearsalError(f"the model can't be copied: {error}") from error
-                step = step_of(trainer, twin, *batch)
+            def averaged(values: Tensor) -> Tensor:
+                together.agree("a mean")
+                return _mean_over_ranks(values)
 
-                def run() -> None:
-                    try:
-                        step()
-                    except Exception as error:
-                        raise RehearsalError(f"the training step failed on a copy: {error}") from error
-
-                yield twin, run
-
-        return rehearse
-
-    @contextmanager
-    def _no_step(self, trainer: Trainer) -> Iterator[None]:
-        """A training step that gets at the run's own optimizers, past `self.optimizers()`, can't step with them."""
-
-        def refuse(*_: Any) -> None:
-            raise RuntimeError("it steps with the optimizers of the Trainer")
-
-        own = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "register_step_pre_hook")]
-        hooks = [optimizer.register_step_pre_hook(refuse) for optimizer in own]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self._mitigation.batch_end()  # the step that was refused had begun
+            training = replace(training, averaged=averaged)
+        given = shared(trainer, batch) if batch is not None and can_rehearse(module) else None
+        if given is None:
+            return training
+        over = self._mitigation.batch_end  # the step that was refused had begun
+        if not self._is_sharded:
+            return replace(training, rehearse=rehearsal(trainer, module, given, over))
+        tell = self._border.tell
+        opened = partial(unsharded, training, trainer, module, given, over, together, tell)
+        return replace(training, unsharded=opened)
 
     def _even_out(
-        self, training: Training, action: Action | None, error: Exception | None, device: torch.device
+        self, training: Training, action: Action | None, error: Exception | None, together: Together
     ) -> Exception | None:
         """Lets all ranks go on from the same weights; gives the error of this rank, or of having done otherwise."""
-        done = (action.kind, action.layers, action.outcome) if action is not None else None
-        digest = zlib.crc32(repr(done).encode()) if error is None else -1
-        extremes = torch.tensor([digest, -digest], device=device)
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        largest, smallest = extremes.tolist()
-        if error is None and largest != -smallest:
-            error = RuntimeError("a remedy failed on another rank, or did something else there")
-        if error is None and action is not None and not self._is_sharded:
+        if error is not None:
+            together.fail()
+            return error
+        done = None
+        if action is not None:
+            done = (action.kind, action.layers, action.outcome, sorted(action.before), sorted(action.after))
+        try:
+            together.agree(repr(done))
+        except ApartError as apart:
+            return apart
+        if action is not None and not self._is_sharded:
             # the same arithmetic on the same batch: what is left to even out is the rounding of unlike machines
             for parameter in training.model.parameters():
                 dist.broadcast(parameter.detach(), src=0)
-        return error
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What is in force and on trial."""
@@ -225,17 +207,3 @@ def _mean_over_ranks(values: Tensor) -> Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
-
-
-def _shareable(batch: Any) -> Any:
-    """The batch on the CPU; None where it can't be sent to other ranks."""
-    moved = _moved(batch, torch.device("cpu"))
-    try:
-        pickle.dumps(moved)
-    except Exception:
-        return None
-    return moved
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    return move_data_to_device(batch, device)

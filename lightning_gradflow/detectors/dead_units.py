@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped, offending_features
+from lightning_gradflow.detectors.known import newest_known
 from lightning_gradflow.detectors.onset import has_moved, loss_rose, weight_growth
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import Floats, History
+from lightning_gradflow.history import History, Ints
+
+Bools = npt.NDArray[np.bool_]
 
 _CUT_SAMPLES = 3  # at the edge of death a unit fires in one batch and not in the next
 _MAX_PASSED = 0.01  # of the gradient: a smooth rectifier passes a little on where it is flat
@@ -83,8 +87,10 @@ class DeadUnits:
         worst = float(dead.max())
         if worst < self.noted_dead:
             return []
-        alive = {int(i): _last_alive(table[:, i], silent[:, i]) for i in np.flatnonzero(dead >= self.max_dead)}
-        alarms = [i for i, row in alive.items() if self._is_alarm(history, i, row)]
+        last = _last_alive(history)
+        alive = {int(i): int(last[i]) if last[i] >= 0 else None for i in np.flatnonzero(dead >= self.max_dead)}
+        stops = _cuts(history) | _nothing_lives(history)
+        alarms = [i for i, row in alive.items() if self._is_alarm(history, bool(stops[i]), row)]
         limit = self.max_dead if alive else self.noted_dead
         over = [int(i) for i in np.argsort(-dead, kind="stable") if dead[i] >= limit]
         first = alarms[0] if alarms else over[0]
@@ -105,49 +111,56 @@ class DeadUnits:
             )
         ]
 
-    def _is_alarm(self, history: History, at: int, alive: int | None) -> bool:
-        """Whether the dead activation `at` stops the training; `alive` is the last row in which it was not dead."""
+    def _is_alarm(self, history: History, stops: bool, alive: int | None) -> bool:
+        """Whether a dead activation stops the training.
+
+        Args:
+            history: where to read.
+            stops: whether it is seen to let nothing through.
+            alive: the last row in which it was not dead.
+        """
         step = history.rows[-1].step
         if alive is not None and loss_rose(history, alive):
             return True
         if alive is not None and history.steps[alive] < _EARLY and step < _PATIENCE:
             return True
-        return not has_learnt(history) and (step >= _PATIENCE or _cuts(history, at) or _nothing_lives(history, at))
+        return not has_learnt(history) and (step >= _PATIENCE or stops)
 
 
 def mostly_dead(history: History, max_dead: float = 0.9) -> bool:
     """Whether the last sample that tells has an activation with so many dead units."""
-    table = history["dead_fraction"]
-    known = [row for row in table if not np.isnan(row).all()] if table.size else []
-    return bool(known) and bool(np.nanmax(known[-1]) >= max_dead)
+    newest = newest_known(history, "dead_fraction")
+    return newest is not None and bool(np.nanmax(newest) >= max_dead)
 
 
-def _last_alive(dead: Floats, silent: Floats) -> int | None:
-    """The last row in which enough units of an activation fired; None if there was none."""
-    # of a few inputs alone nothing can be said: there the window has to tell
-    shares = np.where(np.isnan(silent), dead, silent)
-    rows = np.flatnonzero(shares <= 1 - _MIN_ALIVE)
-    return int(rows[-1]) if rows.size else None
+def _last_alive(history: History) -> Ints:
+    """(P,) the last row in which enough units of an activation fired; -1 if there was none."""
+    dead, silent = history["dead_fraction"], history["silent_fraction"]
+
+    def find(start: int) -> Ints:
+        # of a few inputs alone nothing can be said: there the window has to tell
+        fired = np.where(np.isnan(silent[start:]), dead[start:], silent[start:]) <= 1 - _MIN_ALIVE
+        return np.where(fired.any(axis=0), len(dead) - 1 - np.argmax(fired[::-1], axis=0), -1)
+
+    return history.facts.so_far("last alive", len(dead), find, np.maximum)
 
 
-def _cuts(history: History, at: int) -> bool:
-    """Whether in each recent sample next to no gradient got past the activation `at` to any layer before it."""
-    deltas = history["delta_norm"][-_CUT_SAMPLES:, : at + 1]
-    before = deltas[:, :at]
-    if not at or np.isnan(before).all(axis=1).any():
-        return False
-    passed = np.nanmax(before, axis=1)
-    return bool((deltas[:, at] > 0).all() and (passed <= _MAX_PASSED * deltas[:, at]).all())
+def _cuts(history: History) -> Bools:
+    """(P,) whether in each recent sample next to no gradient got past an activation to any layer before it."""
+    deltas = history["delta_norm"][-_CUT_SAMPLES:]
+    passed = np.full_like(deltas, np.nan)  # NaN where nothing was measured before
+    passed[:, 1:] = np.fmax.accumulate(deltas, axis=1)[:, :-1]
+    return np.asarray(((deltas > 0) & (passed <= _MAX_PASSED * deltas)).all(axis=0))
 
 
-def _nothing_lives(history: History, at: int) -> bool:
-    """Whether in each recent sample every unit of every activation was silent: no way leads around them."""
+def _nothing_lives(history: History) -> Bools:
+    """(P,) the activations, if in each recent sample every unit of all was silent: no way leads around them."""
     dead = history["dead_fraction"][-1]
     silent = history["silent_fraction"][-_CUT_SAMPLES:]
     known = ~np.isnan(dead)
-    if len(silent) < _CUT_SAMPLES or not (dead[known] == 1).all() or not known[at]:
-        return False
-    return bool((np.nan_to_num(silent[:, known], nan=1.0) == 1).all())
+    if len(silent) < _CUT_SAMPLES or not (dead[known] == 1).all():
+        return np.zeros_like(known)
+    return np.asarray(known & bool((np.nan_to_num(silent[:, known], nan=1.0) == 1).all()))
 
 
 def _cause(history: History, at: int, alive: int | None, cause: str) -> str:

@@ -176,7 +176,8 @@ def is_evened_out(history: History, layers: Sequence[str]) -> bool:
 
     Seen from the updates of the last step that made any; where none were measured, from the kind of the optimizer.
     """
-    mine = np.array([name in layers for name in history.layers], dtype=bool)
+    chosen = set(layers)
+    mine = np.array([name in chosen for name in history.layers], dtype=bool)
     for ratios in history["update_ratio"][::-1]:
         known = np.isfinite(ratios)
         if not (known & mine).any() or not (known & ~mine).any() or not np.nanmax(ratios[known]) > 0:

@@ -11,6 +11,7 @@ import numpy as np
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.decay import is_evened_out
 from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped, offending_features
+from lightning_gradflow.detectors.known import skipped_rows
 from lightning_gradflow.detectors.profile import depth_profile, in_order, is_skipped, recent_profiles
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
@@ -129,8 +130,10 @@ class ExplodingGradient:
 
     def _at_start(self, history: History) -> list[Finding]:
         """Outputs that no initialisation is meant to give: the loss spends the run on its way down from there."""
+        if not 0 < len(history) <= _AT_START:
+            return []
         profile = depth_profile(history, 0)
-        if profile is None or len(history) > _AT_START:
+        if profile is None:
             return []
         first, order = history.rows[0], history.point_axis.order
         rms, share = (in_order(first.values.get(name, _NOTHING), order) for name in ("output_rms", "output_spread"))
@@ -199,7 +202,7 @@ class ExplodingGradient:
 
     def _in_time(self, history: History) -> list[Finding]:
         total, loss = history.scalar("grad_norm_total"), history.scalar("loss")
-        known = np.isfinite(total) & ~np.array([is_skipped(row) for row in history.rows], dtype=bool)
+        known = np.isfinite(total) & ~skipped_rows(history)
         total, loss = total[known], loss[known]
         if len(total) < _MIN_PAST + 2 or not known[-1]:
             return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lightning_gradflow.detectors.known import first_values, known_rows, layer_mask, newest_known
 from lightning_gradflow.history import Floats, History
 
 _MAX_RMS = 10.0  # initialisations are made for 1; up to about 10 the first steps of the training make up for it
@@ -82,11 +83,21 @@ def inputs_jumped(history: History) -> bool:
         >>> inputs_jumped(history)
         True
     """
-    table = history["input_rms"]
-    known = np.array([row for row in table if not np.isnan(row).all()])
-    if len(known) < 2:
+    return history.facts.of_now("inputs jumped", lambda: _inputs_jumped(history))
+
+
+def _inputs_jumped(history: History) -> bool:
+    table, known = history["input_rms"], known_rows(history, "input_rms")
+
+    def find(start: int) -> Floats:
+        sizes = np.full(len(table) - start, np.nan)
+        rows = known[start:]
+        sizes[rows] = np.sqrt(np.nanmean(np.square(table[start:][rows]), axis=1))
+        return sizes
+
+    if known.sum() < 2:
         return False
-    sizes = np.sqrt(np.nanmean(np.square(known), axis=1))
+    sizes = history.facts.of_rows("input sizes", len(table), find)[known]
     backs = range(1, min(_LOOK_BACK, len(sizes) - 1) + 1)
     return any(bool(sizes[-back:].min() > _JUMP * float(np.median(sizes[:-back])) > 0) for back in backs)
 
@@ -98,16 +109,12 @@ def is_measured(history: History) -> bool:
 
 def _sizes(history: History) -> Floats:
     """(F,) rms of each column in the newest row that has it; (0,) where none has."""
-    table = history["input_rms"]
-    known = [row for row in table if not np.isnan(row).all()]
-    return known[-1] if known else np.empty(0)
+    newest = newest_known(history, "input_rms")
+    return np.empty(0) if newest is None else newest
 
 
 def _is_absorbed(history: History) -> bool:
     """Whether the first layer's output is of the usual size in the first sample."""
-    first = next((i for i, point in enumerate(history.points) if point.is_layer), None)
-    if first is None:
-        return False
-    sizes = history["output_rms"][:, first]
-    known = sizes[~np.isnan(sizes)]
-    return bool(known.size) and bool(known[0] <= _NORMALISED)
+    layers = np.flatnonzero(layer_mask(history))
+    # NaN where it was not measured
+    return bool(layers.size) and bool(first_values(history, "output_rms")[layers[0]] <= _NORMALISED)

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lightning_gradflow.detectors.known import how_often_known, is_always, known_rows, layer_mask, newest_values
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.underflow import recent_underflow
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import Floats, History
+from lightning_gradflow.history import History
+
+Bools = npt.NDArray[np.bool_]
 
 _MIN_SAMPLES = 2
 _MIN_ZEROS = 3  # samples: what starts at zero, as a branch with a zero scale, lets gradients through from the second on
@@ -57,31 +60,30 @@ class NoGradient:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one: the detached layers, else the unused ones."""
-        missing = history["grad_missing_fraction"]
-        if not missing.size:
+        if not history["grad_missing_fraction"].size:
             return []
-        held = ~np.isnan(missing)
-        never = (held.sum(axis=0) >= _MIN_SAMPLES) & ((missing == 1) | ~held).all(axis=0)
+        held = how_often_known(history, "grad_missing_fraction")
+        never = (held >= _MIN_SAMPLES) & is_always(history, "grad_missing_fraction", 1)
+        zeros = _held_zeros(history)
+        flat = zeros & _are_in(history, _before_what_is_reached(history)) if zeros.any() else zeros
+        cut = never & _are_in(history, _before_the_cut(history)) if never.any() else never
         names = np.array(history.layers)
-        cut = np.isin(names, _before_the_cut(history))
-        flat = _held_zeros(history) & np.isin(names, _before_what_is_reached(history))
-        detached, unused = names[(never & cut) | flat], names[never | _always_zero(history)]
+        detached, unused = names[cut | flat], names[never | _always_zero(history)]
         if detached.size:
             return [_finding(history, Severity.WARNING, "detached", detached)]
         # a network of which the larger part takes no part in the loss, and which does not learn, was not meant so
-        most = 2 * never.sum() > held.any(axis=0).sum() and _in_vain(history)
+        most = 2 * never.sum() > (held > 0).sum() and _in_vain(history)
         severity = Severity.WARNING if most else Severity.INFO
         return [_finding(history, severity, "unused", unused)] if unused.size else []
 
 
 def _before_the_cut(history: History) -> list[str]:
     """The layers that were in the graph, and behind which the first layer that is reached starts a new one."""
-    reached = history["delta_norm"]
-    if not reached.size:
+    if not history["delta_norm"].size:
         return []
-    is_layer = np.array([point.is_layer for point in history.points], dtype=bool)
-    ever = (~np.isnan(reached)).any(axis=0) & is_layer
-    cut, in_graph = _newest(history["input_detached"]), _newest(history["in_graph"])
+    is_layer = layer_mask(history)
+    ever = (how_often_known(history, "delta_norm") > 0) & is_layer
+    cut, in_graph = newest_values(history, "input_detached"), newest_values(history, "in_graph")
     if not ever.any():
         return []
     first = int(np.argmax(ever))
@@ -96,14 +98,13 @@ def _in_vain(history: History) -> bool:
 
 def _before_what_is_reached(history: History) -> list[str]:
     """The layers of a trunk that got exact zeros in each sample, while the layers behind it were trained."""
-    deltas = history["delta_norm"]
-    deltas = deltas[~np.isnan(deltas).all(axis=1)]
-    if len(deltas) < _MIN_ZEROS or not np.isfinite(history.scalar("delta_floor")[-1]):
+    deltas, known = history["delta_norm"], known_rows(history, "delta_norm")
+    if known.sum() < _MIN_ZEROS or not np.isfinite(history.scalar("delta_floor")[-1]):
         return []
-    alive = np.nan_to_num(deltas) > 0
-    first = int(np.argmax(alive.any(axis=0)))
-    moved = np.nan_to_num(history["update_norm"]).max(axis=1, initial=0.0) > 0
-    if not alive[:, first].all() or moved[:-1].sum() < _MIN_ZEROS - 1 or recent_underflow(history) is not None:
+    first = int(np.argmax(_ever_alive(history)))
+    if not (deltas[known, first] > 0).all() or _moved(history)[:-1].sum() < _MIN_ZEROS - 1:
+        return []
+    if recent_underflow(history) is not None:
         return []
     flat = np.fmax(history["dead_fraction"][-1], history["saturated_fraction"][-1])[: first + 1]
     if (np.nan_to_num(flat) >= _FLAT).any():
@@ -111,28 +112,37 @@ def _before_what_is_reached(history: History) -> list[str]:
     return [point.module for point in history.points[:first] if point.is_layer]
 
 
-def _held_zeros(history: History) -> npt.NDArray[np.bool_]:
+def _held_zeros(history: History) -> Bools:
     """(L,) layers with a gradient in each sample that was never anything but zero."""
-    norms = history["grad_norm"]
-    zero = norms == 0
-    return np.asarray((zero.sum(axis=0) >= _MIN_ZEROS) & (zero | np.isnan(norms)).all(axis=0))
+    return np.asarray((how_often_known(history, "grad_norm") >= _MIN_ZEROS) & is_always(history, "grad_norm", 0))
 
 
-def _newest(table: Floats) -> Floats:
-    """(R, P) -> (P,) the last value that was measured."""
-    newest = np.full(table.shape[1], np.nan)
-    for row in table:
-        newest = np.where(np.isnan(row), newest, row)
-    return newest
+def _ever_alive(history: History) -> Bools:
+    """(P,) the points at which the delta was above zero in some row."""
+    deltas = history["delta_norm"]
+    return history.facts.so_far(
+        "ever alive", len(deltas), lambda start: np.asarray((deltas[start:] > 0).any(axis=0)), np.logical_or
+    )
 
 
-def _always_zero(history: History) -> npt.NDArray[np.bool_]:
-    norms = history["grad_norm"]
-    known = ~np.isnan(norms)
-    zero = known.any(axis=0) & ((norms == 0) | ~known).all(axis=0)
+def _moved(history: History) -> Bools:
+    """(R,) the rows in which an update was above zero."""
+    updates = history["update_norm"]
+    return history.facts.of_rows("moved", len(updates), lambda start: np.asarray((updates[start:] > 0).any(axis=1)))
+
+
+def _are_in(history: History, names: list[str]) -> Bools:
+    """(L,) the layers that are among the names."""
+    chosen = set(names)
+    return np.array([name in chosen for name in history.layers], dtype=bool)
+
+
+def _always_zero(history: History) -> Bools:
+    known = how_often_known(history, "grad_norm") > 0
+    zero = known & is_always(history, "grad_norm", 0)
     # where most have none something else is wrong, and other detectors tell
     is_old = history.rows[-1].step - history.rows[0].step >= _PATIENCE
-    is_odd = bool(2 * zero.sum() < known.any(axis=0).sum())
+    is_odd = bool(2 * zero.sum() < known.sum())
     return np.asarray(zero & (is_old and is_odd))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped
@@ -70,9 +71,7 @@ class NonfiniteGradient:
         fractions = history["grad_nonfinite_fraction"]
         if not fractions.size:
             return []
-        broken = np.asarray((fractions > 0).any(axis=1))
-        # a rectifier may turn NaN into zero on the way back: the gradients are finite, and worth nothing
-        broken |= np.array([_mostly_nonfinite(row.losses) for row in history.rows])
+        broken = history.facts.of_rows("broken", len(history), lambda start: _broken(history, start))
         row = history.rows[-1]
         if not broken[-1]:
             spoilt = np.isposinf(history["update_norm"][-1])
@@ -101,6 +100,13 @@ class NonfiniteGradient:
         if math.isnan(scale) or row.scalars.get("step_skipped") == 0 or _mostly_nonfinite(row.losses):
             return False  # no scaler, or one that let the step through, or a loss that it cannot mend
         return scale >= self.min_scale or not was_broken
+
+
+def _broken(history: History, start: int) -> npt.NDArray[np.bool_]:
+    """(R,) the rows from one on in which the gradients are not finite, or most of the losses."""
+    broken = np.asarray((history["grad_nonfinite_fraction"][start:] > 0).any(axis=1))
+    # a rectifier may turn NaN into zero on the way back: the gradients are finite, and worth nothing
+    return np.asarray(broken | [_mostly_nonfinite(row.losses) for row in history.rows[start:]], dtype=bool)
 
 
 def _where(history: History, fractions: Floats) -> tuple[str, list[str]]:

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from lightning_gradflow.detectors.known import columns_of_layers, layer_mask
 from lightning_gradflow.history import Floats, History
 
 _BEFORE, _AFTER = 32, 5  # losses that tell where it stood, and where it stands
@@ -36,6 +37,10 @@ def loss_rose(history: History, row: int) -> bool:
         >>> loss_rose(history, 0)
         True
     """
+    return history.facts.of_now(("loss rose", row), lambda: _loss_rose(history, row))
+
+
+def _loss_rose(history: History, row: int) -> bool:
     since = history.steps[row]
     steps, losses = history.loss_steps, history.losses
     before, after = losses[steps <= since][-_BEFORE:], losses[steps > since][-_AFTER:]
@@ -94,5 +99,6 @@ def has_moved(history: History, point: int, row: int) -> bool:
 
 
 def _layer_before(history: History, point: int) -> int | None:
-    before = [p.module for p in history.points[: point + 1] if p.is_layer]
-    return history.layers.index(before[-1]) if before and before[-1] in history.layers else None
+    before = np.flatnonzero(layer_mask(history)[: point + 1])
+    layer = columns_of_layers(history)[before[-1]] if before.size else -1
+    return int(layer) if layer >= 0 else None

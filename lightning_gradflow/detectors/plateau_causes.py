@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_gradflow.detectors.dead_units import mostly_dead
 from lightning_gradflow.detectors.profile import depth_profile
@@ -84,10 +85,17 @@ def _cause_of_blindness(history: History) -> str:
 
 def line_of(history: History) -> dict[str, float]:
     """The numbers of the loss line, of the row that was measured last; empty without one."""
-    for row in reversed(history.rows):
-        if "loss_line" in row.scalars:
-            return {name: row.scalars[name] for name in (*LOSS_LINE, *PAIRING) if name in row.scalars}
-    return {}
+    measured = np.flatnonzero(_has_line(history))
+    scalars = history.rows[measured[-1]].scalars if measured.size else {}
+    return {name: scalars[name] for name in (*LOSS_LINE, *PAIRING) if name in scalars}
+
+
+def _has_line(history: History) -> npt.NDArray[np.bool_]:
+    """(R,) the rows in which the loss line was measured."""
+    rows = history.rows
+    return history.facts.of_rows(
+        "has line", len(rows), lambda start: np.array(["loss_line" in row.scalars for row in rows[start:]], dtype=bool)
+    )
 
 
 def _cause_by_line(history: History) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lightning_gradflow.detectors.known import columns_of_layers
 from lightning_gradflow.detectors.trend import theil_sen
 from lightning_gradflow.history import Floats, History, Point, Row
 
@@ -142,6 +143,8 @@ def recent_profiles(history: History, count: int) -> list[DepthProfile]:
 
 def is_same_pass(one: DepthProfile, other: DepthProfile) -> bool:
     """Whether two backward passes went through the same part of the network: through half of the points or more."""
+    if one.points == other.points:
+        return True
     here, there = set(one.points), set(other.points)
     return 2 * len(here & there) >= max(len(here), len(there))
 
@@ -176,6 +179,10 @@ def depth_profile(history: History, row: int = -1) -> DepthProfile | None:
     if not history.rows or "delta_norm" not in history.rows[row].values:
         return None
     source = history.rows[row]
+    return history.facts.of_row("depth profile", source.step, lambda: _depth_profile(history, source))
+
+
+def _depth_profile(history: History, source: Row) -> DepthProfile | None:
     order = history.point_axis.order
     deltas = in_order(source.values["delta_norm"], order)
     passes = in_order(source.values.get("backward_pass", np.zeros(len(order))), order)
@@ -184,7 +191,7 @@ def depth_profile(history: History, row: int = -1) -> DepthProfile | None:
         return None
     numbers, counts = np.unique(passes[measured], return_counts=True)
     chosen = measured & (passes == numbers[np.argmax(counts)])
-    points = tuple(point for point, keep in zip(history.points, chosen, strict=True) if keep)
+    points = history.points if chosen.all() else tuple(history.points[i] for i in np.flatnonzero(chosen))
     deltas = deltas[chosen]
     headroom = in_order(source.values.get("delta_headroom", np.empty(0)), order)[chosen]
     logs = np.log10(deltas[np.isfinite(deltas) & (deltas > 0)])
@@ -195,9 +202,8 @@ def depth_profile(history: History, row: int = -1) -> DepthProfile | None:
         slope = float(logs[0] - logs[-1]) / (n - 1)
     else:
         slope = -theil_sen(np.arange(n, dtype=np.float64), _without_lone_step(logs))
-    norms_in_order = in_order(source.values.get("spectral_norm", np.empty(0)), history.layer_axis.order)
-    norms = dict(zip(history.layers, norms_in_order, strict=True))
-    spectral = np.array([norms.get(point.module, math.nan) if point.is_layer else math.nan for point in points])
+    norms = in_order(source.values.get("spectral_norm", np.empty(0)), history.layer_axis.order)
+    spectral = np.append(norms, math.nan)[columns_of_layers(history)[chosen]]  # the last one at activations
     return DepthProfile(source.step, points, deltas, slope, slope * (n - 1), headroom, spectral)
 
 

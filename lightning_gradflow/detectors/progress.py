@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from lightning_gradflow.detectors.known import newest_known
 from lightning_gradflow.history import Floats, History
 
 _CLEAR = 2.0  # z score of a fall since the start
@@ -45,6 +46,10 @@ def has_learnt(history: History, min_learnt: float = 0.05, window: int = 200) ->
         >>> has_learnt(history)
         True
     """
+    return history.facts.of_now(("has learnt", min_learnt, window), lambda: _has_learnt(history, min_learnt, window))
+
+
+def _has_learnt(history: History, min_learnt: float, window: int) -> bool:
     steps, losses = history.loss_steps, history.losses
     finite = np.isfinite(losses)
     steps, losses = steps[finite], losses[finite]
@@ -71,11 +76,10 @@ def is_blind(history: History) -> bool:
     Asked of the layers in the second half, in order of execution, so that one that is constant by design (a
     temperature, a position embedding) does not decide. Where nothing was measured it is not.
     """
-    rows = history["output_spread"]
-    known = [row for row in rows if not np.isnan(row).all()]
-    if not known:
+    newest = newest_known(history, "output_spread")
+    if newest is None:
         return False
-    late = known[-1][~np.isnan(known[-1])]
+    late = newest[~np.isnan(newest)]
     return bool(late[len(late) // 2 :].max() < _SAME_OUTPUT)
 
 

@@ -12,7 +12,7 @@ from lightning_gradflow.detectors.profile import in_order, is_skipped
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.trend import mann_kendall, theil_sen
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import Floats, History, Point
+from lightning_gradflow.history import Floats, History, Point, Row
 
 _MIN_STEPS = 8  # what is called fewer times is rather a shared layer than a recurrence
 _MIN_USABLE = 4  # norms that are above zero: a steep decay leaves no more before it underflows
@@ -82,6 +82,13 @@ def time_profile(history: History, point: Point, row: int = -1) -> TimeProfile |
         (0.5, -2.709, 1.443)
     """
     source = history.rows[row]
+    # at every step, those of the longest patience are asked for at each row
+    return history.facts.of_row(
+        ("time profile", point), source.step, lambda: _time_profile(history, point, source), 2 * _MAX_PATIENCE
+    )
+
+
+def _time_profile(history: History, point: Point, source: Row) -> TimeProfile | None:
     norms: Floats = source.calls.get(point.name, np.empty(0))
     if len(norms) < _MIN_STEPS:
         return None
@@ -157,9 +164,10 @@ class RecurrentGradient:
         """The findings of the newest row: at most one that vanishes and one that explodes."""
         if not history.rows or is_skipped(history.rows[-1]):
             return []
-        newest = {
-            point: _profiles(history, point, 2) for point in history.points if point.name in history.rows[-1].calls
-        }
+        called = history.rows[-1].calls
+        newest = (
+            {point: _profiles(history, point, 2) for point in history.points if point.name in called} if called else {}
+        )
         newest = {point: found for point, found in newest.items() if found and found[-1][0] == history.rows[-1].step}
         dying = {
             point: _profiles(history, point)

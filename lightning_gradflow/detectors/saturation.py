@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped, is_measured, offending_features
+from lightning_gradflow.detectors.known import layer_mask
 from lightning_gradflow.detectors.onset import loss_rose, weight_growth
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
@@ -75,29 +76,30 @@ class SaturatedActivation:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        table = np.where(_is_hidden(history), history["saturated_fraction"], np.nan)
-        rows = np.flatnonzero(~np.isnan(table).all(axis=1))
+        table, hidden = history["saturated_fraction"], _is_hidden(history)
+        rows = np.flatnonzero(_known_rows(history, hidden))
         if not rows.size or rows[-1] != len(history) - 1:
             return []
         recent = rows[-self.samples :]
+        shares, early = (np.where(hidden, table[some], np.nan) for some in (recent, rows[: self.samples]))
         gains = _gains(history["delta_norm"][recent])
-        over = np.nan_to_num(table[recent]) >= self.max_saturated
+        over = np.nan_to_num(shares) >= self.max_saturated
         blocks = over & (np.nan_to_num(gains, nan=1.0) <= self.min_gain)
         is_full = len(recent) == self.samples
         saturated, blocked = over.all(axis=0) & is_full, blocks.all(axis=0) & is_full
-        sudden = self._sudden(history, table[recent], blocks[-1], recent)
-        wide = _wide(table[np.union1d(rows[: self.samples], recent)]) & is_full
+        sudden = self._sudden(history, shares, blocks[-1], recent)
+        wide = _wide(np.concatenate([early, shares])) & is_full
         if not (saturated | sudden | wide).any():
             return []
         chosen = next(mask for mask in (blocked | sudden, wide, saturated) if mask.any())
-        places = sorted(np.flatnonzero(chosen), key=lambda i: -table[-1, i])
+        places = sorted(np.flatnonzero(chosen), key=lambda i: -shares[-1, i])
         worst, first = int(places[0]), int(min(places))
-        at_start = float(np.nan_to_num(table[rows[: self.samples], first]).min())
+        at_start = float(np.nan_to_num(early[:, first]).min())
         from_start = bool(wide[first] or (at_start >= self.max_saturated and not sudden[first]))
-        cause = _cause(history, table[-1] >= min(self.max_saturated, _WIDE), first) if from_start else "drift"
+        cause = _cause(history, shares[-1] >= min(self.max_saturated, _WIDE), first) if from_start else "drift"
         if cause == "drift" and inputs_jumped(history):
             cause = "unscaled_inputs"
-        evidence = {"saturated_fraction": float(table[-1, worst])}
+        evidence = {"saturated_fraction": float(shares[-1, worst])}
         if np.isfinite(gains[-1, worst]):
             evidence["activation_gain"] = float(gains[-1, worst])
         well = np.flatnonzero(table[:, first] <= _OPEN)
@@ -124,10 +126,22 @@ class SaturatedActivation:
 
 def _is_hidden(history: History) -> Mask:
     """(P,) the activations that stand before a layer and gate nothing."""
-    layers = [i for i, point in enumerate(history.points) if point.is_layer]
-    hidden = np.arange(len(history.points)) < max(layers, default=-1) + 1
-    gates = history["gate_fraction"]
-    return np.asarray(hidden & ~(np.nan_to_num(gates) > _GATE).any(axis=0), dtype=bool)
+    layers, gates = layer_mask(history), history["gate_fraction"]
+    before_a_layer = np.logical_or.accumulate(layers[::-1])[::-1]
+    is_gate = history.facts.so_far(
+        "gates", len(gates), lambda start: np.asarray((gates[start:] > _GATE).any(axis=0)), np.logical_or
+    )
+    return np.asarray(before_a_layer & ~is_gate)
+
+
+def _known_rows(history: History, hidden: Mask) -> Mask:
+    """(R,) the rows in which it was measured at one of the hidden (P,) activations."""
+    table = history["saturated_fraction"]
+
+    def find(start: int) -> Mask:
+        return np.asarray((~np.isnan(table[start:]) & hidden).any(axis=1))
+
+    return history.facts.of_rows(("saturated", hidden.tobytes()), len(table), find)
 
 
 def _wide(shares: Floats) -> Mask:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -31,9 +32,9 @@ def theil_sen(x: Floats, y: Floats) -> float:
     if len(x) > _MAX_POINTS:
         pick = np.linspace(0, len(x) - 1, _MAX_POINTS).round().astype(np.int64)
         x, y = x[pick], y[pick]
-    i, j = np.triu_indices(len(x), k=1)
+    i, j = _pairs(len(x))
     dx, dy = x[j] - x[i], y[j] - y[i]
-    slopes = dy[dx != 0] / dx[dx != 0]
+    slopes = dy / dx if dx.all() else dy[dx != 0] / dx[dx != 0]
     return float(np.median(slopes)) if slopes.size else math.nan
 
 
@@ -55,7 +56,7 @@ def mann_kendall(y: Floats) -> float:
         -2.205
     """
     n = len(y)
-    i, j = np.triu_indices(n, k=1)
+    i, j = _pairs(n)
     score = float(np.sign(y[j] - y[i]).sum())
     _, ties = np.unique(y, return_counts=True)
     variance = _variance(np.array([n])) - _variance(ties)
@@ -86,7 +87,7 @@ def steepest_fall(x: Floats, y: Floats, seasons: Ints, z: float) -> float:
         >>> steepest_fall(np.arange(9.0), -np.arange(9.0), np.zeros(9, dtype=int), z=2)
         -1.0
     """
-    i, j = np.triu_indices(len(x), k=1)
+    i, j = _pairs(len(x))
     pairs = (seasons[i] == seasons[j]) & (x[i] != x[j])
     i, j = i[pairs], j[pairs]
     if not len(i):
@@ -95,6 +96,13 @@ def steepest_fall(x: Floats, y: Floats, seasons: Ints, z: float) -> float:
     _, sizes = np.unique(seasons, return_counts=True)
     rank = math.floor((len(slopes) - z * math.sqrt(_variance(sizes))) / 2)
     return float(slopes[rank]) if rank >= 0 else -math.inf
+
+
+@lru_cache(maxsize=4)
+def _pairs(n: int) -> tuple[Ints, Ints]:
+    """All pairs i < j of n points: the same few numbers of points come again at each row."""
+    i, j = np.triu_indices(n, k=1)
+    return i, j
 
 
 def _variance(sizes: Ints) -> float:

@@ -77,6 +77,13 @@ def underflow_of(history: History, row: int, min_headroom: float = MIN_HEADROOM)
         loss on, a loss that is not zero itself tells that fp16 (the row's `delta_floor`) is the reason; in any other
         format `where` is False throughout and `headroom` NaN, for the reason cannot be told.
     """
+    source = history.rows[row]
+    return history.facts.of_row(
+        "underflow", (source.step, min_headroom), lambda: _underflow_of(history, row, min_headroom)
+    )
+
+
+def _underflow_of(history: History, row: int, min_headroom: float) -> Underflow | None:
     profile = None if is_skipped(history.rows[row]) else depth_profile(history, row)
     if profile is None:
         return None
@@ -87,7 +94,7 @@ def underflow_of(history: History, row: int, min_headroom: float = MIN_HEADROOM)
     if not known.size and low.any() and _is_lost_at_once(history.rows[row].scalars):
         return Underflow(profile, low, True, -math.inf)
     shares = in_order(history.rows[row].values.get("dead_fraction", np.empty(0)), history.point_axis.order)
-    dead = {point.name for point, share in zip(history.points, shares, strict=True) if share >= _DEAD}
+    dead = {history.points[i].name for i in np.flatnonzero(shares >= _DEAD)}
     for start, stop in _runs(low):
         seen = bool(np.isfinite(headroom[start:stop]).any())
         behind = known[known >= stop]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import feature_evidence, offending_features
+from lightning_gradflow.detectors.known import first_values
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
@@ -92,16 +93,16 @@ class UpdateRatio:
         return self._too_small(history, ratios) or self._too_large(history, ratios)
 
     def _too_small(self, history: History, ratios: Floats) -> list[Finding]:
-        measured = ~np.isnan(ratios).all(axis=1)
-        if measured.sum() < _MIN_SAMPLES or not np.isfinite(ratios[measured]).any():
+        most = _largest(history)
+        # the largest is finite unless something is infinite
+        if (~np.isnan(most)).sum() < _MIN_SAMPLES or not (np.isfinite(most).any() or np.isfinite(ratios).any()):
             return []
         counts = np.ones(len(ratios), dtype=bool)
         if _has_faded(history):
             counts = history.steps > history.rows[-1].step - _FADED_FOR
         elif not _at_full_rate(history):
             return []
-        ratios = ratios[counts]
-        largest = float(np.nanmax(ratios))
+        largest = float(np.nanmax(most[counts]))
         planned = float(history.scalar("planned_steps")[-1])
         steps = planned if planned > 0 else _ENDLESS
         if steps < _SHORT or largest * steps >= self.min_reach:
@@ -118,7 +119,7 @@ class UpdateRatio:
         steps, losses = history.loss_steps, history.losses
         if history.scalar("optimizers")[-1] > 1 or len(losses) < _MIN_SAMPLES or not np.isfinite(losses[-1]):
             return []
-        medians = np.array([np.nan if np.isnan(row).all() else np.nanmedian(row) for row in ratios])
+        medians = _medians(history)
         return self._from_the_start(history, ratios, medians, losses) or self._from_now_on(
             history, ratios, medians, steps, losses
         )
@@ -166,24 +167,50 @@ class UpdateRatio:
 
 def overwrites(history: History, row: int, max_ratio: float = 1.0) -> bool:
     """Whether one of the three samples before a row changed the median layer by more than there was of it."""
-    recent = _ratios(history)[max(0, row - _MIN_SAMPLES) : row]
-    return any(not np.isnan(ratios).all() and np.nanmedian(ratios) >= max_ratio for ratios in recent)
+    recent = _medians(history)[max(0, row - _MIN_SAMPLES) : row]
+    return bool((recent >= max_ratio).any())
 
 
 def _ratios(history: History) -> Floats:
     """(R, L) update ratios, NaN for layers that were zero when they were first seen."""
-    ratios, weights = history["update_ratio"], history["weight_norm"]
-    for column in range(ratios.shape[1]):
-        known = weights[~np.isnan(weights[:, column]), column]
-        if known.size and known[0] == 0:
-            ratios[:, column] = np.nan
-    return ratios
+    ratios, without = history["update_ratio"], _without_scale(history)
+    return history.facts.of_now("ratios", lambda: np.where(without, np.nan, ratios)) if without.any() else ratios
+
+
+def _without_scale(history: History) -> Bools:
+    """(L,) layers that were zero when they were first seen."""
+    return np.asarray(first_values(history, "weight_norm") == 0)
+
+
+def _medians(history: History) -> Floats:
+    """(R,) the median over the layers; NaN where none was measured."""
+    ratios, key = _ratios(history), ("median ratios", _without_scale(history).tobytes())
+    return history.facts.of_rows(
+        key,
+        len(ratios),
+        lambda start: np.array(
+            [np.median(row[~np.isnan(row)]) if not np.isnan(row).all() else np.nan for row in ratios[start:]]
+        ),
+    )
+
+
+def _largest(history: History) -> Floats:
+    """(R,) the largest one of the layers; NaN where none was measured."""
+    ratios, key = _ratios(history), ("largest ratios", _without_scale(history).tobytes())
+    return history.facts.of_rows(
+        key, len(ratios), lambda start: np.asarray(np.fmax.reduce(ratios[start:], axis=1, initial=np.nan))
+    )
 
 
 def _promise(history: History, counts: Bools) -> float:
     """Share of the loss that the largest of some steps (R,) promised to gain, by the gradient it was made with."""
-    with np.errstate(invalid="ignore"):  # infinity times zero
-        gains = np.nan_to_num(history["update_norm"] * history["grad_norm"]).sum(axis=1)
+    updates, norms = history["update_norm"], history["grad_norm"]
+
+    def find(start: int) -> Floats:
+        with np.errstate(invalid="ignore", over="ignore"):  # infinity times zero, and twice infinity
+            return np.asarray(np.nan_to_num(updates[start:] * norms[start:]).sum(axis=1))
+
+    gains = history.facts.of_rows("promises", len(updates), find)
     losses = np.abs(history.scalar("loss"))
     known = counts & np.isfinite(losses) & (losses > 0)
     return float((gains[known] / losses[known]).max(initial=0.0))

@@ -10,7 +10,9 @@ import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.decay import Decay, cause_of, decay_of, is_evened_out, recent_decay
-from lightning_gradflow.detectors.profile import is_same_pass, is_skipped, recent_profiles
+from lightning_gradflow.detectors.known import skipped_rows
+from lightning_gradflow.detectors.onset import loss_rose
+from lightning_gradflow.detectors.profile import is_same_pass, recent_profiles
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.underflow import MIN_HEADROOM, Underflow, recent_underflow, underflow_of
 from lightning_gradflow.findings import Finding, FindingKind, Severity
@@ -38,10 +40,11 @@ class VanishingGradient:
     How bad it is depends on the optimizer. Where it moves the layers that get little about as fast as the others
     (`update_ratio` within a factor of 20, as with Adam while its eps is far below the gradients), they learn all the
     same, or heal within their first hundred steps: up to `critical_decay` that is an info, which becomes a warning
-    when 4 decades or more have lasted 50 steps and nothing was learnt. Bounded activations do not heal, since no weight
-    makes their slope larger: there 6 decades are a warning at once. Where the updates are as small as the gradients, as
-    with plain SGD, it is a warning at once. A run that has learnt gets an info, and a warning from `critical_decay` on:
-    what it has learnt is in the last layers.
+    when 4 decades or more have lasted 50 steps and nothing was learnt, or when the signal had come through before and
+    the loss has risen since. Bounded activations do not heal, since no weight makes their slope larger: there 6 decades
+    are a warning at once. Where the updates are as small as the gradients, as with plain SGD, it is a warning at once.
+    A run that has learnt gets an info, and a warning from `critical_decay` on: what it has learnt is in the last
+    layers.
 
     The cause is where the loss of signal happens: in the activations (bounded ones: `saturation`; rectifiers:
     `dead_units`) or in the weights (`weight_scale` where a layer and its activation lose more than weights of the right
@@ -142,9 +145,34 @@ class VanishingGradient:
             return Severity.WARNING
         if decay.span <= -_BOUNDED_DECAY and cause == "saturation":
             return Severity.WARNING
+        if self._came_with_loss(history):
+            return Severity.WARNING
         limit = max(self.max_decay, _LASTING_DECAY)
         lasts = self._lasts(history, lambda one: decay_of(one, limit) is not None)
         return Severity.WARNING if lasts else Severity.INFO
+
+    def _came_with_loss(self, history: History) -> bool:
+        """Whether the signal came through before, and the loss has risen since."""
+        newest = underflow_of(history, -1, self.min_headroom)
+        if newest is None or history.scalar("optimizers")[-1] > 1:  # losses that play against each other
+            return False
+        for row in range(len(history) - 2, -1, -1):
+            if not self._carried(history, row):
+                continue
+            one = underflow_of(history, row, self.min_headroom)
+            if one is not None and is_same_pass(one.profile, newest.profile):
+                return loss_rose(history, row)
+        return False
+
+    def _carried(self, history: History, row: int) -> bool:
+        """Whether the signal came through in a row; remembered of all rows, since a decay may be as old as the run."""
+
+        def find() -> bool:
+            one = underflow_of(history, row, self.min_headroom)
+            return one is not None and decay_of(one, self.max_decay) is None
+
+        kind = ("carried", self.max_decay, self.min_headroom)
+        return history.facts.of_row(kind, history.rows[row].step, find, len(history))
 
     def _severity_of_underflow(self, history: History, underflow: Underflow) -> Severity:
         if underflow.share < _FEW_LOST or has_learnt(history):
@@ -160,9 +188,9 @@ class VanishingGradient:
     def _lasts(self, history: History, is_so: Callable[[Underflow], bool]) -> bool:
         """Whether it was so in every sample of the last 50 steps, and the run is that old."""
         last = history.rows[-1].step
-        rows = [i for i, row in enumerate(history.rows) if row.step >= last - _PATIENCE and not is_skipped(row)]
+        rows = np.flatnonzero((history.steps >= last - _PATIENCE) & ~skipped_rows(history))
         # the sample before them says that it was there when they began, where none was taken at that very step
-        found = [underflow_of(history, i, self.min_headroom) for i in range(max(0, rows[0] - 1), len(history))]
+        found = [underflow_of(history, i, self.min_headroom) for i in range(max(0, int(rows[0]) - 1), len(history))]
         seen = [one for one in found if one is not None and found[-1] and is_same_pass(one.profile, found[-1].profile)]
         return seen[0].profile.step <= last - _PATIENCE and all(is_so(one) for one in seen)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lightning_gradflow.history import Ints
+from lightning_gradflow.history import Floats, Ints
 
 
 class SilentUnits:
@@ -23,8 +22,9 @@ class SilentUnits:
 
     Example:
         >>> silent = SilentUnits(window=2)
-        >>> [silent.update("relu", np.array([True, False])) for _ in range(3)]
-        [nan, 0.5, 0.5]
+        >>> samples = [silent.update(["relu"], np.array([2]), np.array([True, False])) for _ in range(3)]
+        >>> np.concatenate(samples)
+        array([nan, 0.5, 0.5])
     """
 
     def __init__(self, window: int) -> None:
@@ -34,24 +34,34 @@ class SilentUnits:
         self._samples: dict[str, int] = {}
         self._silent: dict[str, Ints] = {}
 
-    def update(self, name: str, active: npt.NDArray[np.bool_]) -> float:
-        """Takes one sample of an activation.
+    def update(self, names: Sequence[str], lengths: Ints, active: npt.NDArray[np.bool_]) -> Floats:
+        """Takes one sample of activations.
 
         Args:
-            name: which activation.
-            active: (U,) the units that left their flat side. A new U (a sequence of another length) starts anew.
+            names: which N activations.
+            lengths: (N,) how many units each has, in [1, inf). Another number (a sequence of another length) starts
+                anew.
+            active: (sum of lengths,) the units that left their flat side, one activation behind the other.
 
         Returns:
-            The share of dead units; NaN before there are `window` samples.
+            (N,) the share of dead units; NaN before there are `window` samples.
         """
-        silent = self._silent.get(name)
-        if silent is None or silent.shape != active.shape:
-            silent, self._samples[name] = np.zeros(active.shape, dtype=np.int64), 0
-        self._samples[name] += 1
-        self._silent[name] = np.where(active, 0, silent + 1)
-        if self._samples[name] < self._window:
-            return math.nan
-        return float((self._silent[name] >= self._window).mean())
+        ends = np.cumsum(lengths)
+        before: list[Ints] = []
+        for name, length in zip(names, lengths.tolist(), strict=True):
+            silent = self._silent.get(name)
+            if silent is None or len(silent) != length:
+                silent, self._samples[name] = np.zeros(length, dtype=np.int64), 0
+            self._samples[name] += 1
+            before.append(silent)
+        if not before:
+            return np.empty(0)
+        counts = np.where(active, 0, np.concatenate(before) + 1)
+        for name, end, length in zip(names, ends.tolist(), lengths.tolist(), strict=True):
+            self._silent[name] = counts[end - length : end].copy()  # not to hold the counts of all others with it
+        dead = np.add.reduceat(counts >= self._window, ends - lengths, dtype=np.int64) / lengths
+        is_known = np.array([self._samples[name] >= self._window for name in names])
+        return np.where(is_known, dead, np.nan)
 
     def state_dict(self) -> dict[str, Any]:
         """The counts as arrays, so that a resumed run does not have to see a whole window first."""

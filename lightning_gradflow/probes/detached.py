@@ -55,6 +55,8 @@ class Detached:
 
     def holds(self, inputs: Iterable[Any]) -> bool:
         """Whether a detached tensor is among the inputs of a layer, and none that brings a graph along."""
+        if not self._by_memory:
+            return False
         found = list(_tensors(inputs))
         return any(map(self._is_known, found)) and not any(tensor.requires_grad for tensor in found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,34 +62,63 @@ def flat(op: str, output: Tensor, arguments: Mapping[str, Any]) -> Tensor | None
     return None
 
 
-def units(values: Tensor, layer: nn.Module | None, parts: int = 1) -> Tensor | None:
-    """(..., U, ...) -> (N, U): one column a unit. Channels for convolutions and their norms, else the last axis.
+def always_flat(op: str, output: Tensor, arguments: Mapping[str, Any], axis: int) -> Tensor | None:
+    """(U,) which units stand on the flat side for all inputs; None for an activation that has none.
 
     Args:
-        values: the output of an activation, or a mask of its shape.
-        layer: the layer that it follows, whose width tells which axis the units are on.
-        parts: ranks that the units of a layer may be split over, in [1, inf).
-
-    Returns:
-        None where no axis is one of units: a value for each sample (a hinge in the loss), or no axis as wide as the
-        layer.
+        op: the activation.
+        output: what came out of it.
+        arguments: what it was called with.
+        axis: the dimension of the units, not the first one; see `unit_axis`.
 
     Example:
         >>> import torch
-        >>> units(torch.zeros(8, 3, 5, 5), nn.Conv2d(1, 3, 2)).shape
-        torch.Size([200, 3])
-        >>> units(torch.zeros(8, 8), nn.Linear(2, 3)) is None
+        >>> always_flat("relu", torch.tensor([[0.0, 0.1], [0.0, 0.0]]), {}, axis=1)
+        tensor([ True, False])
+    """
+    if op == "relu6":
+        others = [dim for dim in range(output.dim()) if dim != axis]
+        return ((output == 0) | (output == 6)).all(dim=others)
+    # between two outputs on one side lies nothing else, and extremes need no mask of all outputs
+    is_flat = flat(op, _by_unit(torch.amax, output, axis), arguments)
+    if is_flat is None or op == "relu":  # nothing is below its flat side
+        return is_flat
+    least = flat(op, _by_unit(torch.amin, output, axis), arguments)
+    return is_flat & least if least is not None else None
+
+
+def _by_unit(extreme: Callable[..., Tensor], output: Tensor, axis: int) -> Tensor:
+    # along the first dimension it is fast, whatever the others are
+    over_samples: Tensor = extreme(output, dim=0)
+    others = [dim for dim in range(over_samples.dim()) if dim != axis - 1]
+    return extreme(over_samples, dim=others) if others else over_samples
+
+
+def unit_axis(shape: Sequence[int], layer: nn.Module | None, parts: int = 1) -> int | None:
+    """The dimension of the units: channels for convolutions and their norms, else the last one.
+
+    Args:
+        shape: of the output of an activation.
+        layer: the layer that it follows, whose width tells which dimension the units are on.
+        parts: ranks that the units of a layer may be split over, in [1, inf).
+
+    Returns:
+        None where no dimension is one of units: a value for each sample (a hinge in the loss), or none as wide as the
+        layer.
+
+    Example:
+        >>> unit_axis((8, 3, 5, 5), nn.Conv2d(1, 3, 2))
+        1
+        >>> unit_axis((8, 8), nn.Linear(2, 3)) is None
         True
     """
-    if values.dim() < 2:
+    if len(shape) < 2:
         return None
     channels = _first_width(layer, _CHANNELS)
-    if values.dim() > 2 and channels is not None and _is_width(values.shape[1], channels, parts):
-        values = values.movedim(1, -1)
+    if len(shape) > 2 and channels is not None and _is_width(shape[1], channels, parts):
+        return 1
     width = channels if channels is not None else _first_width(layer, _WIDTHS)
-    if width is not None and not _is_width(values.shape[-1], width, parts):
-        return None
-    return values.reshape(-1, values.shape[-1])
+    return len(shape) - 1 if width is None or _is_width(shape[-1], width, parts) else None
 
 
 def _is_width(size: int, width: int, parts: int) -> bool:
@@ -98,4 +127,6 @@ def _is_width(size: int, width: int, parts: int) -> bool:
 
 
 def _first_width(layer: nn.Module | None, names: tuple[str, ...]) -> int | None:
-    return next((width for name in names if isinstance(width := getattr(layer, name, None), int)), None)
+    # modules are slow to say that they have no such attribute
+    known = (name for name in names if name in vars(layer) or hasattr(type(layer), name)) if layer is not None else ()
+    return next((width for name in known if isinstance(width := getattr(layer, name, None), int)), None)

@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from lightning_gradflow.history import Floats, Ints
 from lightning_gradflow.metrics import HISTOGRAM_BINS, MIN_EXPONENT, measured
 from lightning_gradflow.probes.layers import LayerMap
+from lightning_gradflow.probes.norms import Kept, coprime_stride, norms, sizes
 from lightning_gradflow.probes.shards import complete, copies, is_sharded, local
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
-_SAMPLED_ENTRIES = 4096  # per tensor for histograms: a share is then known to 0.8 points, at any size of the tensor
+# for histograms, which are of many tensors together; with 4096 a share is known to 0.8 points
+_SAMPLED_ENTRIES, _FEWEST_ENTRIES = 4096, 64  # per tensor
+_SAMPLED_IN_ALL = 1 << 16
 _WIDTH = HISTOGRAM_BINS + 2
-_SUMS = ("norm", "sum", "nonzero", "nonfinite", "weight", "update", "clipped")
+_NORMS = ("norm", "weight", "update", "clipped")
+_SUMS = (*_NORMS, "sum", "nonzero", "nonfinite")
+_SCALED = {"norm", "sum", "max"}  # with the gradients
 
 
 @dataclass
@@ -34,7 +39,7 @@ class _Group:
     numel: list[int] = field(default_factory=list)
     is_frozen: list[bool] = field(default_factory=list)
     has_gradient: list[bool] = field(default_factory=list)
-    before: list[Tensor] = field(default_factory=list)  # the weights that the optimizer is about to change
+    before: Kept | None = None  # the weights that the optimizer is about to change
     found: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -52,6 +57,7 @@ class GradientProbe:
     Args:
         layers: whose parameters are read.
         transfer: what carries the numbers to the host, summed over ranks where parameters are sharded.
+        only_size: whether norms and largest entries are all that is wanted, and nothing of the step.
 
     Example:
         >>> net = nn.Linear(2, 1, bias=False)
@@ -64,9 +70,10 @@ class GradientProbe:
         5.0
     """
 
-    def __init__(self, layers: LayerMap, transfer: Transfer) -> None:
+    def __init__(self, layers: LayerMap, transfer: Transfer, *, only_size: bool = False) -> None:
         self._layers = layers
         self._transfer = transfer
+        self._only_size = only_size
         self._groups: list[_Group] = []
         self._without: dict[int, tuple[str, int]] = {}  # no gradient where one is due: owner and number of entries
 
@@ -102,29 +109,28 @@ class GradientProbe:
     def _measure_group(self, group: _Group, multiplier: Tensor | float) -> None:
         ranks = self._transfer.topology.ranks
         gradients = [_gradient(parameter) for parameter in group.parameters]
-        weights = [_part(parameter.detach()) for parameter in group.parameters]
         group.owners = [self._layers.owner(parameter) or "" for parameter in group.parameters]
         # a sparse gradient has entries for the touched rows only; the rest of the parameter is a true zero
         group.numel = [_entries(parameter) for parameter in group.parameters]
         group.is_frozen = [not parameter.requires_grad for parameter in group.parameters]
         group.has_gradient = [parameter.grad is not None for parameter in group.parameters]
-        group.before = [weight.clone() for weight in weights]
-        wide = wide_dtype(group.device)
         there = [_or_one_zero(gradient) for gradient in gradients]
         put = group.found
-        put["norm"] = torch.stack(torch._foreach_norm(there, 2, dtype=wide)) * multiplier
-        put["sum"] = torch.stack(torch._foreach_norm(there, 1, dtype=wide)) * multiplier
-        put["max"] = torch.stack(torch._foreach_norm(there, torch.inf)).to(wide) * multiplier
-        put["nonzero"] = torch.stack([torch.count_nonzero(g) for g in there])
-        put["nonfinite"] = torch.stack([torch.isfinite(g).logical_not_().sum() for g in there])
-        put["weight"] = torch.stack(torch._foreach_norm([_or_one_zero(w) for w in weights], 2, dtype=wide))
-        put["exponents"] = torch.stack([_exponents(g, multiplier) for g in gradients]).flatten()
+        put |= sizes(there, all_statistics=not self._only_size)
+        for name in put.keys() & _SCALED:
+            put[name] = put[name] * multiplier
+        if not self._only_size:
+            put["exponents"] = _exponents(gradients, multiplier)
+            weights = [_part(parameter.detach()) for parameter in group.parameters]
+            put["weight"] = norms(weights)
+            group.before = Kept(weights)
         if group.is_shared:
             # squares add up over ranks; a part that several ranks hold counts once
             share = _on_device([1 / copies(p, ranks) for p in group.parameters], group.device)
             has = _on_device([float(has) for has in group.has_gradient], group.device)
             put["share"], put["has"] = share, has * share
-            put["weight"] = put["weight"] * has
+            if "weight" in put:
+                put["weight"] = put["weight"] * has
 
     @torch.no_grad()
     def after_step(self, optimizer: int, *, gradients_changed: bool = False) -> None:
@@ -136,30 +142,27 @@ class GradientProbe:
                 gradients of now tell nothing about clipping.
         """
         for group in self._groups:
-            if group.optimizer != optimizer or not group.before:
+            if group.optimizer != optimizer or group.before is None:
                 continue
-            wide = wide_dtype(group.device)
             now = [_part(parameter.detach()) for parameter in group.parameters]
-            torch._foreach_sub_(group.before, now)
-            norms = torch.stack(torch._foreach_norm([_or_one_zero(t) for t in group.before], 2, dtype=wide))
-            group.found["update"] = norms * group.found["has"].sign() if group.is_shared else norms
-            group.before = []
+            changed = group.before.norms_of_change(now)
+            group.found["update"] = changed * group.found["has"].sign() if group.is_shared else changed
+            group.before = None
             if not gradients_changed and [p.grad is not None for p in group.parameters] == group.has_gradient:
-                left = [_or_one_zero(_gradient(parameter)) for parameter in group.parameters]
-                group.found["clipped"] = torch.stack(torch._foreach_norm(left, 2, dtype=wide))
+                group.found["clipped"] = norms([_gradient(p) for p in group.parameters])
 
     @torch.no_grad()
     def finish(self) -> None:
         """Hands everything to the transfer."""
         for i, group in enumerate(self._groups):
-            group.before = []
+            group.before = None
             if not group.is_shared:
                 for name, tensor in group.found.items():
                     self._transfer.put(_key(i, group, name), tensor)
                 continue
             share = group.found["share"]
             for name, tensor in group.found.items():
-                if name in ("norm", "weight", "update", "clipped"):
+                if name in _NORMS:
                     tensor = tensor.square() * share
                 elif name in ("sum", "nonzero", "nonfinite"):
                     tensor = tensor * share
@@ -186,25 +189,21 @@ class GradientProbe:
                     columns["update"][mine] = np.nan
         missing = self._missing(columns, owners)
         found = {layer: {"grad_missing_fraction": 1.0} for layer in missing}
-        for layer in dict.fromkeys(owners[columns["has"] > 0]):
-            mine = {name: column[(owners == layer) & (columns["has"] > 0)] for name, column in columns.items()}
-            total = float(mine["numel"].sum())
-            norm, weight, update = (_joint(mine[name]) for name in ("norm", "weight", "update"))
-            values = {
-                "grad_norm": measured(norm),
-                "grad_rms": measured(norm) / math.sqrt(total),
-                "grad_mean_abs": measured(float(mine["sum"].sum()) / total),
-                "grad_max_abs": measured(float(mine["max"].max())),
-                "grad_zero_fraction": 1.0 - float(mine["nonzero"].sum()) / total,
-                "grad_nonfinite_fraction": float(mine["nonfinite"].sum()) / total,
-                "grad_missing_fraction": missing.get(layer, 0.0) / (total + missing.get(layer, 0.0)),
-                "weight_norm": measured(weight),
-            }
-            if not np.isnan(mine["update"]).any():
-                values["update_norm"] = measured(update)
-                if weight > 0:
-                    values["update_ratio"] = measured(update / weight)
-            found[layer] = values
+        has = columns["has"] > 0
+        layers = list(dict.fromkeys(owners[has].tolist()))
+        number = {layer: i for i, layer in enumerate(layers)}
+        at = np.array([number[owner] for owner in owners[has].tolist()], dtype=np.int64)
+        per_layer = {
+            name: np.bincount(at, np.square(column[has]) if name in _NORMS else column[has], len(layers))
+            for name, column in columns.items()
+        }
+        largest = np.zeros(len(layers))
+        np.maximum.at(largest, at, columns["max"][has])
+        for i, layer in enumerate(layers):
+            found[layer] = _statistics({n: float(c[i]) for n, c in per_layer.items()}, float(largest[i]))
+            found[layer]["grad_missing_fraction"] = missing.get(layer, 0.0) / (
+                per_layer["numel"][i] + missing.get(layer, 0.0)
+            )
         return found
 
     def _missing(self, columns: Mapping[str, Floats], owners: npt.NDArray[np.str_]) -> dict[str, float]:
@@ -248,14 +247,14 @@ class GradientProbe:
                 column = np.where(np.isfinite(column), column, np.inf)  # NaN is for what was not measured
                 if group.is_shared and name == "max":
                     column = column.reshape(-1, n).max(axis=0)
-                elif group.is_shared and name in ("norm", "weight", "update", "clipped"):
+                elif group.is_shared and name in _NORMS:
                     column = np.sqrt(column)
                 columns[name].append(column)
         return {name: np.concatenate([*parts, np.empty(0)]) for name, parts in columns.items()}, np.array(owners)
 
     def histograms(self, host: Mapping[Hashable, Floats], order: Sequence[str]) -> dict[str, Ints]:
         """Exponent histograms of the first and the last third of the layers in `order` (at least one layer each)."""
-        if not self._groups:
+        if not self._groups or self._only_size:
             return {}
         columns, owners = self._columns(host)
         known = set(owners[columns["has"] > 0])
@@ -269,6 +268,27 @@ class GradientProbe:
                 mine = np.array([owner in members for owner in group.owners])
                 counts[name] += table[mine].sum(axis=0)
         return {name: np.rint(row).astype(np.int64) for name, row in counts.items()}
+
+
+def _statistics(sums: Mapping[str, float], largest: float) -> dict[str, float]:
+    """Metric -> value of one layer, out of sums over its parameters; of norms the sums of their squares."""
+    total = sums["numel"]
+    norm, weight, update = (math.sqrt(sums[name]) for name in ("norm", "weight", "update"))
+    values = {
+        "grad_norm": measured(norm),
+        "grad_rms": measured(norm) / math.sqrt(total),
+        "grad_max_abs": measured(largest),
+        "grad_nonfinite_fraction": sums["nonfinite"] / total,
+    }
+    if not math.isnan(weight):
+        values["weight_norm"] = measured(weight)
+        values["grad_mean_abs"] = measured(sums["sum"] / total)
+        values["grad_zero_fraction"] = 1.0 - sums["nonzero"] / total
+    if not math.isnan(update):
+        values["update_norm"] = measured(update)
+        if weight > 0:
+            values["update_ratio"] = measured(update / weight)
+    return values
 
 
 def _key(i: int, group: _Group, name: str) -> Hashable:
@@ -290,6 +310,8 @@ def _on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
 
 def _part(tensor: Tensor) -> Tensor:
     """The part of a parameter that is here, as real numbers."""
+    if type(tensor) is Tensor and not tensor.is_complex():
+        return tensor
     part = local(complete(tensor))
     return _real(tensor if part is None else part)
 
@@ -307,25 +329,20 @@ def _or_one_zero(tensor: Tensor) -> Tensor:
     return tensor if tensor.numel() else tensor.new_zeros(1)
 
 
-def _exponents(gradient: Tensor, multiplier: Tensor | float) -> Tensor:
-    """(HISTOGRAM_BINS + 2,) counts of binary exponents of sampled entries, then of zeros, then of non-finite ones."""
-    flat = gradient.flatten()
-    sample = flat[:: _stride(flat.numel())]
-    sample = (sample if sample.dtype == torch.float64 else sample.float()) * multiplier
+def _exponents(gradients: Sequence[Tensor], multiplier: Tensor | float) -> Tensor:
+    """(N * (HISTOGRAM_BINS + 2),) for each gradient, of sampled entries: binary exponents, zeros, non-finite ones."""
+    most = min(_SAMPLED_ENTRIES, max(_FEWEST_ENTRIES, _SAMPLED_IN_ALL // len(gradients)))
+    samples = [gradient.flatten()[:: coprime_stride(gradient.numel(), most)] for gradient in gradients]
+    is_double = any(sample.dtype == torch.float64 for sample in samples)
+    sample = torch.cat([s.to(torch.float64 if is_double else torch.float32) for s in samples]) * multiplier
     # frexp gives 0.5 <= mantissa < 1, so that floor(log2 |x|) is its exponent minus one
-    bins = (torch.frexp(sample).exponent - 1 - MIN_EXPONENT).clamp(0, HISTOGRAM_BINS - 1)
-    bins = torch.where(sample == 0, HISTOGRAM_BINS, bins)
-    bins = torch.where(torch.isfinite(sample), bins, HISTOGRAM_BINS + 1)
-    counts = torch.zeros(_WIDTH, dtype=torch.int64, device=flat.device)
-    return counts.index_add_(0, bins, torch.ones_like(bins, dtype=torch.int64))
-
-
-def _stride(numel: int) -> int:
-    """The least stride for at most 4096 entries that shares no factor with `numel`: else it would read few columns."""
-    stride = max(1, -(-numel // _SAMPLED_ENTRIES))
-    while math.gcd(stride, numel) > 1:
-        stride += 1
-    return stride
+    bins = (torch.frexp(sample).exponent - 1 - MIN_EXPONENT).clamp_(0, HISTOGRAM_BINS - 1)
+    bins.masked_fill_(sample == 0, HISTOGRAM_BINS)
+    bins.masked_fill_(torch.isfinite(sample).logical_not_(), HISTOGRAM_BINS + 1)
+    first = np.repeat(np.arange(len(samples)) * _WIDTH, [len(s) for s in samples])
+    at = bins.long() + torch.from_numpy(first).to(bins.device, non_blocking=True)
+    counts = torch.zeros(len(samples) * _WIDTH, dtype=torch.int64, device=bins.device)
+    return counts.index_add_(0, at, torch.ones_like(at))
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -69,7 +68,8 @@ class ForwardObserver(TorchFunctionMode):
         layers: the layers and module names of the model.
         on_layer: called with the layer's name and its (first) output tensor.
         on_activation: called with the name of the module that applied it, its op, its output, and its arguments.
-        guard: makes a context around all that is done inside the user's forward pass, to keep errors out of it.
+        on_error: called with what went wrong inside the user's forward pass, which it is kept out of; by default it is
+            raised.
         on_recurrence: called with the name of an RNN, LSTM or GRU, the module, its positional arguments and its output.
         on_input: called with a layer and the positional arguments of its call, before `on_layer`.
         on_product: called with the factors of a product.
@@ -80,7 +80,7 @@ class ForwardObserver(TorchFunctionMode):
         layers: LayerMap,
         on_layer: LayerSeen,
         on_activation: ActivationSeen,
-        guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        on_error: Callable[[Exception], None] | None = None,
         on_recurrence: RecurrenceSeen | None = None,
         on_input: InputSeen | None = None,
         on_product: ProductSeen | None = None,
@@ -89,7 +89,7 @@ class ForwardObserver(TorchFunctionMode):
         self._layers = layers
         self._on_layer = on_layer
         self._on_activation = on_activation
-        self._keep_errors = guard
+        self._on_error = on_error
         self._on_recurrence = on_recurrence
         self._on_input = on_input
         self._on_product = on_product
@@ -105,11 +105,15 @@ class ForwardObserver(TorchFunctionMode):
         self._is_open = False
         self._repeats = False
 
-    @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
+    def _apart(self, method: Callable[..., None], *args: Any) -> None:
         """What we do ourselves is no part of the forward pass: no mode is asked about it, ours or the user's."""
-        with self._keep_errors(), torch._C.DisableTorchFunction():
-            yield
+        try:
+            with torch._C.DisableTorchFunction():
+                method(*args)
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            self._on_error(error)
 
     @property
     def is_open(self) -> bool:
@@ -156,16 +160,17 @@ class ForwardObserver(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs `func`, and reports it if it is an activation."""
-        result = func(*args, **(kwargs or {}))
-        op = ACTIVATIONS.get(func) if self._is_open else None
-        if self._is_open and not self._repeats:
-            with self._guard():
-                self._detached.note(result, (*args, *(kwargs or {}).values()))
-                if self._on_product is not None and func in PRODUCTS:
-                    self._on_product(args)
-        if op is not None:
-            with self._guard():
-                self._after_activation(op, result, args, kwargs or {})
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self._is_open:
+            # it is asked about every operation: most make a tensor with a graph, and are no activation
+            if not self._repeats and not (type(result) is Tensor and result.requires_grad):
+                self._apart(self._detached.note, result, (*args, *kwargs.values()))
+            if not self._repeats and self._on_product is not None and func in PRODUCTS:
+                self._apart(self._on_product, args)
+            op = ACTIVATIONS.get(func)
+            if op is not None:
+                self._apart(self._after_activation, op, result, args, kwargs)
         return result
 
     def _after_activation(self, op: str, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -177,14 +182,16 @@ class ForwardObserver(TorchFunctionMode):
             self._on_activation(name, op, result, arguments)
 
     def _before_module(self, module: nn.Module, args: Any) -> None:
-        with self._guard():
-            # a mode is off inside of a call that it was asked about, and `backward` is such a call; what is entered
-            # in a node of the backward pass is left with the node
-            if self._repeats and self._entered and self not in _get_current_function_mode_stack():
-                self.__enter__()  # type: ignore[no-untyped-call]
-            name = self._layers.name_of(module)
-            if name is not None or self._is_foreign(module):
-                self._stack.append((module, name, self._detached.holds(args)))
+        self._apart(self._enter_module, module, args)
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        # a mode is off inside of a call that it was asked about, and `backward` is such a call; what is entered
+        # in a node of the backward pass is left with the node
+        if self._repeats and self._entered and self not in _get_current_function_mode_stack():
+            self.__enter__()  # type: ignore[no-untyped-call]
+        name = self._layers.name_of(module)
+        if name is not None or self._is_foreign(module):
+            self._stack.append((module, name, self._detached.holds(args)))
 
     def _is_foreign(self, module: nn.Module) -> bool:
         """Whether it has weights, and not ours: so not a wrapper of the model, nor an `nn.ReLU()` made on the spot."""
@@ -192,26 +199,27 @@ class ForwardObserver(TorchFunctionMode):
         return parameter is not None and self._layers.owner(parameter) is None
 
     def _after_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        with self._guard():
-            self.input_is_detached = False
-            if self._stack and self._stack[-1][0] is module:
-                *_, self.input_is_detached = self._stack.pop()
-            name = self._layers.name_of(module)
-            if self._on_input is not None and name is not None and self._layers.is_layer(name):
-                self._on_input(module, args)
-            if name is not None and name not in self._spread:
-                self._report_layer(name, output)
-                # its steps are no calls of anything: they are looked for at what goes in
-                if self._on_recurrence is not None and isinstance(module, nn.RNNBase):
-                    self._on_recurrence(name, module, args, output)
-            elif name is not None:
-                whole = first_tensor(output)
-                part = local(whole) if whole is not None and is_cut(whole) else None
-                self.cut_shapes[name] = part.shape if part is not None else None
+        self._apart(self._leave_module, module, args, output)
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.input_is_detached = False
+        if self._stack and self._stack[-1][0] is module:
+            *_, self.input_is_detached = self._stack.pop()
+        name = self._layers.name_of(module)
+        if self._on_input is not None and name is not None and self._layers.is_layer(name):
+            self._on_input(module, args)
+        if name is not None and name not in self._spread:
+            self._report_layer(name, output)
+            # its steps are no calls of anything: they are looked for at what goes in
+            if self._on_recurrence is not None and isinstance(module, nn.RNNBase):
+                self._on_recurrence(name, module, args, output)
+        elif name is not None:
+            whole = first_tensor(output)
+            part = local(whole) if whole is not None and is_cut(whole) else None
+            self.cut_shapes[name] = part.shape if part is not None else None
 
     def _after_spread_layer(self, module: nn.Module, _args: Any, output: Any) -> None:
-        with self._guard():
-            self._report_layer(self._layers.name_of(module), output)
+        self._apart(self._report_layer, self._layers.name_of(module), output)
 
     def _report_layer(self, name: str | None, output: Any) -> None:
         tensor = first_tensor(output) if name is not None and self._layers.is_layer(name) else None

@@ -64,6 +64,31 @@ def complete(tensor: Tensor) -> Tensor:
     return whole
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is spread over ranks: a collective that all of them make. It may be the tensor itself.
+
+    Parts that were moved to the memory of the host (FSDP2 with `CPUOffloadPolicy`) go to where the mesh can send them.
+
+    Example:
+        >>> import torch
+        >>> whole(torch.ones(2))
+        tensor([1., 1.])
+    """
+    if not is_sharded(tensor):
+        return tensor
+    spread: Any = tensor.detach()
+    mesh = spread.device_mesh
+    if spread.device.type != mesh.device_type:
+        from torch.distributed.tensor import DTensor
+
+        part = spread.to_local().to(mesh.device_type)
+        spread = DTensor.from_local(
+            part, mesh, spread.placements, run_check=False, shape=spread.shape, stride=spread.stride()
+        )
+    full: Tensor = spread.full_tensor()
+    return full
+
+
 def copies(tensor: Tensor, ranks: int) -> float:
     """How many of the ranks hold the same part of it: all of them where it is replicated, one where it is cut up."""
     if not is_sharded(tensor):

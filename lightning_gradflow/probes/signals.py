@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,19 +17,21 @@ from lightning_gradflow.activations import BOUNDED
 from lightning_gradflow.history import Floats, Point
 from lightning_gradflow.probes.custom_functions import in_custom_function
 from lightning_gradflow.probes.dead_units import SilentUnits
-from lightning_gradflow.probes.flat_side import flat, saturated, units
+from lightning_gradflow.probes.flat_side import always_flat, saturated, unit_axis
 from lightning_gradflow.probes.gates import Gates
 from lightning_gradflow.probes.inputs import InputScale
 from lightning_gradflow.probes.layers import LayerMap
+from lightning_gradflow.probes.norms import spread_between_samples, square_sum
 from lightning_gradflow.probes.observer import ForwardObserver, is_measurable
-from lightning_gradflow.probes.packing import Deltas, Seen, Signals, pack, unpack
+from lightning_gradflow.probes.packing import Deltas, Seen, pack
 from lightning_gradflow.probes.points import PointNames
 from lightning_gradflow.probes.recurrence import RecurrentCall, Series, is_watchable, joined
 from lightning_gradflow.probes.shards import is_cut, local
-from lightning_gradflow.probes.transfer import Transfer, wide_dtype
+from lightning_gradflow.probes.transfer import Transfer
+from lightning_gradflow.probes.unpacking import Signals, unpack
 
 
-@dataclass
+@dataclass(slots=True)
 class _Call:
     """Which call of its point an output comes from; that of a repeated one is known when its whole segment is."""
 
@@ -68,7 +70,7 @@ class SignalProbe:
             layers,
             self._on_layer,
             self._on_activation,
-            guard=self._inside_the_run,
+            on_error=self._keep,
             on_recurrence=self._on_recurrence,
             on_input=self._on_input,
             on_product=self._on_product,
@@ -138,8 +140,10 @@ class SignalProbe:
             self._scales[self._pass] = scale
         self._observer.close()
         self._repeats = False
-        with self._inside_the_run():
+        try:
             self._take_times()
+        except Exception as error:
+            self._keep(error)
 
     def forget_batch(self) -> None:
         """The batch had no backward pass: it has no part in the step."""
@@ -158,13 +162,9 @@ class SignalProbe:
 
     # -- inside of the user's forward and backward pass -----------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _inside_the_run(self) -> Iterator[None]:
+    def _keep(self, error: Exception) -> None:
         """Keeps an error of ours out of the user's forward and backward pass; `finish` raises it."""
-        try:
-            yield
-        except Exception as error:
-            self._error = self._error or error
+        self._error = self._error or error
 
     def _on_input(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if self._awaits_input:
@@ -224,16 +224,14 @@ class SignalProbe:
         if bounded is not None:
             seen.saturated = _plus(seen.saturated, bounded.sum())
             seen.bounded_count += bounded.numel()
-        is_flat = flat(op, output, arguments)
-        if is_flat is None:
-            return
         last = self._names.last_layer
-        by_unit = units(is_flat, self._layers.module(last) if last else None, self._transfer.topology.model)
-        if by_unit is not None:
-            active = ~by_unit.all(dim=0)
+        axis = unit_axis(output.shape, self._layers.module(last) if last else None, self._transfer.topology.model)
+        is_silent = always_flat(op, output, arguments, axis) if axis is not None else None
+        if axis is not None and is_silent is not None:
+            active = ~is_silent
             grown = seen.active is not None and seen.active.shape == active.shape
             seen.active = seen.active | active if grown and seen.active is not None else active
-            seen.inputs = len(by_unit) + (seen.inputs if grown else 0)
+            seen.inputs = output.numel() // output.shape[axis] + (seen.inputs if grown else 0)
 
     def _take(self, point: Point, output: Tensor) -> Seen:
         seen = self._seen.setdefault(point, Seen())
@@ -274,22 +272,24 @@ class SignalProbe:
         self._names.restart()  # the next repeated segment stands before this one
 
     def _watch(self, seen: Seen, call: _Call, output: Tensor) -> None:
-        def on_gradient(gradient: Tensor | None) -> None:
-            # none comes where only another output of the same operation is used; and as long as the forward pass
-            # is on, it comes from the user's own autograd.grad (a gradient penalty), not from the loss
-            if gradient is None or self.is_observing:
-                return
-            with self._inside_the_run():
-                if self._repeats:
-                    self._end_segment()
-                values = local(gradient)
-                if call.number is not None and values is not None and values.numel() and is_measurable(values):
-                    self._take_delta(seen.deltas.setdefault(self._pass, Deltas()), call.number, values)
+        self._handles.append(output.register_hook(partial(self._on_gradient, seen, call)))
 
-        self._handles.append(output.register_hook(on_gradient))
+    def _on_gradient(self, seen: Seen, call: _Call, gradient: Tensor | None) -> None:
+        # none comes where only another output of the same operation is used; and as long as the forward pass is on, it
+        # comes from the user's own autograd.grad (a gradient penalty), not from the loss
+        if gradient is None or self.is_observing:
+            return
+        try:
+            if self._repeats:
+                self._end_segment()
+            values = local(gradient)
+            if call.number is not None and values is not None and values.numel() and is_measurable(values):
+                self._take_delta(seen.deltas.setdefault(self._pass, Deltas()), call.number, values)
+        except Exception as error:
+            self._keep(error)
 
     def _take_delta(self, deltas: Deltas, call: int, gradient: Tensor) -> None:
-        deltas.squares[call] = _plus(deltas.squares.get(call), _sum_of_squares(gradient))
+        deltas.squares[call] = _plus(deltas.squares.get(call), square_sum(gradient.detach()))
         deltas.entries += gradient.numel()
         if math.isnan(deltas.floor):
             info = torch.finfo(gradient.dtype)
@@ -341,17 +341,9 @@ def _plus(before: Tensor | None, value: Tensor) -> Tensor:
 
 def _take_output(seen: Seen, values: Tensor, *, with_spread: bool) -> None:
     seen.output_count += values.numel()
+    seen.output_square = _plus(seen.output_square, square_sum(values))
     if not with_spread or values.dim() == 0 or len(values) < 2:
-        seen.output_square = _plus(seen.output_square, _sum_of_squares(values))
         return
-    # the norm in double precision needs such a copy anyhow: taking it here leaves the peak of the memory as it is
-    wide = values.to(wide_dtype(values.device), copy=True)
-    square = _sum_of_squares(wide)
-    seen.output_square = _plus(seen.output_square, square)
+    deviation, square = spread_between_samples(values)
+    seen.deviation_square = _plus(seen.deviation_square, deviation)
     seen.batched_square = _plus(seen.batched_square, square)
-    seen.deviation_square = _plus(seen.deviation_square, _sum_of_squares(wide.sub_(wide.mean(dim=0))))
-
-
-def _sum_of_squares(tensor: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=wide_dtype(tensor.device))
-    return norm.square()

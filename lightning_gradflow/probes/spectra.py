@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
 _KEY = "spectra"
 _PRODUCTS = 2
+_SMALL, _TOGETHER = 1 << 14, 256  # entries of a matrix, and how many of them, that a call is shared by
 _SHARE = 0.25  # of the newest sample in the mean growth
 _TINY = 1e-30  # a weight of zeros has no logarithm
 _FIRST_PRODUCTS = 16  # to get near the leading direction; later samples start from where the last one ended
@@ -72,12 +74,18 @@ class SpectralProbe:
         )
         if not alike:
             return
+        found = [
+            (layer, metric, value)
+            for layer in names
+            for metric, value in self._of_layer(layer, self._layers.module(layer))
+        ]
+        norms = self._norms([value for _, _, value in found if isinstance(value, _Matrix)])
         by_device: dict[torch.device, list[Tensor]] = {}
         measured: dict[torch.device, list[tuple[str, str]]] = {}
-        for layer in names:
-            for metric, value in self._of_layer(layer, self._layers.module(layer)):
-                by_device.setdefault(value.device, []).append(value.to(wide_dtype(value.device)))
-                measured.setdefault(value.device, []).append((layer, metric))
+        for layer, metric, value in found:
+            number = norms[value.name] if isinstance(value, _Matrix) else value.to(wide_dtype(value.device))
+            by_device.setdefault(number.device, []).append(number)
+            measured.setdefault(number.device, []).append((layer, metric))
         self._measured = list(measured.values())
         for i, values in enumerate(by_device.values()):
             self._transfer.put((_KEY, i), torch.stack(values))
@@ -104,19 +112,19 @@ class SpectralProbe:
         """Continues from what `state_dict` gave."""
         self._vectors = {name: torch.as_tensor(vector).clone() for name, vector in state.items()}
 
-    def _of_layer(self, layer: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    def _of_layer(self, layer: str, module: nn.Module) -> Iterator[tuple[str, Tensor | _Matrix]]:
         weights = {key: p for key, p in module.named_parameters(recurse=False) if _is_matrix(p)}
         if not weights or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return
         if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             key = max(weights, key=lambda key: weights[key].numel())
-            yield "spectral_norm", self._norm(f"{layer}:{key}", weights[key].detach().flatten(1))
+            yield "spectral_norm", _Matrix(f"{layer}:{key}", weights[key].detach().flatten(1))
             return
         recurrent = {key: p for key, p in weights.items() if key.startswith("weight_hh")}
         block = next((number for kind, number in _CANDIDATE.items() if isinstance(module, kind)), 0)
         for key, parameter in recurrent.items():
             weight = parameter.detach()
-            yield "spectral_norm", self._norm(f"{layer}:{key}", weight)
+            yield "spectral_norm", _Matrix(f"{layer}:{key}", weight)
             size = module.hidden_size
             square = weight[block * size : (block + 1) * size]
             if square.shape[0] == square.shape[1]:  # not where the state is projected
@@ -128,17 +136,35 @@ class SpectralProbe:
             above, below = (torch.stack(torch._foreach_norm(g, 2, dtype=wide)).norm() for g in (states, inputs))
             yield "hh_to_ih", above / below
 
-    def _norm(self, name: str, weight: Tensor) -> Tensor:
-        v, products = self._start(name, weight)
-        norm = v.new_zeros(())
+    def _norms(self, matrices: Sequence[_Matrix]) -> dict[str, Tensor]:
+        """By name the singular values, in the widest float; small matrices of one shape are multiplied together."""
+        alike: dict[Hashable, list[_Matrix]] = {}
+        for matrix in matrices:
+            weight, is_known = matrix.weight, self._is_known(matrix.name, matrix.weight)
+            own = matrix.name if weight.numel() > _SMALL else ""
+            alike.setdefault((weight.shape, weight.dtype, weight.device, is_known, own), []).append(matrix)
+        found: dict[str, Tensor] = {}
+        for group in alike.values():
+            for first in range(0, len(group), _TOGETHER):
+                found |= self._norms_of_alike(group[first : first + _TOGETHER])
+        return found
+
+    def _norms_of_alike(self, matrices: Sequence[_Matrix]) -> dict[str, Tensor]:
+        starts = [self._start(matrix.name, matrix.weight) for matrix in matrices]
+        products = starts[0][1]
+        v = torch.stack([start for start, _ in starts])[:, :, None]
+        # a single one is not copied
+        weights = torch.stack([m.weight for m in matrices]) if len(matrices) > 1 else matrices[0].weight[None]
+        norm = v.new_zeros(len(matrices))
         for _ in range(products // 2):
-            u = weight @ v.to(weight.dtype)
-            norm = u.to(v.dtype).norm()
-            back = (weight.T @ u).to(v.dtype)
+            u = weights @ v.to(weights.dtype)
+            norm = u.to(v.dtype).norm(dim=1).squeeze(1)
             # a weight of zeros leaves the vector as it is; one that is not finite must not spoil it for good
-            v = _direction(back, v)
-        self._vectors[name] = v
-        return norm
+            v = _direction((weights.mT @ u).to(v.dtype), v)
+        for matrix, vector in zip(matrices, v.squeeze(2), strict=True):
+            self._vectors[matrix.name] = vector
+        names = [matrix.name for matrix in matrices]
+        return dict(zip(names, norm.to(wide_dtype(norm.device)), strict=True))
 
     def _radius(self, name: str, weight: Tensor) -> Tensor:
         v, products = self._start(name, weight)
@@ -146,7 +172,7 @@ class SpectralProbe:
         for _ in range(products):
             image = (weight @ v.to(weight.dtype)).to(v.dtype)
             growth.append(image.norm())
-            v = _direction(image, v)
+            v = _direction(image[:, None], v[:, None])[:, 0]
         logs = torch.stack(growth[len(growth) // 2 :] if products > _PRODUCTS else growth).clamp(min=_TINY).log()
         before = self._vectors.get(f"{name}:growth")
         mean = logs.mean() if before is None else before.to(logs) + _SHARE * (logs.mean() - before.to(logs))
@@ -158,13 +184,24 @@ class SpectralProbe:
         return mean.exp()
 
     def _start(self, name: str, weight: Tensor) -> tuple[Tensor, int]:
-        known = self._vectors.get(name)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        if known is not None and len(known) == weight.shape[1]:
-            return known.to(weight.device, dtype), _PRODUCTS
+        if self._is_known(name, weight):
+            return self._vectors[name].to(weight.device, dtype), _PRODUCTS
         # no symmetry of a weight that people write down leaves it out: no two entries are equal
         start = torch.cos(torch.arange(1, weight.shape[1] + 1, device=weight.device, dtype=dtype))
         return start / start.norm(), _FIRST_PRODUCTS
+
+    def _is_known(self, name: str, weight: Tensor) -> bool:
+        known = self._vectors.get(name)
+        return known is not None and len(known) == weight.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class _Matrix:
+    """A weight whose largest singular value is wanted."""
+
+    name: str
+    weight: Tensor
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
@@ -174,5 +211,6 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
 
 
 def _direction(vector: Tensor, otherwise: Tensor) -> Tensor:
-    norm = vector.norm()
+    """Of (..., N, 1) vectors."""
+    norm = vector.norm(dim=-2, keepdim=True)
     return torch.where(torch.isfinite(norm) & (norm > 0), vector / norm, otherwise)

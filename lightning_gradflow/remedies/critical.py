@@ -64,7 +64,8 @@ class Treated:
         changed: name -> the parameters that were drawn anew, as they are in the module that was given.
         before: layer -> what was measured, in order of execution.
         after: the same afterwards.
-        centres: of these layers, those whose inputs lie farther from 0 than they spread, as those behind a sigmoid do.
+        centres: of these layers and those that follow them, such as an output layer, those whose inputs lie farther
+            from 0 than they spread, as those behind a sigmoid do.
     """
 
     changed: Mapping[str, Sequence[nn.Parameter]]
@@ -168,7 +169,7 @@ def make_critical(
         if _off(known, sick, aims) < _SETTLED:
             break
     changed = {name: list(modules[name].parameters(recurse=False)) for name in sick}
-    look = _Look(frozenset(sick))
+    look = _Look(frozenset(sick) | (may & {links[name].follower for name in sick}))
     return Treated(changed, before, gains.measure(look) if sick else before, look.centres)
 
 
@@ -352,7 +353,7 @@ def _leave_out_mean(layer: nn.Module, source: Tensor) -> bool:
 
 
 class _Look:
-    """Takes down where the inputs of the layers that were drawn anew lie."""
+    """Takes down where the inputs of these layers lie."""
 
     def __init__(self, names: frozenset[str]) -> None:
         self._names = names

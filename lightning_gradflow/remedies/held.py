@@ -38,11 +38,8 @@ class Held:
         self.clipper = Clipper(training, max_ratio=max_ratio)
 
     def centre(self, centres: Mapping[str, Centre]) -> None:
-        """Lets layers train as if their inputs were standardised; nothing that they compute changes."""
-        self.scaling.hold(
-            self._training,
-            {name: (torch.full_like(it.mean, it.spread), it.mean) for name, it in centres.items()},
-        )
+        """Lets layers train as if their inputs lay around 0; nothing that they compute changes."""
+        self.scaling.hold(self._training, centres)
 
     def before_step(self, optimizer: torch.optim.Optimizer, scale: Tensor | None) -> None:
         """The gradients of an optimizer are complete.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradflow.probes.shards import is_sharded, local
+from lightning_gradflow.remedies.critical import Centre
 from lightning_gradflow.remedies.input_statistics import CONVOLUTIONS
 from lightning_gradflow.remedies.training import Training
 
@@ -17,23 +19,26 @@ _KINDS = (nn.Linear, *CONVOLUTIONS, nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTM
 
 
 class ScaledLayer:
-    """One layer and the coordinates that it is to train in: `x -> (x - shift) / scale`.
+    """One layer and the coordinates that it is to train in: `x -> (I - u u^T) (x - shift) / scale`.
 
     Args:
         module: the layer.
         scale: (F,), above 0.
         shift: (F,); all 0 where there is no bias to take it up.
+        along: (F,) the direction u that is made smaller, in which lengths are `1 - |u|^2` of what they were, for each
+            group of a convolution; None for none.
 
     Attributes:
         optimizer: whose step is being made in these coordinates; None between steps, when the weights are those for x.
     """
 
-    def __init__(self, module: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    def __init__(self, module: nn.Module, scale: Tensor, shift: Tensor, along: Tensor | None = None) -> None:
         self._module = module
-        self._scale, self._shift = scale, shift
+        self._scale, self._shift, self._along = scale, shift, along
         self._has_shift = bool(shift.any())
         self._handle: RemovableHandle | None = None
         self._ready: tuple[Tensor, Tensor] | None = None
+        self._ready_along: tuple[Tensor, Tensor] | None = None
         self.optimizer: torch.optim.Optimizer | None = None
 
     def parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter | None]]:
@@ -63,6 +68,8 @@ class ScaledLayer:
                 dw -= _column(db, dw) * shift
             if dw is not None:
                 dw /= scale
+            self._stretch(w)
+            self._shrink(dw)
 
     @torch.no_grad()
     def leave(self) -> None:
@@ -75,6 +82,8 @@ class ScaledLayer:
             if w is None:
                 continue
             scale, shift = self._vectors(w)
+            self._shrink(w)
+            self._stretch(dw)
             w /= scale
             if b is not None:
                 b -= (w * shift).flatten(1).sum(1)
@@ -82,6 +91,30 @@ class ScaledLayer:
                 dw *= scale
             if dw is not None and db is not None:
                 dw += _column(db, dw) * shift
+
+    def _shrink(self, values: Tensor | None) -> None:
+        """Times `I - u u^T`."""
+        if values is not None and self._along is not None:
+            u, _ = self._direction(values, self._along)
+            values -= (values * u).sum(1, keepdim=True) * u
+
+    def _stretch(self, values: Tensor | None) -> None:
+        """And back again."""
+        if values is not None and self._along is not None:
+            u, back = self._direction(values, self._along)
+            values += (values * u).sum(1, keepdim=True) * back
+
+    def _direction(self, weight: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+        """U and `u / (1 - |u|^2)`, in the shape of a weight."""
+        if self._ready_along is None:
+            groups = int(getattr(self._module, "groups", 1))
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            u = along.to(wide).double().view(groups, -1)
+            # not from what single precision makes of it: each step would change the weights a little, the same way
+            back = u / (1 - u.square().sum(1, keepdim=True))
+            u, back = (_spread(it.flatten().to(weight.device, wide), weight, groups) for it in (u, back))
+            self._ready_along = u, back
+        return self._ready_along
 
     def _vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift in the shape of a weight, at least in single precision: (1 or out, in / groups, 1, ...)."""
@@ -93,6 +126,46 @@ class ScaledLayer:
                 _spread(self._shift.to(weight.device, wide), weight, groups),
             )
         return self._ready
+
+
+def around_mean(training: Training, module: nn.Module, centre: Centre) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Coordinates of a layer in which the mean of its inputs is no larger than what is around it.
+
+    Descent on W is slow where the inputs hardly differ from their mean m: their second moments `s^2 I + m m^T` have one
+    direction that is far larger than the others. Where a bias can take m up, m is subtracted; where none can, as at a
+    border of zeros, which differs from m, the direction is made smaller by `s / sqrt(s^2 + |m|^2)`, which does the same
+    and leaves the bias alone.
+
+    What is left is scaled by the root of s, rounded to a power of two, so that to go there and back changes nothing.
+    In full scale a network of 50 layers would take steps that add up to too much; in none, a short one too little.
+
+    Args:
+        training: the run.
+        module: a Linear or a convolution.
+        centre: m and s of its inputs.
+
+    Returns:
+        Scale, shift and direction, as `ScaledLayer` takes them; None where half precision has not the digits.
+
+    Example:
+        >>> from lightning_gradflow.history import History
+        >>> net = nn.Sequential(nn.Conv1d(2, 2, 3, padding=1))
+        >>> training = Training(net, [torch.optim.SGD(net.parameters(), lr=0.1)], History())
+        >>> scale, shift, along = around_mean(training, net[0], Centre(torch.tensor([0.3, 0.4]), 0.25))
+        >>> scale.tolist(), shift.tolist(), round(1 - float(along.square().sum()), 3)  # 0.25 / sqrt(0.25^2 + 0.5^2)
+        ([0.5, 0.5], [0.0, 0.0], 0.447)
+    """
+    mean, spread = centre.mean, centre.spread
+    scale = torch.full_like(mean, 2.0 ** round(math.log2(spread) / 2))
+    if can_shift(training, module) and not pads_with_zeros(module):
+        return scale, mean, None
+    if any(torch.finfo(weight.dtype).bits < 32 for weight in module.parameters(recurse=False)):
+        return None
+    rows = mean.double().view(int(getattr(module, "groups", 1)), -1)
+    size = rows.norm(dim=1, keepdim=True)
+    shrunk = spread / (spread**2 + size.square()).sqrt()
+    along = (1 - shrunk).sqrt() * rows / size.clamp(min=torch.finfo(torch.float64).tiny)
+    return scale, torch.zeros_like(mean), along.flatten().to(mean)
 
 
 def _spread(vector: Tensor, weight: Tensor, groups: int) -> Tensor:

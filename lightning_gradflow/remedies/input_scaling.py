@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gradflow.detectors.inputs import inputs_jumped
 from lightning_gradflow.history import Floats, History
-from lightning_gradflow.remedies.input_layers import ScaledLayer, can_shift, can_treat, pads_with_zeros
+from lightning_gradflow.remedies.critical import Centre
+from lightning_gradflow.remedies.input_layers import ScaledLayer, around_mean, can_shift, can_treat, pads_with_zeros
 from lightning_gradflow.remedies.input_statistics import (
     Moments,
     RawInput,
@@ -89,6 +90,7 @@ class InputScaling:
 
     def __init__(self) -> None:
         self._scales: dict[str, tuple[Tensor, Tensor]] = {}  # (F,) scale and shift, on the CPU
+        self._along: dict[str, Tensor] = {}  # (F,), of some of them, the direction that is made smaller
         self._layers: dict[str, ScaledLayer] = {}
         self._hooked: list[tuple[torch.optim.Optimizer, RemovableHandle]] = []
 
@@ -149,27 +151,31 @@ class InputScaling:
         }
         return Folded(tuple(treated), before, {"preactivation_rms": after})
 
-    def hold(self, training: Training, maps: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
-        """Lets layers train in other coordinates from now on; what they compute stays as it is.
+    def hold(self, training: Training, centres: Mapping[str, Centre]) -> tuple[str, ...]:
+        """Lets layers train from now on in coordinates in which their inputs lie around 0.
+
+        What they compute stays as it is; see `input_layers.around_mean`.
 
         Args:
             training: the run, between two optimizer steps. What its optimizers know of these layers is forgotten: it
                 belongs to the old coordinates.
-            maps: layer -> (F,) scale, above 0, and (F,) shift of its inputs.
+            centres: layer -> where its inputs lie.
 
         Returns:
             The layers that are treated from now on; those that can't be, or are already, are left out.
         """
         modules = dict(training.model.named_modules())
-        chosen = [name for name in maps if name not in self._scales and can_treat(training, name)]
-        chosen = [name for name in chosen if can_shift(training, modules[name])]
-        for name in chosen:
-            scale, shift = maps[name]
+        chosen = [name for name in centres if name not in self._scales and can_treat(training, name)]
+        found = {name: around_mean(training, modules[name], centres[name]) for name in chosen}
+        treated = {name: it for name, it in found.items() if it is not None}
+        for name, (scale, shift, along) in treated.items():
             self._scales[name] = scale.cpu(), shift.cpu()
+            if along is not None:
+                self._along[name] = along.cpu()
             layer = ScaledLayer(modules[name], scale, shift)
             forget(training.optimizers, [p for pair in layer.parameters() for p in pair if p is not None])
         self.attach(training.model)
-        return tuple(chosen)
+        return tuple(treated)
 
     def _fold(self, training: Training, name: str, scale: Tensor, shift: Tensor, keep_function: bool) -> None:
         """Gives the layer the weights that do to raw inputs what the present ones do to `(x - shift) / scale`."""
@@ -193,7 +199,10 @@ class InputScaling:
             model: the one that they were named in.
         """
         self.batch_end()
-        self._layers = {name: ScaledLayer(model.get_submodule(name), *it) for name, it in self._scales.items()}
+        self._layers = {
+            name: ScaledLayer(model.get_submodule(name), *it, self._along.get(name))
+            for name, it in self._scales.items()
+        }
 
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -233,13 +242,17 @@ class InputScaling:
 
     def state_dict(self) -> dict[str, Any]:
         """The scales, by layer."""
-        return {"layers": {name: {"scale": scale, "shift": shift} for name, (scale, shift) in self._scales.items()}}
+        layers = {name: {"scale": scale, "shift": shift} for name, (scale, shift) in self._scales.items()}
+        for name, along in self._along.items():
+            layers[name]["along"] = along
+        return {"layers": layers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave, once `attach` has been called."""
         self.batch_end()
         self._layers = {}
         self._scales = {name: (it["scale"], it["shift"]) for name, it in state["layers"].items()}
+        self._along = {name: it["along"] for name, it in state["layers"].items() if "along" in it}
 
 
 def _is_unscaled(found: Moments) -> bool:

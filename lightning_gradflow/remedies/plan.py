@@ -58,6 +58,7 @@ def remedies_for(kind: FindingKind, cause: str, *, has_learnt: bool = False) -> 
 
     What worked is a better cure than anything new: a run that has learnt goes back to its last good weights first.
     There clipping leaves out what is not finite, and scaling of inputs undoes a jump of these; both go back as well.
+    Where inputs were unscaled from the start, scaling goes back to the start: no weights that were learnt fit others.
 
     Args:
         kind: of the finding.

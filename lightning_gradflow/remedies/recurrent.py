@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_gradflow.activations import BOUNDED, RECTIFIERS, SIGMOIDS
 from lightning_gradflow.remedies.textbook import assign, gain_between, initialise, is_writable
 
-_GATED = (nn.LSTM, nn.LSTMCell, nn.GRU, nn.GRUCell)
+GATED = (nn.LSTM, nn.LSTMCell, nn.GRU, nn.GRUCell)
 
 
 @torch.no_grad()
@@ -168,7 +168,7 @@ def _gate_bias(module: nn.RNNBase | nn.RNNCellBase, generator: torch.Generator, 
     """The biases of all gates: 0, but for those that say how long the state is kept."""
     size = module.hidden_size
     is_lstm = isinstance(module, (nn.LSTM, nn.LSTMCell))
-    if not isinstance(module, _GATED):
+    if not isinstance(module, GATED):
         return torch.zeros(size)
     fresh = torch.zeros(4 if is_lstm else 3, size)
     if steps is None:

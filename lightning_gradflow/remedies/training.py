@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,6 +55,7 @@ class Training:
         rehearse: runs a forward pass on a batch of the run; None where the training step can't be called by itself.
         averaged: mean of a tensor over all ranks, a collective; the same tensor comes out on each.
         seed: the same on each rank, another one for each action.
+        unsharded: opens what `whole` gives, where the parameters are spread over ranks and can be put together.
     """
 
     model: nn.Module
@@ -63,3 +64,20 @@ class Training:
     rehearse: Rehearsal | None = None
     averaged: Callable[[Tensor], Tensor] = of_one_process
     seed: int = 0
+    unsharded: Callable[[], AbstractContextManager[Training]] | None = None
+
+    def whole(self) -> AbstractContextManager[Training]:
+        """A context with a run of which this process holds all weights: this one, or a copy of it.
+
+        Where parameters are spread over ranks, the copy has them put together, trains on nothing, and rehearses on the
+        same batch on every rank. What is written into its model is written into the parts when the context ends
+        without an error, from the first rank, and the optimizers forget what they know of it. All ranks have to open
+        it, and to write into the same parameters.
+
+        Example:
+            >>> training = Training(nn.Linear(1, 1), [], History())
+            >>> with training.whole() as same:
+            ...     same is training
+            True
+        """
+        return nullcontext(self) if self.unsharded is None else self.unsharded()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,6 +13,8 @@ from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
 from lightning_gradflow.remedies.held import Held
 from lightning_gradflow.remedies.learning_rate import RateFactor
+from lightning_gradflow.remedies.readers import centres_behind
+from lightning_gradflow.remedies.recurrent import GATED
 from lightning_gradflow.remedies.recycle import recycle
 from lightning_gradflow.remedies.reinit import reinitialise
 from lightning_gradflow.remedies.training import RehearsalError, Training
@@ -21,7 +23,7 @@ _USUAL_RATIO = 0.01  # ||step|| / ||weights||: ten times what is usual later in 
 _MAX_RATIO = 0.03  # the same at most, for weights that were just drawn anew: gated recurrences take larger steps
 _UNKNOWN_FACTOR = 0.1  # for the learning rate, where nothing tells by how much it is too large
 _SMALLEST_FACTOR = 1e-6
-_LARGEST_FACTOR = 0.5  # less of a change would not be one
+LARGEST_FACTOR = 0.5  # less of a change would not be one
 _RISEN = 1.5  # times the learning rate of when the run went well
 
 
@@ -77,21 +79,31 @@ def _clip(patient: Patient) -> Treatment | None:
 
 def _reinit(patient: Patient) -> Treatment | None:
     finding = patient.finding
-    done = reinitialise(patient.training, finding, only_far=finding.cause in ("learning_rate_too_large", "drift"))
+    with patient.training.whole() as training:
+        done = reinitialise(training, finding, only_far=finding.cause in ("learning_rate_too_large", "drift"))
+        behind = centres_behind(training, done.layers) if done is not None and finding.cause == "recurrence" else {}
     if done is None:
         return None
-    patient.held.centre(done.centres)
+    patient.held.centre({**behind, **done.centres})
     if patient.held.clipper is not None:
         patient.held.clipper.restart()
     elif patient.clips:
         # the learning rate was not chosen for these weights; while nothing is known of their gradients, only the
         # size of the steps says what is too much
-        patient.held.start_clipping(replace(patient.training, history=History()), max_ratio=_MAX_RATIO)
+        ratio = _USUAL_RATIO if _is_plain_recurrence(patient, done.layers) else _MAX_RATIO
+        patient.held.start_clipping(replace(patient.training, history=History()), max_ratio=ratio)
     return Treatment(done.layers, done.before, done.after)
 
 
+def _is_plain_recurrence(patient: Patient, layers: Sequence[str]) -> bool:
+    """Whether recurrences without gates were drawn anew: what a step changes counts once for each time step there."""
+    modules = [patient.training.model.get_submodule(name) for name in layers]
+    return patient.finding.cause == "recurrence" and not any(isinstance(module, GATED) for module in modules)
+
+
 def _recycle(patient: Patient) -> Treatment | None:
-    done = recycle(patient.training, patient.finding)
+    with patient.training.whole() as training:
+        done = recycle(training, patient.finding)
     return Treatment(done.layers, done.before, done.after) if done is not None else None
 
 
@@ -99,7 +111,10 @@ def _scale_inputs(patient: Patient) -> Treatment | None:
     keeps = patient.has_past and inputs_jumped(patient.training.history)
     if patient.has_past and not keeps:
         return None
-    done = patient.held.scaling.start(patient.training, keep_function=keeps)
+    with patient.training.whole() as whole:
+        # what is rehearsed is whole; what is folded, and trains from then on, are the parts
+        training = replace(patient.training, rehearse=whole.rehearse, averaged=whole.averaged)
+        done = patient.held.scaling.start(training, keep_function=keeps)
     return Treatment(done.layers, done.before, done.after) if done is not None else None
 
 
@@ -108,7 +123,7 @@ def _rollback(patient: Patient) -> Treatment | None:
     held = patient.held
     before = {"lr_factor": held.rate.factor, "max_lr": held.rate.cap}
     factor, cap = _slower(patient)
-    if not patient.has_past and factor > _LARGEST_FACTOR:
+    if not patient.has_past and factor > LARGEST_FACTOR:
         return None  # to start once more as before would end as before
     if (factor < 1 or cap < held.rate.cap) and not RateFactor.can_treat(patient.training.optimizers):
         return None
@@ -129,22 +144,31 @@ def _slower(patient: Patient) -> tuple[float, float]:
     history, held = patient.training.history, patient.held
     slower = _UNKNOWN_FACTOR * held.slowest
     if not patient.has_past:
-        return (slower if held.rollbacks else _to_usual_ratio(patient)), math.inf
+        return (slower if held.rollbacks else start_factor(history)), math.inf
     rates = history.scalar("lr")
-    before, after = rates[history.steps <= patient.good_step], rates[history.steps > patient.good_step]
+    before, after = (
+        rates[where & np.isfinite(rates)]
+        for where in (history.steps <= patient.good_step, history.steps > patient.good_step)
+    )
     # one group's rate is what is known: of several it would be the cap of others
     is_one = sum(len(optimizer.param_groups) for optimizer in patient.training.optimizers) == 1
-    if is_one and before.size and after.size and np.nanmax(after) > _RISEN * before[-1] > 0:
+    if is_one and before.size and after.size and after.max() > _RISEN * before[-1] > 0:
         return 1.0, float(before[-1])
     if held.rollbacks:
         return slower, math.inf
     # what broke a run that went well at this rate may have been a batch: it is slowed down for good the next time
-    return (_LARGEST_FACTOR if patient.finding.cause == "learning_rate_too_large" else 1.0), math.inf
+    return (LARGEST_FACTOR if patient.finding.cause == "learning_rate_too_large" else 1.0), math.inf
 
 
-def _to_usual_ratio(patient: Patient) -> float:
-    """What brings the first step to the size that first steps usually have."""
-    ratios = patient.training.history["update_ratio"]
+def start_factor(history: History) -> float:
+    """What brings the first step to the size that first steps usually have, at most 1.
+
+    Example:
+        >>> history = History()
+        >>> start_factor(history)
+        0.1
+    """
+    ratios = history["update_ratio"]
     finite = np.where(np.isfinite(ratios) & (ratios > 0), ratios, np.nan)
     finite = finite[~np.isnan(finite).all(axis=1)] if finite.size else finite
     if not finite.size:

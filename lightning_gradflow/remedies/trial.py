@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_gradflow.detectors.inputs import inputs_jumped, offending_features
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Action, Finding, FindingKind
 from lightning_gradflow.history import Floats, History
@@ -18,7 +19,7 @@ from lightning_gradflow.remedies.held import Held
 from lightning_gradflow.remedies.plan import DESTRUCTIVE, remedies_for
 from lightning_gradflow.remedies.snapshot import Snapshot, is_finite
 from lightning_gradflow.remedies.training import Training
-from lightning_gradflow.remedies.treatments import Patient, Treatment, treat
+from lightning_gradflow.remedies.treatments import LARGEST_FACTOR, Patient, Treatment, start_factor, treat
 
 _SHARE = 0.1  # of the planned steps that a trial lasts
 _SHORTEST, _LONGEST = 16, 200  # steps of a trial: one that is judged on few losses is judged on noise
@@ -79,7 +80,8 @@ class Mitigation:
     tried.
 
     Weights are overwritten only while the loss stands where it began or has come back to it, and before `max_progress`
-    of the run is over. A run that has learnt and broke goes back to its last good weights first.
+    of the run is over. A run that has learnt and broke goes back to its last good weights first; to its start, where
+    its inputs were unscaled from there on, or where it is young and its first steps were too large.
 
     Args:
         allow: remedies that may be used, out of `plan.REMEDIES`.
@@ -115,8 +117,8 @@ class Mitigation:
         if self._state:
             self._held.load_state_dict(self._state)
         if self._max_actions:
-            self._start = self._good = Snapshot.take(training.model, training.optimizers)
-            self._newest = None
+            self._good = Snapshot.take(training.model, training.optimizers)
+            self._start, self._newest = None if self._learnt else self._good, None
             rows = training.history.rows
             self._good_step = rows[-1].step if self._learnt and rows else -1
 
@@ -194,8 +196,19 @@ class Mitigation:
             return False
         if remedy in DESTRUCTIVE and progress > self._max_progress:
             return False
+        if remedy == "scale_inputs" and self._is_late(history):
+            return False
         # a loss that comes down from an absurd start has learnt nothing in the first steps
         return remedy != "reinit" or not has_learnt(history, _LEARNT) or history.rows[-1].step < _FIRST_STEPS
+
+    def _is_late(self, history: History) -> bool:
+        """Whether to start anew costs much, and it is not known yet that to go back is no help."""
+        rollbacks = self._held.rollbacks if self._held is not None else 0
+        return self._learnt and not rollbacks and not self._is_young(history) and not inputs_jumped(history)
+
+    def _is_young(self, history: History) -> bool:
+        """Whether the run had gone well for no more steps than a trial that fails and the pause after it cost."""
+        return self._good_step <= _length(history) + _length(history) // 2
 
     def _verdict(self, trial: _Trial, alarms: Sequence[Finding], history: History) -> Decision | None:
         losses = history.losses[history.loss_steps > trial.step]
@@ -220,7 +233,9 @@ class Mitigation:
         is_higher = is_known and now > before + _TOLERATED * abs(before) + margin
         # of what is told at the start alone it says nothing that it is not told any more
         is_gone &= "output_growth" not in trial.finding.evidence
-        helped = (is_gone and not is_higher) or has_fallen
+        # what gets worse and worse has not got there yet
+        is_rising = is_known and now > max(before, _level(losses[:third])) + margin
+        helped = (is_gone and not is_higher and not is_rising) or has_fallen
         # new weights may start above what a constant gives, which is where a blocked network stood
         if not helped and is_gone and is_falling and row.step - trial.step < _LONGER * _length(history):
             return None
@@ -248,8 +263,9 @@ class Mitigation:
         is_sound = finite and self._learnt and has_learnt(training.history, _LEARNT)
         if is_sound:
             self._good, self._good_step = now, training.history.rows[-1].step
-        target, has_past = self._target(finding)
         for remedy in decision.remedies:
+            target, has_past = self._target(finding, remedy, training.history)
+            has_past |= is_sound
             goes_back = not is_sound and ("rollback" in self._allow | {remedy} or not finite)
             if goes_back and target is not None:
                 target.restore(training.model, training.optimizers)
@@ -262,12 +278,20 @@ class Mitigation:
         now.restore(training.model, training.optimizers)
         return None
 
-    def _target(self, finding: Finding) -> tuple[Snapshot | None, bool]:
+    def _target(self, finding: Finding, remedy: str, history: History) -> tuple[Snapshot | None, bool]:
         """What a run that broke goes back to, and whether that is a state in which it went well.
 
         One that has learnt nothing starts anew: what a fault has left of its weights is no better than what they were.
+        So does one whose inputs were unscaled from the start: its weights fit no others. And so does one that is young
+        and made large steps from the start: they have done harm before it showed.
         """
         is_accident = finding.kind in _BROKEN and finding.cause != "learning_rate_too_large"
+        if self._start is not None:
+            if remedy == "scale_inputs" and not inputs_jumped(history):
+                return self._start, False
+            is_fast = not is_accident and self._is_young(history) and start_factor(history) <= LARGEST_FACTOR
+            if remedy == "rollback" and is_fast:
+                return self._start, False
         if self._learnt or (is_accident and self._good_step >= 0):
             return self._good, True
         return self._start, False
@@ -314,7 +338,8 @@ class Mitigation:
         step = training.history.rows[-1].step
         is_kept = decision.what == "keep"
         if is_kept:  # nothing goes back behind what has helped
-            self._start = self._good = Snapshot.take(training.model, training.optimizers)
+            self._good = Snapshot.take(training.model, training.optimizers)
+            self._start = None if self._learnt else self._good
             self._good_step = step if self._learnt else -1
         else:
             back = trial.back or self._good
@@ -345,7 +370,7 @@ class Mitigation:
             return
         if self._newest is not None:
             self._good, self._good_step = self._newest, self._newest_step
-            if self._learnt:
+            if self._learnt and not self._is_young(history) and not offending_features(history):
                 self._start = None
         self._newest = Snapshot.take(training.model, training.optimizers)
         self._newest_step = history.rows[-1].step

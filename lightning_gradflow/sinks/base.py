@@ -76,7 +76,7 @@ def scalars(history: History) -> dict[str, float]:
         values = values[~np.isnan(values)]
         for suffix, statistic in statistics.items():
             found[metric + suffix] = float(statistic(values)) if values.size else math.nan
-    profile = depth_profile(history)
+    profile = None if row.gradients_only else depth_profile(history)
     found["delta_span"] = profile.span if profile is not None else math.nan
     found["effective_depth"] = profile.effective_depth[0] if profile is not None else math.nan
     return {f"gradflow/{name}": value for name, value in found.items() if not math.isnan(value)}

@@ -160,12 +160,11 @@ def _figures(view: View) -> list[str]:
     drawn = charts(view)
     if not drawn:
         return []
-    config = {"displayModeBar": False, "responsive": True}
     blocks = [
         f"<figure><figcaption><h2>{escape(chart.title)}</h2><p>{escape(chart.caption)}</p></figcaption>"
-        + chart.figure.to_html(full_html=False, include_plotlyjs=False, config=config)
+        + chart.figure.html(f"figure-{i}")
         + "</figure>"
-        for chart in drawn
+        for i, chart in enumerate(drawn)
     ]
     return [f"<script>{get_plotlyjs()}</script>{blocks[0]}", *blocks[1:]]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,17 +18,18 @@ from lightning_gradflow.sinks.pace import Pace
 
 
 class TensorBoardSink(Sink):
-    """Logs scalars and histograms at each row, the heatmap some twelve times a run, findings and actions as they come.
+    """Logs scalars and histograms at each row, the heatmap ten times a run at most, findings and actions as they come.
 
     Args:
         logger: Lightning's `TensorBoardLogger`.
+        now: tells the time in seconds, for the pace of the heatmap.
     """
 
     name = "TensorBoard"
 
-    def __init__(self, logger: Any) -> None:
+    def __init__(self, logger: Any, now: Callable[[], float] = time.monotonic) -> None:
         self._logger = logger
-        self._pace = Pace()
+        self._pace = Pace(now)
 
     def on_row(self, view: View) -> None:
         """Logs one row."""
@@ -38,7 +41,8 @@ class TensorBoardSink(Sink):
             if counts is not None and counts[:HISTOGRAM_BINS].any():
                 self._log_histogram(f"gradflow/{name}", counts[:HISTOGRAM_BINS], view.step)
         if self._pace.is_due(view):
-            self._log_heatmap(view)
+            with self._pace.drawing():
+                self._log_heatmap(view)
 
     def on_finding(self, finding: Finding, view: View) -> None:
         """Writes the finding with what to do, as Markdown."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,15 +11,15 @@ import numpy as np
 from lightning_gradflow.figures import heatmap
 from lightning_gradflow.findings import Action, Finding
 from lightning_gradflow.history import Floats, Ints
-from lightning_gradflow.metrics import HISTOGRAM_BINS, HISTOGRAMS, MAX_EXPONENT, MIN_EXPONENT
+from lightning_gradflow.metrics import HISTOGRAM_BINS, HISTOGRAMS, MIN_EXPONENT
 from lightning_gradflow.sinks import words
 from lightning_gradflow.sinks.base import Sink, View, action_counts, scalars
 from lightning_gradflow.sinks.pace import Pace
 from lightning_gradflow.sinks.report import page
 
 MAX_ALERTS = 20
-MAX_BINS = 512
-"""W&B takes no histogram with more bins."""
+MAX_BINS = 80
+"""More layers are merged, and the largest norm is shown: so a row stays below 3 kB. (W&B itself takes 512 bins.)"""
 LOWEST_DECADE = -12
 """Gradient norms below 1e-12 count as 1, the least count above nothing."""
 MAX_COUNT = 240
@@ -37,33 +39,31 @@ class WandbSink(Sink):
 
     Args:
         logger: Lightning's `WandbLogger`.
+        now: tells the time in seconds, for the pace of the heatmap.
     """
 
     name = "W&B"
 
-    def __init__(self, logger: Any) -> None:
+    def __init__(self, logger: Any, now: Callable[[], float] = time.monotonic) -> None:
         self._logger = logger
-        self._pace = Pace()
+        self._pace = Pace(now)
         self._layers: list[str] = []
         self._configured = 0
         self._alerts = 0
 
     def on_row(self, view: View) -> None:
         """Logs scalars, histograms and at times the heatmap, as one row."""
-        import wandb
-
         if not self._configured:
             self._logger.experiment.define_metric("gradflow/*", step_metric="trainer/global_step")
         found: dict[str, Any] = dict(scalars(view.history))
         found.update(self._layer_histogram(view))
-        edges = np.arange(MIN_EXPONENT, MAX_EXPONENT + 1)
         for name in HISTOGRAMS:
-            counts = view.history.rows[-1].histograms.get(name)
-            if counts is not None:
-                found[f"gradflow/{name}"] = wandb.Histogram(np_histogram=(counts[:HISTOGRAM_BINS], edges))
+            found.update(_exponents(f"gradflow/{name}", view.history.rows[-1].histograms.get(name)))
         if self._pace.is_due(view):
-            found["gradflow/heatmap"] = self._image(view)
-        if found:
+            with self._pace.drawing():
+                found["gradflow/heatmap"] = self._image(view)
+                self._logger.log_metrics(found, step=view.step)
+        elif found:
             self._logger.log_metrics(found, step=view.step)
 
     def on_finding(self, finding: Finding, view: View) -> None:  # noqa: ARG002
@@ -112,7 +112,7 @@ class WandbSink(Sink):
         return wandb.Image(heatmap(view.history, actions=view.actions))
 
     def _layer_histogram(self, view: View) -> dict[str, Any]:
-        """A histogram whose bins are layers: W&B draws its history as a heatmap, for 1 kB a row."""
+        """A histogram whose bins are layers: W&B draws its history as a heatmap, for 1 kB a row at most."""
         import wandb
 
         values = view.history.rows[-1].values.get("grad_norm")
@@ -131,8 +131,7 @@ class WandbSink(Sink):
         per_bin = -(-len(norms) // MAX_BINS)
         self._configure(per_bin)
         counts = np.maximum.reduceat(layer_counts(norms), np.arange(0, len(norms), per_bin))
-        edges = np.append(np.arange(0, len(norms), per_bin), len(norms))
-        return {"gradflow/layers": wandb.Histogram(np_histogram=(counts, edges))}
+        return {"gradflow/layers": wandb.Histogram(np_histogram=(counts, np.arange(len(counts) + 1)))}
 
     def _configure(self, per_bin: int) -> None:
         """Says in the run's config which bin is which layer, and again when layers were added."""
@@ -143,6 +142,18 @@ class WandbSink(Sink):
         if hasattr(config, "update"):  # not so on the stand-in that Lightning gives to other ranks
             about = {"layers": list(self._layers), "layers_per_bin": per_bin, "encoding": _ENCODING}
             config.update({"gradflow": about}, allow_val_change=True)
+
+
+def _exponents(key: str, counts: Ints | None) -> dict[str, Any]:
+    """The exponents of gradient entries as a histogram, from the lowest to the highest that occurs."""
+    import wandb
+
+    filled = np.flatnonzero(counts[:HISTOGRAM_BINS]) if counts is not None else np.empty(0, dtype=np.int64)
+    if counts is None or not filled.size:
+        return {}
+    first, last = int(filled[0]), int(filled[-1]) + 1
+    edges = np.arange(MIN_EXPONENT + first, MIN_EXPONENT + last + 1)
+    return {key: wandb.Histogram(np_histogram=(counts[first:last], edges))}
 
 
 def layer_counts(norms: Floats) -> Ints:

@@ -6,18 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import cure, cure_report, detection, report
+from . import cure, cure_report, detection, overhead, overhead_report, report, scale, scale_report
 
 README = Path(__file__).parents[2] / "README.md"
+_OTHERS = {cure.RESULTS: cure_report, overhead.RESULTS: overhead_report, scale.RESULTS: scale_report}
 
 
 def updated() -> str:
     """The README with the tables of the committed results; a benchmark without results leaves its place as it is."""
     text = README.read_text(encoding="utf-8")
     text = report.placed(text, report.markdown(_read(detection.RESULTS)))
-    if cure.RESULTS.exists():
-        table = cure_report.markdown(_read(cure.RESULTS))
-        text = report.placed(text, table, cure_report.BEGIN, cure_report.END)
+    for results, shown in _OTHERS.items():
+        if results.exists():
+            text = report.placed(text, shown.markdown(_read(results)), shown.BEGIN, shown.END)
     return text
 
 

@@ -161,7 +161,8 @@ def replay(state: Mapping[str, Any], detectors: Sequence[Detector], *, explains:
     border = Border()
     recorder = Recorder(detectors, border, suggest=False)
     recorder.tells = False
-    recorder.history.load_state_dict({**state, "rows": [], "losses": []})
+    axes = {part: state[part] for part in ("layers", "points", "point_order", "features")}
+    recorder.history.load_state_dict({**History().state_dict(), **axes})
     why = Why(recorder.history, border, is_able=explains)
     recorder.holds = why.asks
     for row in whole.rows:

@@ -1,5 +1,7 @@
 """Made-up histories, for the tables of the detectors."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from lightning_gradflow.history import History, Point, Row
@@ -23,6 +25,21 @@ def measured(points, metric, *rows, start=0, **others):
     for step, values in enumerate(rows, start):
         history.append(Row(step, {metric: np.array(values, dtype=float), **fixed}))
     return history
+
+
+def measured_too(history, *values, **scalars):
+    """The same history, in which more was measured: `values` for each row, or one for all; and scalars in all rows.
+
+    What is None was not measured.
+    """
+    made = History()
+    axes = ("layers", "points", "point_order", "features")
+    made.load_state_dict({**made.state_dict(), **{part: history.state_dict()[part] for part in axes}})
+    for i, row in enumerate(history.rows):
+        every = {**row.values, **values[i if len(values) > 1 else 0]}
+        known = {name: np.array(found, dtype=float) for name, found in every.items() if found is not None}
+        made.append(replace(row, values=known, scalars={**row.scalars, **scalars}))
+    return made
 
 
 def verdict(findings):

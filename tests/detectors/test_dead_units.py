@@ -5,7 +5,7 @@ import pytest
 
 from lightning_gradflow.detectors.dead_units import DeadUnits
 from lightning_gradflow.history import History, Point, Row
-from tests.detectors.runs import measured, stack, verdict
+from tests.detectors.runs import measured, measured_too, stack, verdict
 
 nan = math.nan
 POINTS = stack(4, "relu")  # fc0 act0 fc1 act1 fc2 act2 fc3
@@ -192,8 +192,8 @@ def test_a_layer_whose_weights_have_faded_did_not_die_of_a_large_step():
 )
 def test_a_layer_that_was_not_moved_did_not_die_of_a_large_step(weight, ratio, rate, cause):
     history = _history((49, 0.5, FALL), (99, 1.0, HIGH), weights=(1, weight))
+    history = measured_too(history, {"update_ratio": [nan, ratio, nan, nan]})
     for row, lr in zip(history.rows, (1.0, rate), strict=True):
-        row.values["update_ratio"] = np.array([nan, ratio, nan, nan])
         row.scalars["lr"] = lr
     (finding,) = DeadUnits().judge(history)
     assert finding.cause == cause

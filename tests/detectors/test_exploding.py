@@ -5,7 +5,7 @@ import pytest
 
 from lightning_gradflow.detectors.exploding import ExplodingGradient
 from lightning_gradflow.history import History, Row
-from tests.detectors.runs import measured, stack, verdict
+from tests.detectors.runs import measured, measured_too, stack, verdict
 
 nan, inf = math.nan, math.inf
 
@@ -173,8 +173,7 @@ def test_a_run_that_learns_gets_an_info():
 def test_inputs_that_have_become_larger_are_the_cause_and_one_sample_is_enough():
     history = in_time([1.0] * 12, [0.5] * 12)
     history.add_features(2)
-    for row in history.rows:
-        row.values["input_rms"] = np.array([1.0, 1.0])
+    history = measured_too(history, {"input_rms": [1.0, 1.0]})
     values = {"grad_norm": np.array([9e4, 1e4]), "input_rms": np.array([1.0, 255.0])}
     history.append(Row(12, values, {"grad_norm_total": 1e5, "loss": 50.0}))
     (finding,) = ExplodingGradient().judge(history)
@@ -192,11 +191,7 @@ def at_start(outputs, inputs=(1.0,), rows=1, spread=None, frozen=()):
     history.layer_axis.merge([point.name for point in points])
     norms = np.array([nan if i in frozen else 1.0 for i in range(len(outputs))])
     history.add_features(len(inputs))
-    for row in history.rows:
-        row.values["grad_norm"] = norms
-        if inputs:
-            row.values["input_rms"] = np.array(inputs)
-    return history
+    return measured_too(history, {"grad_norm": norms, **({"input_rms": inputs} if inputs else {})})
 
 
 LARGE = ("warning", "weight_scale", ("fc1", "fc2", "fc0"))
@@ -260,7 +255,6 @@ def test_a_loss_that_was_changed_on_purpose_leaves_the_gradients_as_they_were():
 
 @pytest.mark.parametrize("missing", ["grad_norm", "output_spread", "output_rms", "input_rms"])
 def test_where_something_was_not_measured_the_start_is_judged_by_the_rest(missing):
-    history = at_start([1.5, 9.0, 46.0])
-    del history.rows[0].values[missing]
+    history = measured_too(at_start([1.5, 9.0, 46.0]), {missing: None})
     known = missing in ("grad_norm", "input_rms")
     assert [finding.cause for finding in ExplodingGradient().judge(history)] == ["weight_scale"] * known

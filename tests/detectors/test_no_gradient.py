@@ -5,7 +5,7 @@ import pytest
 
 from lightning_gradflow.detectors.no_gradient import NoGradient
 from lightning_gradflow.history import History, Row
-from tests.detectors.runs import stack, verdict
+from tests.detectors.runs import measured_too, stack, verdict
 
 nan = math.nan
 CUT = {"missing": [1, 1, 0, 0], "graph": [1, 1, 1, 1], "detached": [0, 0, 1, 0], "delta": [nan, nan, 0.2, 0.3]}
@@ -111,11 +111,7 @@ MOVED = [0.0, 0.0, 1e-3, 1e-3]
 
 
 def flat(rows=3, moved=MOVED, floor=-149.0, **changes):
-    history = run(*[{**FLAT, **changes}] * rows)
-    for row in history.rows:
-        row.values["update_norm"] = np.array(moved)
-        row.scalars["delta_floor"] = floor
-    return history
+    return measured_too(run(*[{**FLAT, **changes}] * rows), {"update_norm": moved}, delta_floor=floor)
 
 
 @pytest.mark.parametrize(

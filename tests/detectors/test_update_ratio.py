@@ -5,7 +5,7 @@ import pytest
 
 from lightning_gradflow.detectors.update_ratio import UpdateRatio
 from lightning_gradflow.history import History, Row
-from tests.detectors.runs import is_due, verdict
+from tests.detectors.runs import is_due, measured_too, verdict
 
 nan, inf = math.nan, math.inf
 SMALL, LARGE = "learning_rate_too_small", "learning_rate_too_large"
@@ -123,7 +123,7 @@ def test_inputs_of_another_size_make_any_step_too_large():
     history = run([[3.0, 3.0]] * 5, [1.0, 5.0, 9.0, 9.0, 9.0])
     assert [finding.cause for finding in UpdateRatio().judge(history)] == [LARGE]
     history.add_features(2)
-    history.rows[-1].values["input_rms"] = np.array([1.0, 255.0])
+    history = measured_too(history, *[{}] * (len(history) - 1), {"input_rms": [1.0, 255.0]})
     (finding,) = UpdateRatio().judge(history)
     assert (finding.cause, finding.evidence["feature_1"]) == ("unscaled_inputs", 255.0)
 

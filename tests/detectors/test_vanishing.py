@@ -194,6 +194,17 @@ def test_what_comes_back_has_50_steps_again():
     assert run([5, 2, 5, 5, 5, 5], "relu", ADAM, (0, 10, 20, 30, 60, 71))[2:] == ["", "info", "info", "warning"]
 
 
+@pytest.mark.parametrize(("after", "expected"), [(2.6, "warning"), (2.3, "info"), (2.38, "info")])
+def test_a_decay_that_came_with_a_rise_of_the_loss_is_told_at_once(after, expected):
+    losses = np.array([2.3] * 11 + [after] * 20)
+    assert run([0, 0, 5, 5], "relu", ADAM, (0, 10, 20, 30), losses) == ["", "", "", expected]
+
+
+def test_a_decay_from_the_start_does_not_come_with_a_rise_of_the_loss():
+    losses = np.array([2.3] * 11 + [2.6] * 20)
+    assert run(5, "relu", ADAM, (0, 10, 20, 30), losses) == ["info"] * 4
+
+
 def test_a_run_that_learns_gets_an_info():
     losses = np.linspace(2.3, 1.0, 101)
     assert run(5, "relu", SGD, (0, 50, 100), losses) == ["warning", "info", "info"]

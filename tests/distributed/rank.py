@@ -184,7 +184,7 @@ def fit(
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         trainer = L.Trainer(
-            accelerator="cpu", devices=WORLD, strategy=strategy, callbacks=list(callbacks), **{**quiet, **kwargs}
+            accelerator="cpu", strategy=strategy, callbacks=list(callbacks), **{"devices": WORLD, **quiet, **kwargs}
         )
         validation = loader(8 * BATCH, seed=4) if isinstance(module, Validated) else None
         trainer.fit(module, train, validation, ckpt_path=ckpt_path)

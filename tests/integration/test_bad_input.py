@@ -279,7 +279,7 @@ def test_an_interrupted_run_still_gets_its_report(tmp_path):
 
 OURS = {
     "in forward": "lightning_gradflow.probes.signals.saturated",
-    "in forward and backward": "lightning_gradflow.probes.signals._sum_of_squares",
+    "in forward and backward": "lightning_gradflow.probes.signals.square_sum",
     "at the optimizer": "lightning_gradflow.probes.gradients._exponents",
     "in the observer": "lightning_gradflow.probes.observer.first_tensor",
     "at the names": "lightning_gradflow.probes.layers.LayerMap.name_of",

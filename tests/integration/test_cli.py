@@ -16,7 +16,13 @@ from lightning_gradflow.callbacks.base import Monitor
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 
 ARGUMENTS = {
-    GradNormLogger: {"every_n_steps": 7, "max_decay": 5, "max_growth": 2.5, "max_update_ratio": 0.5},
+    GradNormLogger: {
+        "every_n_steps": 7,
+        "signal_every_n_steps": 60,
+        "max_decay": 5,
+        "max_growth": 2.5,
+        "max_update_ratio": 0.5,
+    },
     SaturationMonitor: {"every_n_steps": 8, "max_saturated": 0.8, "max_dead": 0.7, "window": 6},
     PlateauDetector: {
         "every_n_steps": 9,

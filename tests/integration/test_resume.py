@@ -102,9 +102,17 @@ SETS = {
     "GradFlow": lambda: [flow(every_n_steps=4)],
     "sparse": lambda: [flow(every_n_steps=8)],  # at step 15 a validation loss waits for the next row
     "each_step": lambda: [flow()],
+    "gradients": lambda: [GradNormLogger(1)],
     "four": lambda: [GradNormLogger(4), SaturationMonitor(4), PlateauDetector(4), AutoMitigator(every_n_steps=4)],
 }
-RUNS = [("GradFlow", Shaky), ("four", Shaky), ("each_step", Healing), ("GradFlow", Healing), ("sparse", Healing)]
+RUNS = [
+    ("GradFlow", Shaky),
+    ("four", Shaky),
+    ("each_step", Healing),
+    ("GradFlow", Healing),
+    ("sparse", Healing),
+    ("gradients", Shaky),
+]
 
 
 @pytest.fixture(scope="module")

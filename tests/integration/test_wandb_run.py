@@ -29,11 +29,10 @@ def run(tmp_path_factory):
         yield read_run(written), flow
 
 
-def test_the_heatmap_is_there_from_the_first_flush_to_the_end(run):
-    rows = run[0].rows_with("gradflow/heatmap")
-    assert rows[0]["trainer/global_step"] == 0
-    assert rows[-1]["trainer/global_step"] >= 50
-    assert all(row["gradflow/heatmap"]["_type"] == "image-file" for row in rows)
+def test_the_heatmap_of_a_short_fit_comes_at_its_end(run):
+    (row,) = run[0].rows_with("gradflow/heatmap")
+    assert row["trainer/global_step"] >= 50
+    assert row["gradflow/heatmap"]["_type"] == "image-file"
 
 
 def test_each_flush_has_the_layers_as_a_histogram(run):

@@ -55,7 +55,8 @@ def lines(name: str) -> tuple[Line, ...]:
         alone = _fit(mode, monitored=False).graphs
         compared["compiled graphs"] = ("the run without the monitor", *_compare_counts(alone, run.graphs))
     return tuple(
-        Line(name, quantity, versus, error, mode.bar, worst) for quantity, (versus, error, worst) in compared.items()
+        Line(name, quantity, versus, error, mode.bars.get(quantity, mode.bar), worst)
+        for quantity, (versus, error, worst) in compared.items()
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import random
 import warnings
 from typing import Any
 
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from lightning_gradflow.probes.dead_units import SilentUnits
 from lightning_gradflow.probes.gradients import GradientProbe
 from lightning_gradflow.probes.layers import LayerMap
+from lightning_gradflow.probes.packing import pack
 from lightning_gradflow.probes.ranks import RankFailedError, Topology
 from lightning_gradflow.probes.shards import complete, copies, is_sharded, local
 from lightning_gradflow.probes.signals import SignalProbe
 from lightning_gradflow.probes.transfer import Transfer
+from lightning_gradflow.probes.unpacking import unpack
+from tests.probes.naive_signals import drawn
 
 Answer = Any
 RANK = int(os.environ.get("RANK", "0"))
@@ -207,6 +212,20 @@ def an_error_of_one_rank() -> Answer:
     return {"error": error, "after": fetched(transfer, {"a": [1.0]})}
 
 
+def drawn_samples() -> Answer:
+    """Samples drawn at random, other ones on each rank, three of them in a row."""
+    answer = []
+    for seed in range(6):
+        transfer, silent, draw = Transfer(PARALLEL), SilentUnits(2), random.Random(2 * seed + RANK)
+        for i in range(3):
+            same = random.Random(100 * seed + i)
+            pack(drawn(draw, same), {}, transfer)
+            signals = unpack(transfer.fetch(), PARALLEL, silent, 1.0)
+            points = {point.name: values for point, values in signals.points.items()}
+            answer.append({"points": points, "calls": {name: norms.tolist() for name, norms in signals.calls.items()}})
+    return answer
+
+
 WHOLE = [[1.0, 0.0], [0.0, 2.0], [-1.0, -1.0], [1.0, 1.0]]
 
 
@@ -369,6 +388,7 @@ def main() -> None:
         "loops of two lengths": loops_of_two_lengths(),
         "a branch of one rank": a_branch_of_one_rank(),
         "an empty batch of one rank": an_empty_batch_of_one_rank(),
+        "drawn samples": drawn_samples(),
         "an error of one rank": an_error_of_one_rank(),
         "a split layer": a_split_layer(),
         "an unevenly split layer": an_unevenly_split_layer(),

@@ -15,7 +15,8 @@ from lightning_gradflow.probes.transfer import Transfer
 
 
 def _feed(silent, *samples):
-    return [silent.update("relu", np.array(sample, dtype=np.bool_)) for sample in samples]
+    one = [silent.update(["relu"], np.array([len(s)]), np.array(s, dtype=np.bool_)) for s in samples]
+    return [share for shares in one for share in shares.tolist()]
 
 
 def test_nothing_is_known_before_the_window_is_full():
@@ -36,9 +37,11 @@ def test_another_number_of_units_starts_anew():
 
 
 def test_activations_are_counted_apart():
-    silent = SilentUnits(1)
-    silent.update("a", np.array([False]))
-    assert silent.update("b", np.array([True])) == 0.0
+    silent = SilentUnits(2)
+    first = silent.update(["a", "b"], np.array([1, 2]), np.array([False, True, False]))
+    assert np.isnan(first).all()
+    assert silent.update(["b"], np.array([2]), np.array([False, False])).tolist() == [0.5]
+    assert silent.update(["b", "a"], np.array([2, 1]), np.array([False, True, False])).tolist() == [0.5, 1.0]
 
 
 def test_the_share_is_that_of_a_naive_count():

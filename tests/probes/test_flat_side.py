@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_gradflow.probes.flat_side import flat, saturated, units
+from lightning_gradflow.probes.flat_side import always_flat, flat, saturated, unit_axis
 
 INPUT = torch.linspace(-30, 30, 2001, dtype=torch.float64)
 BOUNDED = {
@@ -85,22 +85,48 @@ def test_an_activation_without_flat_side_has_no_dead_units(op):
     assert flat(op, torch.zeros(1), {}) is None
 
 
+@pytest.mark.parametrize("op", RECTIFIERS)
+@pytest.mark.parametrize(("shape", "axis"), [((40, 6), 1), ((5, 6, 8), 1), ((5, 8, 6), 2), ((5, 6, 2, 4), 1)])
+def test_a_unit_that_is_always_flat_is_one_whose_outputs_are_all_flat(op, shape, axis):
+    function, arguments = RECTIFIERS[op]
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).movedim(axis, 0)
+    inputs[0], inputs[1], inputs[2] = -30.0, 8.0, -30.0
+    inputs[2].flatten()[3] = torch.nan
+    inputs[3] = torch.where(inputs[3] > 0, 9.0, -30.0)
+    output = function(inputs.movedim(0, axis))
+    mask = flat(op, output, arguments).movedim(axis, 0).reshape(6, -1)
+    always = always_flat(op, output, arguments, axis)
+    assert always.tolist() == mask.all(dim=1).tolist()
+    assert always.any()
+    assert not always.all()
+
+
+def test_a_relu6_that_is_zero_or_six_is_always_flat():
+    output = torch.tensor([[0.0, 0.0], [6.0, 3.0], [0.0, 6.0]])
+    assert always_flat("relu6", output, {}, axis=1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("op", ["sigmoid", "tanh", "leaky_relu", "prelu", "glu"])
+def test_units_of_an_activation_without_flat_side_are_never_flat(op):
+    assert always_flat(op, torch.zeros(4, 3), {}, axis=1) is None
+
+
 @pytest.mark.parametrize(
     ("shape", "layer", "expected"),
     [
-        ((8, 5), nn.Linear(1, 5), (8, 5)),
-        ((8, 4, 5), nn.Linear(1, 5), (32, 5)),
-        ((8, 3, 6, 7), nn.Conv2d(1, 3, 1), (336, 3)),
-        ((8, 3, 6), nn.Conv1d(1, 3, 1), (48, 3)),
-        ((8, 3, 6, 7), nn.BatchNorm2d(3), (336, 3)),
-        ((8, 3, 6, 7), nn.GroupNorm(1, 3), (336, 3)),
-        ((8, 6, 7, 3), nn.LayerNorm(3), (336, 3)),
-        ((8, 5), None, (8, 5)),
-        ((8, 5, 5), nn.Linear(1, 5), (40, 5)),
+        ((8, 5), nn.Linear(1, 5), 1),
+        ((8, 4, 5), nn.Linear(1, 5), 2),
+        ((8, 3, 6, 7), nn.Conv2d(1, 3, 1), 1),
+        ((8, 3, 6), nn.Conv1d(1, 3, 1), 1),
+        ((8, 3, 6, 7), nn.BatchNorm2d(3), 1),
+        ((8, 3, 6, 7), nn.GroupNorm(1, 3), 1),
+        ((8, 6, 7, 3), nn.LayerNorm(3), 3),
+        ((8, 5), None, 1),
+        ((8, 5, 5), nn.Linear(1, 5), 2),
     ],
 )
 def test_units_are_channels_of_convolutions_and_the_last_axis_elsewhere(shape, layer, expected):
-    assert units(torch.zeros(shape), layer).shape == expected
+    assert unit_axis(shape, layer) == expected
 
 
 @pytest.mark.parametrize(
@@ -108,28 +134,18 @@ def test_units_are_channels_of_convolutions_and_the_last_axis_elsewhere(shape, l
     [((5,), nn.Linear(1, 5)), ((), None), ((8,), None), ((8, 8), nn.Linear(1, 5)), ((8, 48), nn.Conv2d(1, 3, 1))],
 )
 def test_where_no_axis_is_one_of_units_there_are_none(shape, layer):
-    assert units(torch.zeros(shape), layer) is None
+    assert unit_axis(shape, layer) is None
 
 
-def test_a_unit_keeps_its_own_values():
-    values = torch.arange(24.0).reshape(2, 3, 2, 2)
-    assert set(units(values, nn.Conv2d(1, 3, 1))[:, 1].tolist()) == set(values[:, 1].flatten().tolist())
-
-
-def test_time_is_no_unit_where_there_are_as_many_steps_as_units():
-    values = torch.arange(5.0).expand(8, 5, 5)
-    assert units(values, nn.Linear(1, 5))[:, 2].unique().tolist() == [2.0]
-
-
-@pytest.mark.parametrize(("shape", "expected"), [((8, 3), (8, 3)), ((8, 4), (8, 4)), ((8, 7), (8, 7))])
-def test_the_part_of_a_layer_that_is_split_over_two_ranks_has_units(shape, expected):
-    assert units(torch.zeros(shape), nn.Linear(1, 7), parts=2).shape == expected
+@pytest.mark.parametrize("width", [3, 4, 7])
+def test_the_part_of_a_layer_that_is_split_over_two_ranks_has_units(width):
+    assert unit_axis((8, width), nn.Linear(1, 7), parts=2) == 1
 
 
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_an_axis_that_is_no_part_of_a_split_layer_has_none(width):
-    assert units(torch.zeros(8, width), nn.Linear(1, 7), parts=2) is None
+    assert unit_axis((8, width), nn.Linear(1, 7), parts=2) is None
 
 
 def test_split_channels_are_units():
-    assert units(torch.zeros(8, 3, 5, 5), nn.Conv2d(1, 6, 1), parts=2).shape == (200, 3)
+    assert unit_axis((8, 3, 5, 5), nn.Conv2d(1, 6, 1), parts=2) == 1

@@ -383,7 +383,7 @@ def test_an_update_in_one_row_of_a_large_embedding_is_exact():
 def test_after_the_step_no_copy_of_the_weights_is_held():
     model = _with_gradient(torch.ones(2), torch.ones(2))
     step = Step(model, _descent(model))
-    assert all(group.before == [] for group in step.probe._groups)
+    assert all(group.before is None for group in step.probe._groups)
 
 
 def test_each_optimizer_has_its_own_update():

@@ -2,11 +2,13 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
 
 from lightning_gradflow.probes.ranks import RankSums, Topology
+from tests.probes.naive_signals import drawn, expected
 
 
 @pytest.mark.parametrize(("data", "model"), [(1, 1), (4, 1), (1, 2), (4, 2)])
@@ -89,6 +91,23 @@ def test_the_message_tells_how_many_ranks_failed():
 
 
 # -- signals of data parallelism
+
+
+def test_drawn_samples_are_summed_as_a_naive_count_sums_them(answers):
+    assert repr(answers[0]["drawn samples"]) == repr(answers[1]["drawn samples"])
+    told = iter(answers[0]["drawn samples"])
+    for seed in range(6):
+        draws, silent = [random.Random(2 * seed + rank) for rank in range(2)], {}
+        for i in range(3):
+            samples = [drawn(draw, random.Random(100 * seed + i)) for draw in draws]
+            passes = {k for sample in samples for seen in sample.values() for k in (*seen.deltas, *seen.times)}
+            naive, calls = expected(samples, silent, 2, dict.fromkeys(passes, 0.5))
+            found = next(told)
+            for name in {*naive, *found["points"]}:
+                assert found["points"][name] == pytest.approx(naive[name], rel=1e-12, nan_ok=True), name
+            for name in {*calls, *found["calls"]}:
+                assert found["calls"][name] == pytest.approx(calls[name], rel=1e-12, nan_ok=True), name
+
 
 SIGNALS = [
     "halves of a batch",

@@ -489,6 +489,14 @@ def test_centres_are_where_inputs_lie_that_are_farther_from_zero_than_they_sprea
     assert treated.centres["4"].spread == pytest.approx(around, rel=1e-3)
 
 
+def test_an_output_layer_that_is_left_as_it_is_has_a_centre_too():
+    net, x = _made(lambda: _stack(nn.Sigmoid, 8)), _batch(64, WIDTH)
+    treated = _treated(net, x)
+    last = list(treated.before)[-1]
+    assert last not in treated.changed
+    assert last in treated.centres
+
+
 # How it is done
 
 

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradflow.history import History, Row
-from lightning_gradflow.remedies.input_layers import can_treat
+from lightning_gradflow.remedies.critical import Centre
+from lightning_gradflow.remedies.input_layers import around_mean, can_treat
 from lightning_gradflow.remedies.input_scaling import InputScaling
 from lightning_gradflow.remedies.input_statistics import RawInput, moments, standardising
 from lightning_gradflow.remedies.training import Training
@@ -859,3 +860,111 @@ def test_layers_in_rows_over_two_ranks_train_as_one_on_standardised_inputs():
 
 if __name__ == "__main__":
     _rank()
+
+
+# --- inputs that lie far from 0 --------------------------------------------------------------------------------------
+
+
+class Transformed(nn.Module):
+    """A padded convolution whose weight is a trained one times a fixed matrix over the channels of its input."""
+
+    def __init__(self, layer, matrix):
+        super().__init__()
+        self.groups, self.matrix = layer.groups, matrix
+        self.trained = nn.Parameter(self._times(layer.weight.detach(), torch.linalg.inv(matrix)))
+        self.bias = nn.Parameter(layer.bias.detach().clone())
+
+    def _times(self, weight, matrix):
+        parts = weight.movedim(1, -1).chunk(self.groups)
+        return torch.cat([part @ matrix[group] for group, part in enumerate(parts)]).movedim(-1, 1)
+
+    def forward(self, x):
+        weight = self._times(self.trained, self.matrix)
+        return nn.functional.conv1d(x, weight, self.bias, padding=1, groups=self.groups)
+
+
+def _far_from_zero(groups):
+    """A padded convolution, inputs far from 0, and 1/2 over the square root of their second moments, by group."""
+    torch.manual_seed(0)
+    layer = nn.Conv1d(4, 4, 3, padding=1, groups=groups).double()
+    mean, spread = torch.tensor([1.0, 2.0, -1.0, 0.5]), 0.25
+    x = mean.double().view(1, 4, 1) + spread * torch.randn(16, 4, 6, dtype=torch.float64)
+    roots = []
+    for part in mean.double().chunk(groups):
+        values, vectors = torch.linalg.eigh(spread**2 * torch.eye(len(part)) + torch.outer(part, part))
+        roots.append(vectors @ torch.diag(spread * values.rsqrt() / 0.5) @ vectors.T)
+    return layer, x, Centre(mean, spread), torch.stack(roots)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "closure called again"])
+def test_a_layer_with_a_border_of_zeros_trains_as_if_its_inputs_were_alike_in_all_directions(name, groups):
+    layer, x, centre, root = _far_from_zero(groups)
+    net, twin = nn.Sequential(layer), nn.Sequential(Transformed(layer, root))
+    optimizer, scaling = OPTIMIZERS[name](net.parameters()), InputScaling()
+    before = net(x)
+    assert scaling.hold(_training(net, x, [optimizer]), {"0": centre}) == ("0",)
+    _steps(net, x, optimizer, scaling, clip=5.0)
+    _steps(twin, x, OPTIMIZERS[name](twin.parameters()), clip=5.0)
+    assert (net(x) - before).abs().max() > 0.05
+    torch.testing.assert_close(net(x), twin(x), atol=1e-5, rtol=1e-5)  # the direction is kept in single precision
+
+
+def test_what_a_bias_can_take_up_is_subtracted():
+    net = nn.Sequential(nn.Linear(2, 3))
+    scale, shift, along = around_mean(_training(net, None), net[0], Centre(torch.tensor([3.0, 4.0]), 0.0625))
+    assert (scale.tolist(), shift.tolist(), along) == ([0.25, 0.25], [3.0, 4.0], None)
+
+
+@pytest.mark.parametrize("make", [partial(nn.Linear, 2, 3, bias=False), partial(nn.Conv1d, 2, 3, 3, padding=1)])
+def test_where_no_bias_can_take_the_mean_up_its_direction_is_made_smaller(make):
+    net = nn.Sequential(make())
+    scale, shift, along = around_mean(_training(net, None), net[0], Centre(torch.tensor([3.0, 4.0]), 1.0))
+    left = torch.eye(2) - torch.outer(along, along)
+    torch.testing.assert_close(left @ torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0]) / 26**0.5)
+    torch.testing.assert_close(left @ torch.tensor([4.0, -3.0]), torch.tensor([4.0, -3.0]))
+    assert (scale.tolist(), shift.tolist()) == ([1.0, 1.0], [0.0, 0.0])
+
+
+def test_in_single_precision_a_thousand_steps_of_nothing_hardly_change_a_weight():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(64, 8, 3, padding=1))
+    optimizer, scaling = torch.optim.SGD(net.parameters(), lr=0.0), InputScaling()
+    scaling.hold(_training(net, None, [optimizer]), {"0": Centre(torch.full((64,), 0.5), 1 / 16)})
+    before = net[0].weight.detach().clone()
+    for _ in range(1000):
+        net[0].weight.grad, net[0].bias.grad = torch.ones_like(net[0].weight), torch.ones(8)
+        scaling.before_step(optimizer)
+        optimizer.step()
+    sums = net[0].weight.detach().sum(1)  # along the mean, where rounding adds up
+    torch.testing.assert_close(sums, before.sum(1), atol=1e-4, rtol=1e-4)
+
+
+def test_in_half_precision_no_direction_is_made_smaller():
+    net = nn.Sequential(nn.Conv1d(2, 2, 3, padding=1)).bfloat16()
+    assert InputScaling().hold(_training(net, None), {"0": Centre(torch.ones(2), 0.25)}) == ()
+
+
+def test_a_direction_goes_through_a_checkpoint_and_copies_nothing_to_the_host(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(2, 2, 3, padding=1))
+    optimizer, first, again = torch.optim.SGD(net.parameters(), lr=0.1), InputScaling(), InputScaling()
+    first.hold(_training(net, None, [optimizer]), {"0": Centre(torch.ones(2), 0.25)})
+    torch.save(first.state_dict(), tmp_path / "state")
+    again.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    again.attach(net)
+    gradient = torch.arange(12.0).view(2, 2, 3)
+    ends, start = [], net[0].weight.detach().clone()
+    for scaling in (first, again):
+        with torch.no_grad():
+            net[0].weight.copy_(start)
+        for step in range(2):
+            net[0].weight.grad, net[0].bias.grad = gradient.clone(), torch.ones(2)
+            with Synchronisations() as seen:
+                scaling.before_step(optimizer)
+                optimizer.step()
+            assert step == 0 or seen.seen == []  # vectors go to the device once
+        scaling.release()
+        ends.append(net[0].weight.detach().clone())
+    assert torch.equal(*ends)
+    assert not torch.allclose(ends[0], start - 0.2 * gradient, atol=0.1)

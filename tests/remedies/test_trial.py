@@ -2,6 +2,7 @@
 
 import io
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
@@ -168,6 +169,16 @@ def test_a_remedy_is_put_back_where_the_alarm_is_gone_and_the_loss_is_higher():
     assert _ends(run, 3.0).outcome == "rolled_back"
 
 
+@pytest.mark.parametrize(("losses", "outcome"), [([2.0, 2.05, 2.1, 2.12, 2.15], "rolled_back"), ([2.15] * 5, "kept")])
+def test_a_remedy_is_put_back_where_the_loss_goes_up_and_up(losses, outcome):
+    """New weights may start a little higher than a constant does, and stay; what has got worse gets worse still."""
+    run = Run()
+    run.go(2.0, SICK)
+    for loss in losses:
+        action = run.go(loss)
+    assert action.outcome == outcome
+
+
 @pytest.mark.parametrize(("planned", "steps"), [(10, 16), (200, 20), (1000, 100), (1e6, 200), (math.nan, 50)])
 def test_a_trial_lasts_a_tenth_of_the_run_within_limits(planned, steps):
     run = Run(planned=planned)
@@ -322,6 +333,77 @@ def test_a_run_that_broke_goes_back_to_its_last_good_weights():
     run.go(math.nan, BREAKS)
     assert [outcome for _, outcome in run.actions] == ["applied"]
     assert torch.equal(run.weights(), good)
+
+
+def _loses_it(run):
+    for _ in range(4):
+        assert run.go(2.0) is None
+
+
+@pytest.mark.parametrize(("ratio", "factor"), [(0.1, 0.1), (0.04, 0.25)])
+def test_a_young_run_whose_first_steps_were_too_large_starts_anew_with_smaller_ones(ratio, factor):
+    run = Run()
+    start = run.weights()
+    for loss in np.linspace(2.0, 1.0, 6):
+        run.go(loss, ratio=ratio)
+        run.train()
+    _loses_it(run)
+    assert run.mitigation.state_dict()["learnt"]
+    run.go(2.0, SICK)
+    assert run.newest.kind == "rollback"
+    assert run.newest.after["lr_factor"] == pytest.approx(factor)
+    assert torch.equal(run.weights(), start)
+
+
+@pytest.mark.parametrize(("rows", "ratio"), [(6, 0.015), (12, 0.1)])
+def test_a_run_that_began_well_or_went_well_for_long_keeps_what_it_has_learnt(rows, ratio):
+    run = Run()
+    start = run.weights()
+    for loss in np.linspace(2.0, 1.0, rows):
+        run.go(loss, ratio=ratio)
+        run.train()
+    _loses_it(run)
+    run.go(2.0, SICK)
+    assert run.newest.kind == "rollback"
+    assert not torch.equal(run.weights(), start)
+
+
+UNSCALED = finding(FindingKind.SATURATED_ACTIVATION, "unscaled_inputs")
+
+
+def _with_inputs(x):
+    run = Run()
+
+    @contextmanager
+    def rehearse():
+        yield run.net, lambda: run.net(x)
+
+    run.training = replace(run.training, rehearse=rehearse)
+    return run
+
+
+def test_a_young_run_on_unscaled_inputs_starts_anew_on_scaled_ones():
+    x = 1000 * torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    run = _with_inputs(x)
+    usual = run.net(x / x.std(0)).detach()
+    for loss in np.linspace(2.0, 1.0, 6):
+        run.go(loss)
+        run.train()
+    _loses_it(run)
+    assert run.mitigation.state_dict()["learnt"]
+    run.go(2.0, UNSCALED)
+    assert run.actions == [("scale_inputs", "applied")]
+    assert run.held.scaling.layers == ("0",)
+    torch.testing.assert_close(run.net(x), usual, atol=0.05, rtol=0)
+
+
+def test_a_run_that_learnt_for_long_on_unscaled_inputs_goes_back_first():
+    x = 1000 * torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    run = _with_inputs(x)
+    run.learns()
+    _loses_it(run)
+    run.go(2.0, UNSCALED)
+    assert run.actions == [("rollback", "applied")]
 
 
 def test_clipping_that_helped_goes_on_and_is_not_started_again():

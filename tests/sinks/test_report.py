@@ -1,6 +1,8 @@
+import json
 from html.parser import HTMLParser
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 
 from lightning_gradflow.findings import Action, FindingKind, Severity
@@ -37,6 +39,16 @@ def full_view(name="net.{}"):
     )
     action = Action(20, "clip", (name.format(0),), "norm above 10", {"norm": 12.0}, {"norm": 1.0}, "kept", 40)
     return made_up.view(made_up.history(name=name), findings, (action,))
+
+
+def drawn(chart):
+    """The figure as plotly's own object, which refuses what plotly does not know."""
+    return go.Figure({"data": chart.figure.traces, "layout": chart.figure.layout})
+
+
+def plain(part):
+    """Lists and dicts, whether they were tuples or not."""
+    return json.loads(json.dumps(part))
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +102,12 @@ def test_a_line_stands_where_the_run_was_changed(name):
     shown = [chart for chart in charts(made_up.view(actions=made_up.DECIDED)) if chart.title == name]
     calm = [chart for chart in charts(made_up.view()) if chart.title == name]
     place = 1.5 if "layer" in name else 10  # of the columns 0, 10, 20, ... two were sampled by step 10
-    assert [(line.x0, line.line.dash) for line in shown[0].figure.layout.shapes] == [(place, "solid"), (place, "dot")]
-    assert [label.text for label in shown[0].figure.layout.annotations] == ["reinit, kept", "clip, taken back"]
-    assert len({label.y for label in shown[0].figure.layout.annotations}) == 2
+    layout = drawn(shown[0]).layout
+    assert [(line.x0, line.line.dash) for line in layout.shapes] == [(place, "solid"), (place, "dot")]
+    assert [label.text for label in layout.annotations] == ["reinit, kept", "clip, taken back"]
+    assert len({label.y for label in layout.annotations}) == 2
     assert "outcome" in shown[0].caption
-    assert not calm[0].figure.layout.shapes
+    assert not drawn(calm[0]).layout.shapes
     assert "outcome" not in calm[0].caption
 
 
@@ -112,20 +125,40 @@ def test_an_empty_run_has_a_page():
 
 def test_figures_hold_plain_lists_only(html):
     assert '"bdata"' not in html.split("plotly.js v")[1].rsplit("Plotly.newPlot", 1)[1]
-    assert all("bdata" not in chart.figure.to_json() for chart in charts(full_view()))
+    for chart in charts(full_view()):
+        read = json.loads(json.dumps([chart.figure.traces, chart.figure.layout], allow_nan=False))
+        assert read == [chart.figure.traces, chart.figure.layout]
+
+
+def test_plotly_takes_every_figure_as_it_is():
+    shown = charts(made_up.view(actions=made_up.DECIDED))
+    assert len(shown) == 5
+    for chart in shown:
+        taken = drawn(chart).to_plotly_json()
+        # plotly.js alone would not read what plotly's own objects put right, such as a colour scale without places
+        assert plain(taken["data"]) == plain(chart.figure.traces) != []
+        layout = {name: part for name, part in chart.figure.layout.items() if part != []}
+        assert plain({name: taken["layout"][name] for name in layout}) == plain(layout)
+
+
+def test_each_figure_has_a_place_of_its_own_on_the_page(html):
+    places = [attributes["id"] for tag, attributes in Page(html).tags if "id" in attributes]
+    assert len(places) == len(set(places)) == len(charts(full_view()))
+    assert all(html.count(f'Plotly.newPlot("{place}", ') == 1 for place in places)
 
 
 @pytest.mark.parametrize("values", [[], [[0.0]], [[float("nan")] * 3], [[float("inf"), 0.0]] * 2, [[1.0, 1.0]]])
 def test_charts_take_any_history(values):
     for chart in charts(made_up.view(made_up.gradients(*values), findings=(made_up.finding(),))):
-        assert "NaN" not in chart.figure.to_json()
+        drawn(chart)
+        assert "NaN" not in chart.figure.html("figure")
 
 
 def test_many_losses_are_drawn_as_means():
     shown = made_up.History()
     shown.append(made_up.Row(4999, losses=np.arange(5000.0)))
     (chart,) = charts(made_up.view(shown))
-    x, y = chart.figure.data[0].x, chart.figure.data[0].y
+    x, y = chart.figure.traces[0]["x"], chart.figure.traces[0]["y"]
     assert len(x) == 2000
     assert x == y
 

@@ -4,8 +4,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lightning_gradflow.findings import FindingKind, Severity
+from lightning_gradflow.metrics import HISTOGRAM_BINS
 from lightning_gradflow.sinks.wandb import MAX_ALERTS, MAX_BINS, WandbSink, layer_counts
 from tests import made_up
 from tests.wandb_reader import read_run
@@ -48,7 +50,8 @@ def run(tmp_path_factory):
         made_up.finding(Severity.INFO, FindingKind.DEAD_UNITS),
     )
     with offline(tmp_path_factory.mktemp("wandb")) as (logger, read):
-        made_up.replay(WandbSink(logger), rows=20, findings=findings)
+        clock = made_up.Hours()
+        made_up.replay(WandbSink(logger, now=clock), rows=20, progress=clock.row, findings=findings)
         return read()
 
 
@@ -72,11 +75,9 @@ def test_rows_come_one_for_each_flush_and_one_at_the_end(run):
 
 
 def test_heatmaps_are_a_few_images_of_real_pixels(run):
-    import matplotlib.image
-
     images = [row["gradflow/heatmap"] for row in run.rows_with("gradflow/heatmap")]
-    assert 10 <= len(images) <= 12
-    pixels = matplotlib.image.imread(run.folder / "files" / images[-1]["path"])
+    assert len(images) == 10  # at each tenth; the last row is the end
+    pixels = np.asarray(Image.open(run.folder / "files" / images[-1]["path"]))
     assert (pixels.shape[1], pixels.shape[0]) == (images[-1]["width"], images[-1]["height"])
     assert pixels.std() > 0.1
 
@@ -165,9 +166,66 @@ def test_a_run_that_ends_before_its_first_row_breaks_nothing(logger_and_read):
 
 def test_without_an_end_the_heatmap_comes_when_the_rows_have_doubled(logger_and_read):
     logger, read = logger_and_read
-    made_up.replay(WandbSink(logger), rows=9, progress=lambda done: math.nan)
+    clock = made_up.Hours()
+    made_up.replay(WandbSink(logger, now=clock), rows=9, progress=lambda done: clock.row(math.nan))
     steps = [row["trainer/global_step"] for row in read().rows_with("gradflow/heatmap")]
-    assert steps == [0, 10, 30, 70, 80]
+    assert steps == [10, 30, 70, 80]
+
+
+def test_a_short_fit_has_the_heatmap_at_its_end_alone(logger_and_read):
+    logger, read = logger_and_read
+    made_up.replay(WandbSink(logger, now=lambda: 0.0), rows=9)
+    run = read()
+    assert run.rows_with("gradflow/heatmap") == [run.history[-1]]
+
+
+@pytest.mark.parametrize("layers", [1, 75, MAX_BINS, MAX_BINS + 1, 150, 512, 2000])
+def test_a_row_takes_less_than_3_kb_with_a_picture_and_for_any_number_of_layers(logger_and_read, layers):
+    logger, read = logger_and_read
+    clock = made_up.Hours()
+    sink, shown = WandbSink(logger, now=clock), full_history(layers)
+    for progress in (0.01, 0.5):
+        sink.on_row(made_up.view(shown, progress=clock.row(progress)))
+    sizes = [len(json.dumps({k: v for k, v in row.items() if k.startswith("gradflow/")})) for row in read().history]
+    assert 200 < sizes[1] - sizes[0] < 300  # the picture is a file: its path, size and digest stand in the row
+    assert sizes[1] < 3000
+
+
+def full_history(layers):
+    """A row with every scalar, of a network of 100 million parameters whose gradient entries spread over 12 decades."""
+    names = [f"model.layers.{i}.self_attn.out_proj" for i in range(layers)]
+    shown, norms = made_up.History(), np.random.default_rng(0).lognormal(-5, 2, layers)
+    shown.layer_axis.merge(names)
+    shown.add_points([made_up.Point(name, name, "tanh") for name in names])
+    entries = np.zeros(HISTOGRAM_BINS + 2, dtype=np.int64)
+    entries[:HISTOGRAM_BINS] = 1e8 / 3 * np.exp(-(((np.arange(HISTOGRAM_BINS) - 45) / 5) ** 2))
+    fractions = ("grad_zero_fraction", "grad_nonfinite_fraction", "saturated_fraction", "dead_fraction")
+    values = {"grad_norm": norms, "delta_norm": norms / 3, "update_ratio": norms / 7}
+    values |= {name: np.random.default_rng(1).random(layers) for name in fractions}
+    names = ("loss", "grad_norm_total", "clip_factor", "clipped_fraction", "loss_scale", "step_skipped")
+    scalars = dict(zip(names, np.random.default_rng(2).random(6).tolist(), strict=True))
+    histograms = dict.fromkeys(("grad_hist_early", "grad_hist_late"), entries)
+    shown.append(made_up.Row(12345, values, scalars, histograms=histograms))
+    return shown
+
+
+def test_histograms_of_entries_reach_from_the_lowest_to_the_highest_that_occurs(run):
+    early = run.history[0]["gradflow/grad_hist_early"]
+    assert early["values"] == [100] * 5
+    assert early["bins"] == list(range(-64 + 20, -64 + 26))
+
+
+def test_a_histogram_without_an_entry_is_left_out(logger_and_read):
+    logger, read = logger_and_read
+    shown, entries = made_up.gradients([0.0]), np.zeros(HISTOGRAM_BINS + 2, dtype=np.int64)
+    entries[HISTOGRAM_BINS] = 7  # exact zeros
+    one = np.where(np.arange(HISTOGRAM_BINS + 2) == 5, 3, 0)
+    norms = {"grad_norm": np.array([0.0])}
+    shown.append(made_up.Row(1, norms, histograms={"grad_hist_early": entries, "grad_hist_late": one}))
+    WandbSink(logger).on_row(made_up.view(shown))
+    (row,) = read().history
+    assert "gradflow/grad_hist_early" not in row
+    assert (row["gradflow/grad_hist_late"]["values"], row["gradflow/grad_hist_late"]["bins"]) == ([3], [-59, -58])
 
 
 def test_a_layer_discovered_late_gets_the_next_bin_and_moves_none(logger_and_read):
@@ -184,16 +242,16 @@ def test_a_layer_discovered_late_gets_the_next_bin_and_moves_none(logger_and_rea
 
 def test_more_layers_than_bins_are_merged_and_the_worst_is_kept(logger_and_read):
     logger, read = logger_and_read
-    norms = [1.0] * 1300
+    norms = [1.0] * (3 * MAX_BINS - 1)
     norms[4] = math.inf
     sink = WandbSink(logger)
     sink.on_row(made_up.view(made_up.gradients(norms)))
     run = read()
     histogram = run.history[0]["gradflow/layers"]
-    assert len(histogram["values"]) <= MAX_BINS
+    assert len(histogram["values"]) == MAX_BINS
     assert histogram["values"][:3] == [120, 240, 120]
     assert run.config["gradflow"]["layers_per_bin"] == 3
-    assert histogram["bins"][-1] == 1300
+    assert histogram["bins"] == list(range(MAX_BINS + 1))
 
 
 def test_alerts_stop_at_their_limit(logger_and_read):

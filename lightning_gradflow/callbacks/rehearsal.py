@@ -1,0 +1,192 @@
+"""The training step of a run, called on copies of its model and on a batch that all ranks share."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from lightning_gradflow.callbacks.copies import apart, check_memory, quiet_copy, step_of
+from lightning_gradflow.callbacks.together import Together
+from lightning_gradflow.callbacks.unsharded import gathered, whole_copy, write
+from lightning_gradflow.remedies.optimizer_state import forget
+from lightning_gradflow.remedies.training import Rehearsal, RehearsalError, Training
+
+_COPIES = 3  # of a model that is put together: itself, the copy that is rehearsed, what is measured of it
+
+
+def shared(trainer: Trainer, given: tuple[Any, int]) -> tuple[Any, int] | None:
+    """A batch and its number, those of rank zero where there are several; None where it can't be sent."""
+    if trainer.world_size == 1:
+        return given
+    sent: list[tuple[Any, int] | None] = [_shareable(given)]
+    dist.broadcast_object_list(sent, src=0)
+    return sent[0]
+
+
+def _shareable(batch: Any) -> Any:
+    """The batch on the CPU; None where it can't be sent to other ranks."""
+    moved = move_data_to_device(batch, torch.device("cpu"))
+    try:
+        pickle.dumps(moved)
+    except Exception:
+        return None
+    return moved
+
+
+def rehearsal(
+    trainer: Trainer,
+    module: LightningModule,
+    given: tuple[Any, int],
+    over: Callable[[], None],
+    *,
+    is_checked: bool = False,
+) -> Rehearsal:
+    """Makes training steps of a batch, on quiet copies of a module.
+
+    Args:
+        trainer: whose precision they run in, and with whose optimizers none of them steps.
+        module: it is copied anew each time.
+        given: the batch and its number.
+        over: called at the end of each rehearsal, for what an optimizer's refused step has begun.
+        is_checked: whether it is known that there is memory for it.
+    """
+    batch = move_data_to_device(given, module.device)
+
+    @contextmanager
+    def rehearse() -> Iterator[tuple[nn.Module, Callable[[], None]]]:
+        try:
+            if not is_checked:
+                check_memory(module, copies=2)
+        except MemoryError as error:
+            raise RehearsalError(str(error)) from error
+        with apart(module), _no_step(trainer, over):
+            try:
+                (twin,) = quiet_copy(trainer, module)
+            except Exception as error:
+                raise RehearsalError(f"the model can't be copied: {error}") from error
+            step = step_of(trainer, twin, *batch)
+
+            def run() -> None:
+                try:
+                    step()
+                except Exception as error:
+                    raise RehearsalError(f"the training step failed on a copy: {error}") from error
+
+            yield twin, run
+
+    return rehearse
+
+
+@contextmanager
+def _no_step(trainer: Trainer, over: Callable[[], None]) -> Iterator[None]:
+    """A training step that gets at the run's own optimizers, past `self.optimizers()`, can't step with them."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("it steps with the optimizers of the Trainer")
+
+    own = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "register_step_pre_hook")]
+    hooks = [optimizer.register_step_pre_hook(refuse) for optimizer in own]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        over()
+
+
+@contextmanager
+def unsharded(
+    live: Training,
+    trainer: Trainer,
+    module: LightningModule,
+    given: tuple[Any, int],
+    over: Callable[[], None],
+    together: Together,
+    tell: Callable[[str], None],
+) -> Iterator[Training]:
+    """The same run on a copy of which this process holds all weights; see `Training.whole`.
+
+    The ranks agree on whether there is memory for it, on whether the copy was made and takes a training step, and on
+    what has been written into it. Where one of them can't, none does: the run itself is given then, without a
+    rehearsal, and that is said.
+
+    Args:
+        live: the run.
+        trainer: of the run.
+        module: its model, with parameters that FSDP2 has spread over ranks.
+        given: the batch of rank zero and its number, on any device.
+        over: see `rehearsal`.
+        together: the meetings of the ranks.
+        tell: says once what can't be done.
+
+    Raises:
+        ApartError: on every rank, if one of them has failed or does something else.
+    """
+    made = _put_together(trainer, module, given, over, together, tell)
+    if made is None:
+        yield live
+        return
+    twin, rehearse = made
+    parameters, whole = dict(module.named_parameters()), dict(twin.named_parameters())
+    trained = {id(p) for optimizer in live.optimizers for group in optimizer.param_groups for p in group["params"]}
+    own = [whole[name] for name, parameter in parameters.items() if id(parameter) in trained]
+    versions = {name: values._version for name, values in whole.items()}
+    yield Training(twin, [torch.optim.SGD(own, lr=0.0)], live.history, rehearse, seed=live.seed)
+    changed = [name for name, values in whole.items() if values._version != versions[name]]
+    together.agree(repr(changed))
+    write([(parameters[name], whole[name]) for name in changed], trainer.strategy.root_device)
+    forget(live.optimizers, [parameters[name] for name in changed])
+
+
+def _put_together(
+    trainer: Trainer,
+    module: LightningModule,
+    given: tuple[Any, int],
+    over: Callable[[], None],
+    together: Together,
+    tell: Callable[[str], None],
+) -> tuple[LightningModule, Rehearsal] | None:
+    """The copy, and what rehearses it; None on all ranks where one of them can't make it, or make a step with it."""
+    meets_on = trainer.strategy.root_device
+    places = list(dict.fromkeys((meets_on, torch.device("cpu"))))
+    place, why = _place(trainer, module, places)
+    place = together.worst(place)
+    if place < len(places):
+        tensors = gathered(module, places[place], meets_on)
+        twin = rehearse = None
+        try:
+            twin = whole_copy(module, tensors).to(places[place])
+            rehearse = rehearsal(trainer, twin, given, over, is_checked=True)
+            with rehearse() as (_, run):
+                run()
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+        if not together.worst(int(bool(why))):
+            assert twin is not None
+            assert rehearse is not None
+            return twin, rehearse
+    why = why or "it failed on another rank"
+    tell(f"lightning_gradflow: the whole model can't be rehearsed ({why}), so layers are drawn by the textbook.")
+    return None
+
+
+def _place(trainer: Trainer, module: LightningModule, places: list[torch.device]) -> tuple[int, str]:
+    """Which is the first of these places with memory enough, and why it is no one before."""
+    why = ""
+    for i, device in enumerate(places):
+        sharing = trainer.num_devices if device.type == "cpu" else 1
+        try:
+            check_memory(module, _COPIES * sharing, device)
+        except MemoryError as error:
+            why = str(error)
+        else:
+            return i, ""
+    return len(places), why

@@ -1,0 +1,144 @@
+"""What watching costs as Markdown, for the README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .report import row
+
+BEGIN, END = "<!-- overhead:begin -->", "<!-- overhead:end -->"
+
+NAMES = {
+    "default": "`GradFlow()`, with its page and its summary",
+    "gradients": "`GradNormLogger(every_n_steps=1)`: gradients at every step, all else at every 20th",
+    "every step": "`GradFlow(every_n_steps=1)`",
+    "every step, to W&B": "`GradFlow(every_n_steps=1)`, to W&B",
+    "gradients, to W&B": "`GradNormLogger(every_n_steps=1)`, to W&B",
+    "grad_norm": "Lightning's `grad_norm` at every step",
+    "watch gradients": '`wandb.watch(log="gradients", log_freq=1)`',
+    "watch all": '`wandb.watch(log="all", log_freq=1)`',
+}
+"""What the arms are called, in the order of the tables."""
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """What was trained, the fits over plain ones, a sample, and what it is made of.
+
+    Args:
+        found: what `overhead.main` writes.
+    """
+    models = list(found["models"].values())
+    parts = [
+        _setting(found),
+        "\n".join(_table("time of a fit / of a plain one", models, _fit)),
+        "\n".join(_table("ms that a sample adds (a step is so many times as long)", models, _sample)),
+        "\n".join(_facts(models)),
+        " ".join(_said(found, models)),
+        _origin(found),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _setting(found: Mapping[str, Any]) -> str:
+    steps, rounds = found["steps"], found["rounds"]
+    return (
+        f"Whole fits on the CPU, in one process and in turn, {rounds} of each kind, and {(rounds + 1) // 2} of those "
+        "at the default cadence. Each is held against the plain fit "
+        f"of its round that has as many steps and the same logger: {steps['long']} steps at the default cadence, which "
+        f"samples every 50 and more often in the beginning, and {steps['short']} where every step is watched, as out "
+        "of the middle of a long run. Numbers are medians, in brackets the middle half. All log the loss as often as "
+        "they are watched, to CSV, or to W&B offline."
+        + (" Counted are seconds of the CPU and not of the clock on the wall." if found["clock"] == "CPU" else "")
+    )
+
+
+def _table(title: str, models: list[Mapping[str, Any]], cell: Any) -> list[str]:
+    lines = [row(title, [model["title"] for model in models]), row("---", ["---:"] * len(models))]
+    for arm, name in NAMES.items():
+        if any(arm in model["arms"] for model in models):
+            cells = [cell(model["arms"][arm]) if arm in model["arms"] else "-" for model in models]
+            lines.append(row(name, cells))
+    return lines
+
+
+def _fit(arm: Mapping[str, Any]) -> str:
+    ratio = arm["wall"]
+    places = 3 if "own" in arm else 2
+    return f"{ratio['median']:.{places}f} ({ratio['low']:.{places}f}-{ratio['high']:.{places}f})"
+
+
+def _sample(arm: Mapping[str, Any]) -> str:
+    cost = f"{arm['sample_ms']['median']:.1f}"
+    return cost if "own" in arm else f"{cost} ({arm['step']['median']:.2f})"
+
+
+def _facts(models: list[Mapping[str, Any]]) -> list[str]:
+    """What the networks are, and what else was measured of each."""
+    facts = {
+        "parameters": lambda m: f"{m['parameters'] / 1e6:.1f} M in {m['tensors']} tensors",
+        "a plain step": lambda m: f"{_plain(m):.0f} ms",
+        "one read of every gradient, the least there can be": lambda m: (
+            f"{m['floor_ms']:.2f} ms ({100 * m['floor_ms'] / _plain(m):.1f} % of a step)"
+        ),
+        "history for a flush to W&B": lambda m: _bytes(m, "every step, to W&B"),
+        'the same of `wandb.watch(log="all")`': lambda m: _bytes(m, "watch all"),
+        'a sample of `wandb.watch(log="all")` / of `GradFlow`': lambda m: _times(m, "every step, to W&B"),
+        "the same / of `GradNormLogger`": lambda m: _times(m, "gradients, to W&B"),
+        "page at the end of a fit": lambda m: _shown(m, "report"),
+        "a row to W&B": lambda m: _shown(m, "wandb_row"),
+        "a row to W&B with the picture of the run": lambda m: _shown(m, "wandb_row_with_picture"),
+    }
+    lines = [row("", [model["title"] for model in models]), row("---", ["---:"] * len(models))]
+    return lines + [row(name, [fact(model) for model in models]) for name, fact in facts.items()]
+
+
+def _plain(model: Mapping[str, Any]) -> float:
+    """Milliseconds of a plain step, of the first arm that is plain."""
+    return next(arm["step_ms"]["median"] for arm in model["arms"].values() if "wall" not in arm)
+
+
+def _bytes(model: Mapping[str, Any], arm: str) -> str:
+    return f"{model['arms'][arm]['flush_bytes'] / 1e3:.1f} kB" if arm in model["arms"] else "-"
+
+
+def _times(model: Mapping[str, Any], arm: str) -> str:
+    ratio = model["times_cheaper"][arm]
+    return "-" if ratio is None else f"{ratio['median']:.0f}" if ratio["median"] < 1e6 else "free"
+
+
+def _shown(model: Mapping[str, Any], what: str) -> str:
+    return f"{model['shown_ms'][what]:.0f} ms" if what in model["shown_ms"] else "-"
+
+
+def _said(found: Mapping[str, Any], models: list[Mapping[str, Any]]) -> list[str]:
+    own = [model["arms"]["default"]["own"]["median"] for model in models if "default" in model["arms"]]
+    said = []
+    if own:
+        listed = ", ".join(f"{one:.3f}" for one in own)
+        said.append(
+            f"Held against the steps between them in the same fit, the samples of `GradFlow()` make its steps {listed} "
+            "times as long; that is without page and summary, and with less noise."
+        )
+    return said + _beyond(found)
+
+
+def _beyond(found: Mapping[str, Any]) -> list[str]:
+    missed = [one for one in found["bars"] if not one["is_met"]]
+    if not missed:
+        return ["All that was aimed at is met."]
+    listed = "; ".join(
+        f"{found['models'][one['model']]['title']}, {one['what']} {one['value']:.4g} "
+        f"({'at most' if one['most'] else 'at least'} {one['bar']:g})"
+        for one in missed
+    )
+    return [f"What was aimed at and is not met: {listed}."]
+
+
+def _origin(found: Mapping[str, Any]) -> str:
+    where = found["environment"]
+    return (
+        f"Made with `python -m tests.benchmarks.overhead` on {where['date']}: Python {where['python']}, torch "
+        f"{where['torch']}, lightning {where['lightning']}, {where['machine']}, {where['threads']} threads, "
+        f"{found['minutes']:.0f} minutes."
+    )
