@@ -25,8 +25,8 @@ class GradNormLogger(Monitor):
         every_n_steps: steps between two readings of the gradients, in [1, inf); None for the Trainer's
             `log_every_n_steps`.
         signal_every_n_steps: steps between two samples of everything, in [1, inf); None for what another monitor of the
-            Trainer asks for, else for the least multiple of `every_n_steps` that is 20 or more: a sample costs about a
-            sixth of a step.
+            Trainer asks for, else for the least multiple of `every_n_steps` that is 50 or more: a sample costs a sixth
+            to a third of a step.
         max_decay: decades that the signal may lose from the last to the first layer before it counts as vanishing, in
             (0, 100); see `VanishingGradient` for the default.
         max_growth: decades that it may gain before it counts as exploding, in (0, 100); see `ExplodingGradient`.

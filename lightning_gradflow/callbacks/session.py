@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lightning_gradflow.callbacks.base import Monitor
 
 MONITOR = "the monitor"
-_SIGNAL_INTERVAL = 20  # steps at least
+_SIGNAL_INTERVAL = 50  # steps at least, as Lightning logs by default
 _DEAD_WINDOW = 3  # samples, as SaturationMonitor has it, where none is among the monitors
 
 
@@ -206,7 +206,7 @@ class Session:
         if not asked and not of_signal:
             return of_logger, of_logger
         finest = min(asked + of_signal)
-        # where nobody says: a sample costs a sixth of a step, which is then below one in a hundred
+        # where nobody says: a sample costs up to a third of a step, which is then below one in a hundred
         return min(of_signal, default=finest * -(-_SIGNAL_INTERVAL // finest)), finest
 
     def _begin_treating(self, treating: Treating, trainer: Trainer, module: LightningModule, is_sharded: bool) -> None:

@@ -122,8 +122,8 @@ class GradientProbe:
         if not self._only_size:
             put["exponents"] = _exponents(gradients, multiplier)
             weights = [_part(parameter.detach()) for parameter in group.parameters]
-            put["weight"] = norms(weights)
             group.before = Kept(weights)
+            put["weight"] = group.before.norms()
         if group.is_shared:
             # squares add up over ranks; a part that several ranks hold counts once
             share = _on_device([1 / copies(p, ranks) for p in group.parameters], group.device)
@@ -332,9 +332,9 @@ def _or_one_zero(tensor: Tensor) -> Tensor:
 def _exponents(gradients: Sequence[Tensor], multiplier: Tensor | float) -> Tensor:
     """(N * (HISTOGRAM_BINS + 2),) for each gradient, of sampled entries: binary exponents, zeros, non-finite ones."""
     most = min(_SAMPLED_ENTRIES, max(_FEWEST_ENTRIES, _SAMPLED_IN_ALL // len(gradients)))
-    samples = [gradient.flatten()[:: coprime_stride(gradient.numel(), most)] for gradient in gradients]
-    is_double = any(sample.dtype == torch.float64 for sample in samples)
-    sample = torch.cat([s.to(torch.float64 if is_double else torch.float32) for s in samples]) * multiplier
+    samples = [_selected(gradient, most) for gradient in gradients]
+    wide = torch.float64 if any(sample.dtype == torch.float64 for sample in samples) else torch.float32
+    sample = torch.cat([sample if sample.dtype == wide else sample.to(wide) for sample in samples]) * multiplier
     # frexp gives 0.5 <= mantissa < 1, so that floor(log2 |x|) is its exponent minus one
     bins = (torch.frexp(sample).exponent - 1 - MIN_EXPONENT).clamp_(0, HISTOGRAM_BINS - 1)
     bins.masked_fill_(sample == 0, HISTOGRAM_BINS)
@@ -343,6 +343,11 @@ def _exponents(gradients: Sequence[Tensor], multiplier: Tensor | float) -> Tenso
     at = bins.long() + torch.from_numpy(first).to(bins.device, non_blocking=True)
     counts = torch.zeros(len(samples) * _WIDTH, dtype=torch.int64, device=bins.device)
     return counts.index_add_(0, at, torch.ones_like(at))
+
+
+def _selected(gradient: Tensor, most: int) -> Tensor:
+    flat = gradient if gradient.dim() == 1 else gradient.reshape(-1)
+    return flat if flat.numel() <= most else flat[:: coprime_stride(flat.numel(), most)]
 
 
 def _real(tensor: Tensor) -> Tensor:

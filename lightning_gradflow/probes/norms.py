@@ -34,8 +34,9 @@ def square_sum(tensor: Tensor) -> Tensor:
         >>> f"{square_sum(torch.full((100_000,), 1e-30)):.5g}"
         '1e-55'
     """
-    flat = _in_memory(tensor) if tensor.device.type == "cpu" and tensor.dtype in _NARROW else None
-    if flat is not None and flat.numel() >= _LARGE:
+    is_worth_it = tensor.numel() >= _LARGE and tensor.dtype in _NARROW and tensor.device.type == "cpu"
+    flat = _in_memory(tensor) if is_worth_it else None
+    if flat is not None:
         end = flat.numel() - flat.numel() % _ROW
         rows = torch.linalg.vector_norm(flat[:end].view(-1, _ROW), dim=1, dtype=torch.float32)
         total: Tensor = rows.double().square_().sum()
@@ -199,10 +200,23 @@ class Kept:
 
     @torch.no_grad()
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._number = len(tensors)
         self._is_on_cpu = bool(tensors) and tensors[0].device.type == "cpu"
         large, self._batches = _batches(tensors) if self._is_on_cpu else (range(len(tensors)), [])
         self._large = {i: tensors[i].clone() for i in large}
         self._joined = [batch.joined(tensors) for batch in self._batches]
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """(N,) L2 norms of what is kept; see `norms`."""
+        if not self._is_on_cpu:
+            return _stacked_norms(list(self._large.values()), 2.0)
+        found = np.zeros(self._number)
+        for i, copy in self._large.items():
+            found[i] = math.sqrt(float(square_sum(copy)))
+        for batch, joined in zip(self._batches, self._joined, strict=True):
+            found[batch.at] = np.sqrt(batch.sums(np.square(joined.double().numpy())))
+        return torch.from_numpy(found)
 
     @torch.no_grad()
     def norms_of_change(self, now: Sequence[Tensor]) -> Tensor:
@@ -232,7 +246,7 @@ class _Batch:
     first: npt.NDArray[np.int64]
 
     def joined(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([tensors[i].reshape(-1) for i in self.at])
+        return torch.cat([t if (t := tensors[i]).dim() == 1 else t.reshape(-1) for i in self.at])
 
     def values(self, tensors: Sequence[Tensor]) -> Floats:
         values: Floats = self.joined(tensors).double().numpy()

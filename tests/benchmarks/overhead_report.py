@@ -11,7 +11,7 @@ BEGIN, END = "<!-- overhead:begin -->", "<!-- overhead:end -->"
 
 NAMES = {
     "default": "`GradFlow()`, with its page and its summary",
-    "gradients": "`GradNormLogger(every_n_steps=1)`: gradients at every step, all else at every 20th",
+    "gradients": "`GradNormLogger(every_n_steps=1)`: gradients at every step, all else at every 50th",
     "every step": "`GradFlow(every_n_steps=1)`",
     "every step, to W&B": "`GradFlow(every_n_steps=1)`, to W&B",
     "gradients, to W&B": "`GradNormLogger(every_n_steps=1)`, to W&B",

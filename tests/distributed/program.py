@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import Strategy
 from packaging.version import Version  # Lightning brings it along
 from torch import Tensor, nn
 
+from lightning_gradflow import GradNormLogger
 from lightning_gradflow.callbacks.sampler import Sampler
 from lightning_gradflow.callbacks.steps import Steps
 from lightning_gradflow.detectors.vanishing import VanishingGradient
@@ -88,6 +89,21 @@ def collectives(make: Callable[[], nn.Module], strategy: Callable[[], Strategy],
         fit(Task(make(), prepare), strategy(), loader(2 * BATCH * 12), [counter, *callbacks], max_steps=12)
         found.append(counter.by_step)
     return {"steps": flow.history.steps.tolist(), "ours": [a - b for a, b in zip(*found, strict=True)]}
+
+
+def gradients_alone(make: Callable[[], nn.Module], strategy: Callable[[], Strategy], prepare: Prepare | None) -> Answer:
+    """The gradients at every step, and the same where everything is measured at every step."""
+    found: Answer = {}
+    for name, monitor in (("alone", GradNormLogger(1)), ("everything", watch())):
+        L.seed_everything(1, verbose=False)
+        fit(Task(make(), prepare), strategy(), loader(2 * BATCH * 12), [monitor], max_steps=12)
+        history = monitor.history
+        found[name] = {
+            "norms": history["grad_norm"].tolist(),
+            "losses": history.losses.tolist(),
+            "whole": [row.step for row in history.rows if not row.gradients_only],
+        }
+    return found
 
 
 def sick(strategy: Strategy, folder: Path, prepare: Prepare | None = None, **kwargs: Any) -> Answer:
@@ -185,6 +201,7 @@ def replicated(folder: Path) -> Answer:
         "sick": sick(ddp(), folder),
         "validated": validated(),
         "collectives": {"DDP": collectives(Mixed, ddp, None)},
+        "gradients alone": {"DDP": gradients_alone(Mixed, ddp, None)},
         "resumed": resumed(ddp, folder),
         "a loss is not a number": plain(OneIsNotANumber(Mixed()), ddp()),
         "a branch that is taken late": plain(Task(Late()), ddp(find_unused_parameters=True)),
@@ -193,10 +210,12 @@ def replicated(folder: Path) -> Answer:
 
 def spread(folder: Path) -> Answer:
     """Weights are spread over the ranks."""
+    fsdp2 = SHARDED["FSDP2"]
     counted = {name: SHARDED[name] for name in ("FSDP2", "tensor parallel", "tensor parallel, DTensors throughout")}
     return {
         **{name: measured(run, name, folder) for name, run in SHARDED.items()},
         "collectives": {name: collectives(run.make, run.strategy, run.prepare) for name, run in counted.items()},
+        "gradients alone": {"FSDP2": gradients_alone(fsdp2.make, fsdp2.strategy, fsdp2.prepare)},
         "resumed": resumed(sharded, folder, whole),
         "sharded in part": plain(Task(Mixed(), inner), sharded()),
     }

@@ -47,6 +47,16 @@ def test_between_samples_there_is_no_collective(launched, group, name):
         assert [answer["ours"][step] for step in others] == [0] * 7
 
 
+@pytest.mark.parametrize(("group", "name"), [("replicated", "DDP"), ("spread", "FSDP2")])
+def test_gradients_alone_are_those_of_whole_samples_on_both_ranks(launched, group, name):
+    first, second = _both(launched, group, "gradients alone", name)
+    assert first == second
+    assert first["alone"]["norms"] == first["everything"]["norms"]
+    assert first["alone"]["losses"] == first["everything"]["losses"]
+    assert len(first["alone"]["norms"]) == len(first["everything"]["whole"]) == 12
+    assert first["alone"]["whole"] == [0, 1, 2, 4, 8]
+
+
 def test_the_losses_of_the_ranks_differ_and_their_mean_is_recorded(launched):
     first, second = _both(launched, "replicated", "sick")
     losses = np.array([first["local"], second["local"]])

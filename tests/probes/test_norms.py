@@ -159,6 +159,7 @@ def test_a_change_is_measured_from_what_was_kept(monkeypatch, chunk):
     before = [*_mixed(), torch.zeros(0)]
     now = [tensor.clone() for tensor in before]
     kept = Kept(now)
+    assert torch.equal(kept.norms(), norms(now))
     for i, tensor in enumerate(now):
         tensor += (i % 3) * 0.25
     expected = [math.sqrt(_exact(a.double() - b.double())) for a, b in zip(now, before, strict=True)]
