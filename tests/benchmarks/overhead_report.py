@@ -22,6 +22,9 @@ NAMES = {
 """What the arms are called, in the order of the tables."""
 
 
+_MEASURES = {"wall": "time of a fit", "step": "time of a step", "flush_bytes": "bytes of a flush"}
+
+
 def markdown(found: Mapping[str, Any]) -> str:
     """What was trained, the fits over plain ones, a sample, and what it is made of.
 
@@ -124,15 +127,28 @@ def _said(found: Mapping[str, Any], models: list[Mapping[str, Any]]) -> list[str
 
 
 def _beyond(found: Mapping[str, Any]) -> list[str]:
-    missed = [one for one in found["bars"] if not one["is_met"]]
+    missed: dict[str, list[Mapping[str, Any]]] = {}
+    for one in found["bars"]:
+        if not one["is_met"]:
+            missed.setdefault(one["what"], []).append(one)
     if not missed:
         return ["All that was aimed at is met."]
-    listed = "; ".join(
-        f"{found['models'][one['model']]['title']}, {one['what']} {one['value']:.4g} "
-        f"({'at most' if one['most'] else 'at least'} {one['bar']:g})"
-        for one in missed
-    )
+    listed = "; ".join(f"{_aim(what)} {_values(found, those)}" for what, those in missed.items())
     return [f"What was aimed at and is not met: {listed}."]
+
+
+def _aim(what: str) -> str:
+    """What a limit is on, in words."""
+    about, _, of = what.rpartition(": ")
+    theirs, _, ours = about.rpartition(" / ")
+    if theirs:
+        return f"a sample of {NAMES[theirs]} / one of {NAMES[ours]}"
+    return f"{NAMES[ours]}, {_MEASURES[of]}"
+
+
+def _values(found: Mapping[str, Any], those: list[Mapping[str, Any]]) -> str:
+    listed = ", ".join(f"{one['value']:.4g} ({found['models'][one['model']]['title']})" for one in those)
+    return f"{listed}, where it is to be {'at most' if those[0]['most'] else 'at least'} {those[0]['bar']:g}"
 
 
 def _origin(found: Mapping[str, Any]) -> str:

@@ -186,9 +186,9 @@ def test_the_tables_have_a_row_for_each_arm(found):
 
 def test_what_is_not_met_is_said(found):
     one = {"model": "lstm", "what": "default: wall", "value": 1.02, "bar": 1.01, "most": True, "is_met": False}
-    assert "not met: transformer, 2 layers of 16, default: wall 1.02 (at most 1.01)" in markdown(
-        {**found, "bars": [one]}
-    )
+    text = markdown({**found, "bars": [one]})
+    assert "not met: `GradFlow()`, with its page and its summary, time of a fit 1.02 (transformer, 2 layers" in text
+    assert "where it is to be at most 1.01." in text
     assert "All that was aimed at is met." in markdown({**found, "bars": [one | {"is_met": True}]})
 
 
