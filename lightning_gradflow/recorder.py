@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -50,6 +51,7 @@ class Recorder:
         self.history = History()
         self._judged: History | None = None  # without the rows that nobody can be judged by, where there are such
         self._losses: list[Floats] = []  # that came with those since the last other one
+        self._val_loss: float | None = None  # the newest of them
         self.ledger = Ledger()
         self.actions: list[Action] = []
         self.sinks: list[Sink] = []
@@ -81,7 +83,14 @@ class Recorder:
     @property
     def view(self) -> View:
         """What there is to see now."""
-        return View(self.judged, self.findings, tuple(self.actions), self._step, self._progress, self.model)
+        return View(
+            self.judged if self.judged.rows else self.history,
+            self.findings,
+            tuple(self.actions),
+            self._step,
+            self._progress,
+            self.model,
+        )
 
     def expect_gradients_only(self) -> None:
         """Rows are about to come that hold nothing but the size of the gradients; before, all are judged by."""
@@ -122,9 +131,11 @@ class Recorder:
             return True
         self._losses.append(row.losses)
         if row.gradients_only and not np.any(row.values.get("grad_nonfinite_fraction", np.empty(0)) > 0):
+            self._val_loss = row.scalars.get("val_loss", self._val_loss)
             return False
-        self._judged.append(replace(row, losses=np.concatenate(self._losses)))
-        self._losses = []
+        scalars = {"val_loss": self._val_loss} if self._val_loss is not None else {}
+        self._judged.append(replace(row, losses=np.concatenate(self._losses), scalars={**scalars, **row.scalars}))
+        self._losses, self._val_loss = [], None
         return True
 
     def act(self, actions: Sequence[Action], action: Action) -> None:
@@ -149,8 +160,9 @@ class Recorder:
         """
         self.history.close(step, losses, val_loss)
         if self._judged is not None:
-            self._judged.close(step, np.concatenate([*self._losses, losses]), val_loss)
-            self._losses = []
+            pending = self._val_loss if math.isnan(val_loss) and self._val_loss is not None else val_loss
+            self._judged.close(step, np.concatenate([*self._losses, losses]), pending)
+            self._losses, self._val_loss = [], None
         if self.judged.rows:
             self._progress = progress
             self._tell(self._open(is_sample=False))
@@ -226,6 +238,7 @@ class Recorder:
             "history": self.history.state_dict(),
             "judged": self._judged.state_dict() if self._judged is not None else None,
             "losses": [losses.tolist() for losses in self._losses],
+            "val_loss": self._val_loss,
             "ledger": self.ledger.state_dict(),
             "actions": [action.to_dict() for action in self.actions],
         }
@@ -235,6 +248,7 @@ class Recorder:
         self.history.load_state_dict(state["history"])
         self._judged = self._beside(state["judged"]) if state["judged"] is not None else None
         self._losses = [np.array(losses, dtype=np.float64) for losses in state["losses"]]
+        self._val_loss = state["val_loss"]
         self.ledger.load_state_dict(state["ledger"])
         self.actions = [Action.from_dict(action) for action in state["actions"]]
 

@@ -17,9 +17,10 @@ class GradNormLogger(Monitor):
 
     Besides, it finds steps that are out of proportion to the weights.
 
-    The norms, the largest and the non-finite entries of the gradients can be read at every step: that takes two
-    readings of them. What takes the forward and the backward pass of a step, as the signal against depth does, or a
-    copy of the weights, is measured less often, and findings come with it; such rows have `gradients_only=False`.
+    The norms, the largest and the non-finite entries of the gradients can be read at every step: that takes two or
+    three readings of them. What takes the forward and the backward pass of a step, as the signal against depth does,
+    or a copy of the weights, is measured less often, and findings come with it; the rows in between have
+    `gradients_only`.
 
     Args:
         every_n_steps: steps between two readings of the gradients, in [1, inf); None for the Trainer's

@@ -33,8 +33,8 @@ def shared(trainer: Trainer, given: tuple[Any, int]) -> tuple[Any, int] | None:
 
 def _shareable(batch: Any) -> Any:
     """The batch on the CPU; None where it can't be sent to other ranks."""
-    moved = move_data_to_device(batch, torch.device("cpu"))
     try:
+        moved = move_data_to_device(batch, torch.device("cpu"))
         pickle.dumps(moved)
     except Exception:
         return None

@@ -73,7 +73,8 @@ def totals(
     norms = np.array([values["grad_norm"] for values in with_gradient])
     found["grad_norm_total"] = float(np.sqrt(np.square(norms).sum()))
     found["clip_factor"] = clip_factor
-    factors = np.append(clip_factors_before[1 - CLIP_WINDOW :], clip_factor)
+    known = clip_factors_before[np.isfinite(clip_factors_before)]  # rows of gradients alone have none
+    factors = np.append(known[1 - CLIP_WINDOW :], clip_factor)
     factors = factors[np.isfinite(factors)]
     found["clipped_fraction"] = float((factors < _CLIPPED).mean()) if factors.size else math.nan
     if not math.isnan(scale):

@@ -155,6 +155,8 @@ class Session:
         if len(self.recorder.history) and step < self.recorder.history.steps[-1]:
             self._start_anew()
         interval, gradients_interval = self._intervals(trainer_facts.logging_interval(trainer))
+        if without is not None:  # else each row would cost a meeting of the ranks, for nothing
+            gradients_interval = interval
         if gradients_interval < interval:
             self.recorder.expect_gradients_only()
         sampler = Sampler(
@@ -201,7 +203,11 @@ class Session:
     def _intervals(self, of_logger: int) -> tuple[int, int]:
         """Steps between two samples, and between two readings of the gradients alone."""
         monitors = [*self._parts, *self.monitors]
-        asked = [n for monitor in monitors if (n := monitor.every_n_steps) is not None]
+        # a monitor that says how often it wants everything, and nothing else, reads the rest as often as is usual
+        said = [
+            monitor for monitor in monitors if (monitor.every_n_steps, monitor.signal_every_n_steps) != (None, None)
+        ]
+        asked = [of_logger if monitor.every_n_steps is None else monitor.every_n_steps for monitor in said]
         of_signal = [n for monitor in monitors if (n := monitor.signal_every_n_steps) is not None]
         if not asked and not of_signal:
             return of_logger, of_logger
@@ -269,7 +275,8 @@ class Session:
         if self._steps is None:
             return
         self._steps.batch_start(trainer, module, batch, batch_idx)
-        if self._treating is not None and self._steps.sampler.is_open:
+        sampler = self._steps.sampler
+        if self._treating is not None and sampler.is_open and not sampler.gradients_only:
             self._treating.batch_start(batch, batch_idx)
 
     def before_optimizer_step(

@@ -53,6 +53,7 @@ class Steps:
         self.sampler = sampler
         self._cadence = cadence
         self._gradients_interval = gradients_interval
+        self._owes_whole = False  # a sample of everything was due, and has not become a row yet
         self._validation = validation
         self._why = why
         self._train_loss = train_loss
@@ -69,19 +70,17 @@ class Steps:
             self._why.batch_start(trainer_facts.logged_step(trainer), batch, batch_idx)
         step = self._due_step(trainer)
         if step is not None:
-            self.sampler.start_batch(step, gradients_only=not self._is_due_as_a_whole(step))
+            self.sampler.start_batch(step, gradients_only=not self._owes_whole)
 
     def _due_step(self, trainer: Trainer) -> int | None:
         """The step of the batch that starts, if it is part of a sample."""
         if trainer_facts.skips_backward(trainer):
             return None
         step = trainer_facts.logged_step(trainer)
-        is_due = self._is_due_as_a_whole(step) or step % self._gradients_interval == 0
-        is_due = self.sampler.is_open or (is_due and step > self.sampler.last_step)
-        return step if is_due else None
-
-    def _is_due_as_a_whole(self, step: int) -> bool:
-        return self._cadence.is_due(step) or self._why.is_ready
+        is_new = step > self.sampler.last_step
+        self._owes_whole |= is_new and (self._cadence.is_due(step) or self._why.is_ready)
+        is_due = self._owes_whole or step % self._gradients_interval == 0
+        return step if self.sampler.is_open or (is_new and is_due) else None
 
     def before_backward(self) -> None:
         """Ends the observation of a forward pass."""
@@ -179,6 +178,7 @@ class Steps:
             )
             if not sampler.has_gradients:
                 sampler.drop()
+                self._owes_whole = False
                 return None
         if loss is None:
             self._take_logged_loss(trainer, step)
@@ -189,6 +189,7 @@ class Steps:
         sees_clipping = module.automatic_optimization
         validation = self._validation.take(sampler.device)
         line = self._why.answer(trainer, module) if self._why.is_ready else None
+        self._owes_whole &= sampler.gradients_only
         return sampler.finish(_scalars(trainer), validation, decision, sees_clipping=sees_clipping, line=line)
 
     def _is_complete(self, trainer: Trainer, module: LightningModule) -> bool:
@@ -227,12 +228,14 @@ class Steps:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if nothing had happened."""
-        return {"sampler": self.sampler.state_dict(), "cadence": self._cadence.state_dict()}
+        cadence = self._cadence.state_dict()
+        return {"sampler": self.sampler.state_dict(), "cadence": cadence, "owes_whole": self._owes_whole}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
         self.sampler.load_state_dict(state["sampler"])
         self._cadence.load_state_dict(state["cadence"])
+        self._owes_whole = state["owes_whole"]
 
     # -- on a rank that has failed ----------------------------------------------------------------------------------
 

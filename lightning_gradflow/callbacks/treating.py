@@ -111,9 +111,11 @@ class Treating:
         if decision is None:
             return
         together = Together(trainer.strategy.root_device, trainer.world_size)
-        training = self._treatable(trainer, module, batch if decision.what == "act" else None, together)
+        training = self._training(trainer, module)
         action, error = None, None
         try:
+            if decision.what == "act":
+                training = self._treatable(training, trainer, module, batch, together)
             action = self._mitigation.carry_out(decision, training)
         except Exception as raised:
             error = raised
@@ -153,10 +155,14 @@ class Treating:
         return Training(module, trainer.optimizers, history, averaged=averaged, seed=len(history))
 
     def _treatable(
-        self, trainer: Trainer, module: LightningModule, batch: tuple[Any, int] | None, together: Together
+        self,
+        training: Training,
+        trainer: Trainer,
+        module: LightningModule,
+        batch: tuple[Any, int] | None,
+        together: Together,
     ) -> Training:
         """The run as it is now, which can be rehearsed if there is a batch of it."""
-        training = self._training(trainer, module)
         if self._is_sharded and trainer.world_size > 1:
 
             def averaged(values: Tensor) -> Tensor:

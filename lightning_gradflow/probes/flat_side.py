@@ -79,6 +79,8 @@ def always_flat(op: str, output: Tensor, arguments: Mapping[str, Any], axis: int
     if op == "relu6":
         others = [dim for dim in range(output.dim()) if dim != axis]
         return ((output == 0) | (output == 6)).all(dim=others)
+    if flat(op, output.new_empty(0), arguments) is None:
+        return None
     # between two outputs on one side lies nothing else, and extremes need no mask of all outputs
     is_flat = flat(op, _by_unit(torch.amax, output, axis), arguments)
     if is_flat is None or op == "relu":  # nothing is below its flat side

@@ -24,6 +24,7 @@ _SAMPLED_IN_ALL = 1 << 16
 _WIDTH = HISTOGRAM_BINS + 2
 _NORMS = ("norm", "weight", "update", "clipped")
 _SUMS = (*_NORMS, "sum", "nonzero", "nonfinite")
+_OF_SIZE = {"norm", "max", "nonfinite"}
 _SCALED = {"norm", "sum", "max"}  # with the gradients
 
 
@@ -240,7 +241,8 @@ class GradientProbe:
             columns["numel"].append(np.array(group.numel, dtype=np.float64))
             columns["has"].append(host[_key(i, group, "has")] if group.is_shared else np.ones(n))
             for name in (*_SUMS, "max"):
-                column = host.get(_key(i, group, name))
+                # of several ranks a name that was agreed on once is there in every sample, with zeros
+                column = host.get(_key(i, group, name)) if name in _OF_SIZE or not self._only_size else None
                 if column is None:
                     columns[name].append(np.full(n, np.nan))
                     continue

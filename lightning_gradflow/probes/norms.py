@@ -42,8 +42,10 @@ def square_sum(tensor: Tensor) -> Tensor:
         total: Tensor = rows.double().square_().sum()
         if end < flat.numel():
             total += torch.linalg.vector_norm(flat[end:], dtype=torch.float64).square_()
-        if _SAFE[0] < math.sqrt(float(total) / flat.numel()) < _SAFE[1]:
+        if _SAFE[0] < math.sqrt(float(total) / flat.numel()) < _SAFE[1] or not (float(total) or bool(flat.any())):
             return total
+        parts = [torch.linalg.vector_norm(chunk, dtype=torch.float64) for chunk in flat.split(_CHUNK)]
+        return torch.stack(parts).square_().sum()
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=wide_dtype(tensor.device))
     return norm.square_()
 
@@ -63,7 +65,7 @@ def spread_between_samples(tensor: Tensor) -> tuple[Tensor, Tensor]:
         tensor = tensor.permute(0, *order)
     by_sample = tensor.reshape(len(tensor), -1)
     if by_sample.numel() > _SELECTED:
-        by_sample = by_sample[:: coprime_stride(len(by_sample), _SAMPLES)]
+        by_sample = by_sample[:: -(-len(by_sample) // _SAMPLES)]
         most = _SELECTED // len(by_sample) // _BLOCK
         if by_sample.shape[1] // _BLOCK > most:  # memory is read in blocks, of which all is taken
             blocks = by_sample[:, : by_sample.shape[1] // _BLOCK * _BLOCK].unflatten(1, (-1, _BLOCK))
@@ -86,6 +88,7 @@ def coprime_stride(number: int, most: int) -> int:
     return stride
 
 
+@np.errstate(all="ignore")  # what is not finite is told by the numbers
 @torch.no_grad()
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """(N,) the L2 norm of each tensor of one device, in its widest float; 0 of one without entries.
@@ -105,6 +108,7 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.from_numpy(found)
 
 
+@np.errstate(all="ignore")  # what is not finite is told by the numbers
 @torch.no_grad()
 def sizes(tensors: Sequence[Tensor], *, all_statistics: bool = True) -> dict[str, Tensor]:
     """What there is to say of the entries of each tensor of one device, none of which may be empty.
@@ -206,6 +210,7 @@ class Kept:
         self._large = {i: tensors[i].clone() for i in large}
         self._joined = [batch.joined(tensors) for batch in self._batches]
 
+    @np.errstate(all="ignore")  # what is not finite is told by the numbers
     @torch.no_grad()
     def norms(self) -> Tensor:
         """(N,) L2 norms of what is kept; see `norms`."""
@@ -218,6 +223,7 @@ class Kept:
             found[batch.at] = np.sqrt(batch.sums(np.square(joined.double().numpy())))
         return torch.from_numpy(found)
 
+    @np.errstate(all="ignore")  # what is not finite is told by the numbers
     @torch.no_grad()
     def norms_of_change(self, now: Sequence[Tensor]) -> Tensor:
         """(N,) L2 norms of what has changed since; to be asked once, as the copies are used up.

@@ -102,6 +102,8 @@ def gradients_alone(make: Callable[[], nn.Module], strategy: Callable[[], Strate
             "norms": history["grad_norm"].tolist(),
             "losses": history.losses.tolist(),
             "whole": [row.step for row in history.rows if not row.gradients_only],
+            "measured": [sorted(row.values) for row in history.rows if row.gradients_only],
+            "clipped": history.scalar("clip_factor").tolist(),
         }
     return found
 

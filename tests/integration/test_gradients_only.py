@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.nn.modules import module as module_hooks
 
 from lightning_gradflow import FindingKind, GradFlow, GradNormLogger, SaturationMonitor
-from tests.integration.traces import Tiny, data, fit, flow, process_traces
+from tests.integration.traces import Tiny, Validated, data, fit, flow, process_traces
 
 STEPS = 55
 WHOLE = [0, 1, 2, 4, 8, 16, 32, 50]
@@ -191,3 +191,66 @@ def test_what_is_shown_in_the_end_is_of_whole_samples(tmp_path):
     _fit(seldom, default_root_dir=tmp_path / "seldom")
     assert len(often.history) == STEPS
     assert often.summary() == seldom.summary()
+
+
+@pytest.mark.parametrize(
+    ("make", "missing", "whole"),
+    [
+        (lambda: flow(every_n_steps=10), (8, 20), [0, 1, 2, 4, 9, 10, 21, 30]),
+        (lambda: flow(every_n_steps=10), (10, 20), [0, 1, 2, 4, 8, 11, 21, 30]),
+        (lambda: flow(every_n_steps=10), (1, 2), [0, 3, 4, 8, 10, 20, 30]),
+        (lambda: GradNormLogger(10, signal_every_n_steps=20), (8, 20), [0, 1, 2, 4, 9, 16, 21]),
+        (lambda: GradNormLogger(10, signal_every_n_steps=20), (10, 20), [0, 1, 2, 4, 8, 16, 21]),
+    ],
+)
+def test_a_whole_sample_that_got_no_gradient_is_taken_at_the_next_step(make, missing, whole):
+    class Skips(Tiny):
+        calls = -1
+
+        def training_step(self, batch, batch_idx):
+            self.calls += 1
+            loss = super().training_step(batch, batch_idx)
+            return None if self.calls in missing else loss
+
+    monitor = make()
+    with pytest.warns():
+        _fit(monitor, model=Skips(), steps=34)
+    assert _whole_steps(monitor) == whole
+    if isinstance(monitor, GradFlow):
+        assert monitor.history.steps.tolist() == whole
+
+
+def test_the_share_of_clipped_steps_is_taken_over_whole_samples():
+    often, seldom = GradNormLogger(1, signal_every_n_steps=5), GradNormLogger(5)
+    _fit(often, gradient_clip_val=0.5, steps=40)
+    _fit(seldom, signal := SaturationMonitor(5), gradient_clip_val=0.5, steps=40)
+    assert signal.history is seldom.history
+    at = [row for row in often.history.rows if not row.gradients_only]
+    shares = [row.scalars["clipped_fraction"] for row in at]
+    assert shares == [row.scalars["clipped_fraction"] for row in seldom.history.rows]
+    assert len(set(shares)) > 1
+
+
+def test_a_validation_loss_comes_with_the_next_whole_sample():
+    often, seldom = GradNormLogger(1, signal_every_n_steps=8), flow(every_n_steps=8)
+    for monitor in (often, seldom):
+        fit([monitor], Validated(), train=data(40), val=data(2), max_epochs=1, val_check_interval=3)
+    whole = [row.step for row in often.history.rows if not row.gradients_only]
+    judged = often._session.recorder.judged
+    np.testing.assert_array_equal(judged.scalar("val_loss"), seldom.history.scalar("val_loss"))
+    assert judged.steps.tolist() == whole == seldom.history.steps.tolist()
+    assert np.isfinite(judged.scalar("val_loss")).sum() >= 4
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")
+def test_weights_that_become_infinite_are_no_trouble():
+    class Diverges(Tiny):
+        def on_before_zero_grad(self, optimizer):
+            if self.global_step == 5:
+                with torch.no_grad():
+                    self.net[0].weight.fill_(math.inf)
+
+    monitor = flow()
+    _fit(monitor, model=Diverges(), steps=9)
+    assert monitor.history.steps.tolist() == list(range(9))
+    assert np.isinf(monitor.history["weight_norm"][-1]).any()
