@@ -24,6 +24,7 @@ from .cure_report import markdown
 from .cure_runs import ARMS, TWIN, Course, Shelf, course, sources
 from .cure_score import Trial, scored
 from .detection import environment
+from .report import write
 from .runs import CASES, EVERY_N_STEPS, prepare_process
 from .zoo import HEALTHY
 from .zoo.curable import CURABLE
@@ -117,8 +118,7 @@ def main(argv: list[str]) -> int:
         for name in ("not_sick", "not_ahead", "crashes", "faults_of_the_monitor"):
             print(f"\n{name} at {budget} times the steps: {json.dumps(of_it[name], indent=1)}")
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(found, arguments.out)
     return 0
 
 

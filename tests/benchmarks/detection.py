@@ -25,7 +25,7 @@ from typing import Any
 
 from .limits import LIMITS, Tried, leave_one_out, merge, try_limits
 from .published import SUITES, judge
-from .report import markdown
+from .report import markdown, write
 from .runs import CASES, EVERY_N_STEPS, Run, default_detectors, is_kept, load, prepare_process, rejudged, save, train
 from .verdicts import Verdict, confusion, summary, verdict
 
@@ -172,8 +172,7 @@ def main(argv: list[str]) -> int:
     for name in ("leave_one_family_out", "causes", "crashes", "faults_of_the_monitor", "replayed_otherwise"):
         print(f"\n{name}: {json.dumps(found[name], indent=1)}")
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(found, arguments.out)
     return 0
 
 

@@ -9,7 +9,6 @@ machine that has nothing else to do.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -31,6 +30,7 @@ from .cost_models import MODELS, SMALL, Model
 from .detection import environment
 from .overhead_fits import ARMS, PLANNED, WARM_UP, Arm, Fit, fit, floor
 from .overhead_report import markdown
+from .report import write
 
 RESULTS = Path(__file__).with_name("results") / "overhead.json"
 OURS, GRADIENTS, THEIRS = "every step, to W&B", "gradients, to W&B", "watch all"
@@ -247,8 +247,7 @@ def main(argv: list[str]) -> int:
         sign, word = ("<=", ">=")[not one["most"]], "met" if one["is_met"] else "NOT MET"
         print(f"{one['model']:12} {one['what']:40} {one['value']:10.3f} {sign} {one['bar']:<8} {word}")
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(found, arguments.out)
     return 0
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .shares import Share
 
 BEGIN, END = "<!-- detection:begin -->", "<!-- detection:end -->"
+
+
+def write(found: Mapping[str, Any], path: Path) -> None:
+    """Keeps the results of a benchmark."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _share(numbers: Mapping[str, Any]) -> Share:

@@ -28,6 +28,7 @@ from lightning_gradflow.callbacks.base import Monitor
 
 from .detection import environment
 from .overhead_fits import Clock, Stream, kept_quiet
+from .report import write
 from .scale_memory import extra_memory
 from .scale_models import KINDS, Grown, batch_for, grown
 from .scale_report import markdown
@@ -192,8 +193,7 @@ def main(argv: list[str]) -> int:
     }
     print("\n" + markdown(found))
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(found, arguments.out)
     return 0
 
 
