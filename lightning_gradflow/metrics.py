@@ -41,6 +41,10 @@ METRICS: dict[str, Metric] = {
     "update_norm": Metric("layers", "norm", "L2 norm of what the optimizer's step changed in those parameters"),
     "update_ratio": Metric("layers", "norm", "update_norm / weight_norm"),
     "spectral_norm": Metric("layers", "norm", "largest singular value of the layer's largest weight matrix"),
+    "unit_spread": Metric(
+        "layers", "norm", "how far the weights of four units differ / their norm; at first, and as long as it is 0"
+    ),
+    "unit_grad_spread": Metric("layers", "norm", "the same of their gradients"),
     "recurrent_radius": Metric("layers", "norm", "spectral radius of the hidden-to-hidden weights of a recurrence"),
     "hh_to_ih": Metric("layers", "norm", "gradient norm of a recurrence's weights of the state / of the input"),
     "delta_norm": Metric("points", "norm", "L2 norm of the loss gradient at the output, over all calls"),
@@ -57,11 +61,17 @@ METRICS: dict[str, Metric] = {
     "input_detached": Metric(
         "points", "fraction", "share of a layer's calls whose input came from another layer, but without its graph"
     ),
-    "saturated_fraction": Metric("points", "fraction", "share of outputs of a bounded activation near its bound"),
+    "saturated_fraction": Metric(
+        "points",
+        "fraction",
+        "share of outputs of a bounded activation near its bound; in a recurrence that stands first, share of its "
+        "gates that the input alone drives there",
+    ),
     "gate_fraction": Metric("points", "fraction", "1 if a bounded activation gates another signal, 0 if it does not"),
     "dead_fraction": Metric("points", "fraction", "share of units on the flat side for every sample of the window"),
     "silent_fraction": Metric("points", "fraction", "share of units on the flat side for every input of the step"),
     "input_rms": Metric("features", "norm", "root mean square of each feature of what goes into the first layer"),
+    "input_deviation": Metric("features", "norm", "standard deviation of the same over the batch"),
 }
 """Every metric a [`Row`][lightning_gradflow.history.Row] may hold, by name."""
 

@@ -220,6 +220,55 @@ def test_rows_and_tables_hold_the_same_memory():
     assert all(np.shares_memory(row.values["grad_norm"], history["grad_norm"]) for row in history.rows)
 
 
+def test_a_row_holds_no_memory_for_what_it_does_not_have():
+    """Rows of gradients alone have four metrics of a score, and are many."""
+
+    def held(tables):
+        return sum(table.rows.size for table in tables._values.values())
+
+    history = _long(1)
+    before = held(history._tables)
+    for step in range(1, 50):
+        history.append(Row(step, {"grad_norm": np.ones(5)}))
+    assert held(history._tables) == before + 49 * 5
+    for step in range(50, 100):  # some of which are thinned out
+        history.append(Row(step, {"grad_norm": np.ones(5)}))
+    assert held(history._tables) == len(history) * 5 + 5
+
+
+def test_a_state_keeps_every_number_and_writes_small_ones_small():
+    numbers = {"grad_norm": 1e-55, "grad_rms": 0.5, "dead_fraction": 0.1, "grad_missing_fraction": 1.0}
+    numbers |= {
+        "output_rms": inf,
+        "grad_max_abs": float(np.float32(0.1)),
+        "update_norm": 1e300,
+        "weight_norm": 1 + 2**-52,
+        "delta_norm": -1.0,
+    }
+    history = _long(0)
+    for step in range(3):
+        history.append(Row(step, {metric: np.array([number, nan, 0]) for metric, number in numbers.items()}))
+    history.append(Row(3, {"grad_nonfinite_fraction": np.array([0.0, 1.0, 1.0])}))
+    state = history.state_dict()
+    types = {metric: found["values"].dtype.name for metric, found in state["values"].items()}
+    in_full = {"grad_norm", "dead_fraction", "update_norm", "weight_norm"}
+    assert {metric for metric, dtype in types.items() if dtype == "float64"} == in_full
+    assert types["grad_max_abs"] == "float32"
+    assert types["grad_nonfinite_fraction"] == "uint8"
+    loaded = History()
+    loaded.load_state_dict(state)
+    for metric in types:
+        np.testing.assert_array_equal(loaded[metric], history[metric])
+        assert loaded[metric].dtype == np.float64
+
+
+def test_one_number_that_needs_all_its_digits_is_found_far_back():
+    history = History()
+    history.layer_axis.merge([f"fc{i}" for i in range(9000)])
+    history.append(Row(0, {"grad_norm": np.append(np.zeros(8999), 0.1)}))
+    assert history.state_dict()["values"]["grad_norm"]["values"][-1] == 0.1
+
+
 def test_what_was_read_cannot_be_written_to():
     history = _long()
     history.layer_axis.merge(["late"])

@@ -15,6 +15,7 @@ SEEN: dict[FindingKind, Text] = {
     FindingKind.VANISHING_GRADIENT: (
         "The gradient vanishes {down}",
         "it loses {decades} decades over {points} points of the network",
+        "at the pace of the first steps the weights need {wait_steps} steps to grow",
     ),
     FindingKind.EXPLODING_GRADIENT: (
         "The gradient explodes in {layers}",
@@ -50,9 +51,20 @@ SEEN: dict[FindingKind, Text] = {
         "all {planned_steps} planned steps together by {reach} at most",
         "clipping leaves {clip_factor} of the gradient",
         "the loss is {growth} times what it was",
+        "the weights have grown to {weight_growth} times what they were",
     ),
 }
 """What is seen, for each kind."""
+
+SEEN_SO: dict[tuple[FindingKind, str], Text] = {
+    (FindingKind.DEAD_UNITS, "symmetry"): ("All units of a layer are copies of one another, in {layers}",),
+    (FindingKind.UPDATE_RATIO, "overwritten"): (
+        "The weights of {layers} were changed by far more than the optimizer's steps can do",
+        "to {weight_growth} times their norm",
+        "the loss is {loss}, where it was {loss_before}",
+    ),
+}
+"""What is seen where the cause makes it something else."""
 
 _FEATURES = "features of the input that are too large: {features}; the worst, by index: {columns}"
 
@@ -104,6 +116,10 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "It began in the forward pass: {first} is the first layer whose output is not finite",
         "weights that are not finite by now: in {spoilt_layers} layers, so a step between two samples may have made it",
     ),
+    (FindingKind.NONFINITE_GRADIENT, "initialisation"): (
+        "Weights or biases of {first} were NaN or infinite before the first step: never initialised, or loaded so",
+        "in {spoilt_layers} layers",
+    ),
     (FindingKind.NONFINITE_GRADIENT, "loss"): (
         "It began behind the last layer: the outputs of all layers are finite and the loss is not",
     ),
@@ -134,6 +150,9 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "The inputs are so large that the steps after them pushed them there",
         _FEATURES,
     ),
+    (FindingKind.DEAD_UNITS, "symmetry"): (
+        "No step can make them differ, for they have the same weights and get the same gradient",
+    ),
     (FindingKind.SATURATED_ACTIVATION, "unscaled_inputs"): (
         "The inputs are too large for the weights, and next to nothing stands between them and it",
         _FEATURES,
@@ -142,6 +161,20 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "It is so from the start: the weights before it are too large",
     ),
     (FindingKind.SATURATED_ACTIVATION, "drift"): ("It was not so at the start: the weights grew in training",),
+    (FindingKind.LOSS_PLATEAU, "unscaled_inputs"): (
+        "The inputs are not of the size that the weights of {first} are made for",
+        "they are all but the same: their deviation is {input_deviation} and their mean {input_mean} (rms)",
+        _FEATURES,
+    ),
+    (FindingKind.LOSS_PLATEAU, "weight_scale"): (
+        "Nothing is learnt with weights as large as those that {layers} started from",
+        "from layer to layer they multiply the gradient by {gain}",
+        "the outputs of the embedding are {output_rms} (rms), where 1 is usual",
+    ),
+    (FindingKind.LOSS_PLATEAU, "recurrence"): (
+        "The state of {layers} keeps nothing: the recurrent weights it started from are far too large",
+        "their spectral radius is {recurrent_radius}, where 1 is usual",
+    ),
     (FindingKind.LOSS_PLATEAU, "vanishing_gradient"): ("The first layers get next to no gradient and cannot learn",),
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_small"): (
         "The steps are too small to get anywhere",
@@ -164,6 +197,9 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.UPDATE_RATIO, "learning_rate_too_small"): (
         "At that pace they hardly move: the learning rate is too small (0.001 is a usual ratio)",
     ),
+    (FindingKind.UPDATE_RATIO, "overwritten"): (
+        "Something else has written to them, such as a checkpoint that was loaded in part, and what was learnt is lost",
+    ),
     (FindingKind.UPDATE_RATIO, "unscaled_inputs"): (
         "The inputs are so large that each step overwrites the weights, and the loss is the worse for it",
         _FEATURES,
@@ -182,7 +218,7 @@ _PERCENT = frozenset(
 )
 _COUNT = frozenset(
     {"points", "layers", "underflowed_points", "nonfinite_layers", "spoilt_layers", "activations", "features"}
-    | {"planned_steps", "steps", "time_steps"}
+    | {"planned_steps", "steps", "time_steps", "wait_steps"}
 )
 _MOST_NAMES = 3
 
@@ -207,7 +243,8 @@ def explain(finding: Finding) -> str:
     """
     fields = _fields(finding)
     because = BECAUSE.get((finding.kind, finding.cause), (UNKNOWN,))
-    return f"{_sentence(SEEN[finding.kind], fields)} {_sentence(because, fields)}"
+    seen = SEEN_SO.get((finding.kind, finding.cause), SEEN[finding.kind])
+    return f"{_sentence(seen, fields)} {_sentence(because, fields)}"
 
 
 def names(layers: tuple[str, ...]) -> str:

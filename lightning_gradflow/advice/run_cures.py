@@ -78,6 +78,66 @@ def watch_layer(site: Site) -> list[Suggestion]:
     ]
 
 
+def watch_weights(site: Site) -> list[Suggestion]:
+    """A look at the weights around each step."""
+    layer = (*site.named, "")[0]
+    code = [
+        "import lightning as L",
+        "",
+        "class Watch(L.Callback):",
+        "    before = None",
+        "",
+        "    def weights(self, module):",
+        f"        layer = module.get_submodule({layer!r})",
+        "        return [p.detach().clone() for p in layer.parameters()]",
+        "",
+        "    def on_train_batch_end(self, trainer, module, *args):",
+        "        self.before = self.weights(module)",
+        "",
+        "    def on_before_optimizer_step(self, trainer, module, optimizer):",
+        "        if self.before and any((a != b).any() for a, b in zip(self.before, self.weights(module))):",
+        '            print("weights were written to before step", trainer.global_step)',
+        "",
+        "trainer = L.Trainer(callbacks=[Watch()])",
+    ]
+    return [
+        Suggestion(
+            "Find out what writes to the weights between two steps",
+            "\n".join(code),
+            "Only the optimizer should. Look for load_state_dict, for copies of weights that are swapped in and not "
+            "back, and for hooks and callbacks that assign to `.data`; compare a checkpoint with the model first.",
+            "Paszke et al. 2019, PyTorch: an imperative style, high-performance deep learning library",
+        )
+    ]
+
+
+def fill_missing(site: Site) -> list[Suggestion]:
+    """Values for the parameters that have none."""
+    return [
+        Suggestion(
+            "Initialise the parameters that are NaN",
+            "\n".join(
+                [
+                    "import torch",
+                    "",
+                    f"for layer in {literal(site.named)}:",
+                    "    for name, parameter in model.get_submodule(layer).named_parameters():",
+                    "        if not torch.isfinite(parameter).all():",
+                    "            print(layer, name)",
+                    "            if parameter.dim() > 1:",
+                    "                torch.nn.init.kaiming_normal_(parameter)",
+                    "            else:",
+                    "                bad = ~torch.isfinite(parameter)",
+                    '                parameter.data[bad] = 0.0 if "bias" in name else 1.0',
+                ]
+            ),
+            "`torch.empty` takes memory as it is: what stands in it by chance is often zero, and sometimes NaN. A "
+            "parameter made of it needs an initialisation; one that was loaded needs another checkpoint.",
+            "He et al. 2015, Delving deep into rectifiers",
+        )
+    ]
+
+
 def detect_anomaly(site: Site) -> list[Suggestion]:
     """Autograd's own search for the operation."""
     layer = (*site.named, "")[0]

@@ -31,6 +31,7 @@ from lightning_gradflow.advice.recurrent_cures import (
 )
 from lightning_gradflow.advice.run_cures import (
     detect_anomaly,
+    fill_missing,
     larger_eps,
     overfit_batch,
     reconnect,
@@ -39,6 +40,7 @@ from lightning_gradflow.advice.run_cures import (
     stable_loss,
     use_or_freeze,
     watch_layer,
+    watch_weights,
     wider_format,
 )
 from lightning_gradflow.advice.site import Site, survey
@@ -74,6 +76,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.EXPLODING_GRADIENT, "unscaled_inputs"): (scale_inputs, clip, lower_rate),
     (FindingKind.EXPLODING_GRADIENT, "unknown"): (lower_rate_where_clipped, clip, lower_rate, pre_norm, normalise),
     (FindingKind.NONFINITE_GRADIENT, "forward"): (watch_layer, lower_rate, normalise, wider_format),
+    (FindingKind.NONFINITE_GRADIENT, "initialisation"): (fill_missing,),
     (FindingKind.NONFINITE_GRADIENT, "loss"): (stable_loss, detect_anomaly, lower_rate),
     (FindingKind.NONFINITE_GRADIENT, "backward"): (detect_anomaly, watch_layer, wider_format),
     (FindingKind.NONFINITE_GRADIENT, "optimizer_step"): (larger_eps, wider_format, lower_rate),
@@ -81,6 +84,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.NONFINITE_GRADIENT, "unscaled_inputs"): (scale_inputs, lower_rate),
     (FindingKind.NONFINITE_GRADIENT, "unknown"): (detect_anomaly, watch_layer),
     (FindingKind.DEAD_UNITS, "initialisation"): (initialise_named, leak, normalise),
+    (FindingKind.DEAD_UNITS, "symmetry"): (initialise,),
     (FindingKind.DEAD_UNITS, "learning_rate_too_large"): (lower_rate, leak, warm_up, clip),
     (FindingKind.DEAD_UNITS, "unscaled_inputs"): (scale_inputs, lower_rate),
     (FindingKind.DEAD_UNITS, "unknown"): (leak, initialise_named, lower_rate),
@@ -88,9 +92,12 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.SATURATED_ACTIVATION, "weight_scale"): (initialise, normalise, swap_activations),
     (FindingKind.SATURATED_ACTIVATION, "drift"): (lower_rate, normalise, swap_activations),
     (FindingKind.SATURATED_ACTIVATION, "unknown"): (normalise, initialise, swap_activations),
+    (FindingKind.LOSS_PLATEAU, "unscaled_inputs"): (scale_inputs,),
     (FindingKind.LOSS_PLATEAU, "vanishing_gradient"): (initialise, pre_norm, residuals, normalise, swap_activations),
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_small"): (loosen_clipping, raise_rate, find_rate),
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_large"): (lower_rate, warm_up, pre_norm, find_rate),
+    (FindingKind.LOSS_PLATEAU, "weight_scale"): (initialise, normalise),
+    (FindingKind.LOSS_PLATEAU, "recurrence"): (initialise_recurrence, gate_recurrence, normalise_recurrence),
     (FindingKind.LOSS_PLATEAU, "saturation"): (initialise, normalise, swap_activations, scale_inputs),
     (FindingKind.LOSS_PLATEAU, "dead_units"): (initialise, leak, lower_rate),
     (FindingKind.LOSS_PLATEAU, "no_signal_in_data"): (overfit_batch,),
@@ -98,6 +105,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.NO_GRADIENT, "detached"): (reconnect,),
     (FindingKind.NO_GRADIENT, "unused"): (use_or_freeze,),
     (FindingKind.NO_GRADIENT, "unknown"): (use_or_freeze,),
+    (FindingKind.UPDATE_RATIO, "overwritten"): (watch_weights,),
     (FindingKind.UPDATE_RATIO, "learning_rate_too_small"): (loosen_clipping, raise_rate, find_rate),
     (FindingKind.UPDATE_RATIO, "learning_rate_too_large"): (lower_rate, warm_up, pre_norm),
     (FindingKind.UPDATE_RATIO, "unscaled_inputs"): (scale_inputs, lower_rate),
@@ -109,6 +117,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
 IN_THE_RUN: dict[Cure, frozenset[str]] = {
     initialise: frozenset(),
     initialise_named: frozenset(),
+    fill_missing: frozenset(),
     initialise_recurrence: frozenset(),
     scale_inputs: frozenset({"unscaled_inputs"}),
     clip: frozenset(),

@@ -153,6 +153,12 @@ class Monitor(Callback):
         """Opens a sample where one is due."""
         self._drive("batch_start", trainer, pl_module, batch, batch_idx)
 
+    def on_before_zero_grad(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """The forward pass is over: the gradients of thousands of tensors are deleted faster where nobody looks on."""
+        self._drive("before_backward")
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The forward pass is over."""
         self._drive("before_backward")

@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils._pytree import tree_leaves
 
 _SEED = 0
@@ -89,6 +90,11 @@ def step_of(
     return step
 
 
+def bytes_of(batches: Iterable[Any]) -> int:
+    """The memory that the tensors of batches take."""
+    return sum(leaf.nbytes for batch in batches for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+
+
 def copy_of(batch: Any) -> Any:
     """A copy of a batch: of its tensors in the collections that Lightning knows, of any other object as a whole."""
     copied = apply_to_collection(batch, Tensor, Tensor.clone)
@@ -109,6 +115,22 @@ def loss_of(
         return value.reshape(())
 
     return loss
+
+
+def clip_of(trainer: Trainer, optimizer: torch.optim.Optimizer) -> Callable[[], None] | None:
+    """What the Trainer does to the gradients of an optimizer before each step; None for nothing."""
+    limit = trainer.gradient_clip_val
+    if not limit:
+        return None
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def clip() -> None:
+        if trainer.gradient_clip_algorithm == "value":
+            clip_grad_value_(parameters, limit)
+        else:
+            clip_grad_norm_(parameters, limit)
+
+    return clip
 
 
 def check_memory(module: nn.Module, copies: int, device: torch.device | None = None) -> None:

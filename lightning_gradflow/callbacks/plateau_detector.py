@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_gradflow.callbacks.base import Monitor
 from lightning_gradflow.detectors.base import Detector
 from lightning_gradflow.detectors.plateau import LossPlateau
+from lightning_gradflow.detectors.unscaled import UnscaledInputs
 
 
 class PlateauDetector(Monitor):
@@ -43,8 +44,8 @@ class PlateauDetector(Monitor):
         super().__init__(every_n_steps)
         self.train_loss = train_loss
         self.val_loss = val_loss
-        self._detectors: list[Detector] = [LossPlateau(window, min_progress)]
+        self._detectors: list[Detector] = [UnscaledInputs(), LossPlateau(window, min_progress)]
 
     def detectors(self, alone: bool) -> list[Detector]:
-        """The plateau."""
+        """Inputs that nothing is learnt from, and the plateau; of two findings of a kind the first counts."""
         return self._detectors

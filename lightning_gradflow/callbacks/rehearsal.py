@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +14,16 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lightning_gradflow.callbacks.copies import apart, check_memory, quiet_copy, step_of
+from lightning_gradflow.callbacks import trainer_facts
+from lightning_gradflow.callbacks.copies import apart, check_memory, clip_of, loss_of, quiet_copy, step_of
 from lightning_gradflow.callbacks.together import Together
 from lightning_gradflow.callbacks.unsharded import gathered, whole_copy, write
+from lightning_gradflow.remedies.input_scaling import InputScaling
 from lightning_gradflow.remedies.optimizer_state import forget
-from lightning_gradflow.remedies.training import Rehearsal, RehearsalError, Training
+from lightning_gradflow.remedies.training import CopiesTrained, Rehearsal, RehearsalError, Training
 
 _COPIES = 3  # of a model that is put together: itself, the copy that is rehearsed, what is measured of it
+_TRAINED = 5  # copies of a model that trains: itself, a gradient, what an optimizer remembers, a spare one
 
 
 def shared(trainer: Trainer, given: tuple[Any, int]) -> tuple[Any, int] | None:
@@ -83,6 +87,63 @@ def rehearsal(
             yield twin, run
 
     return rehearse
+
+
+def pace(trainer: Trainer, module: LightningModule, given: Sequence[tuple[Any, int]]) -> CopiesTrained:
+    """Trains copies of a module on a few batches in turn, from its present weights, and tells the losses.
+
+    Args:
+        trainer: of the run; one with a single optimizer, in automatic optimization and on one rank.
+        module: it is copied anew each time, with the optimizer.
+        given: the batches and their numbers.
+    """
+    batches = move_data_to_device(list(given), module.device)
+
+    def losses(factor: float, steps: int, scaling: Mapping[str, Any] | None = None) -> list[float]:
+        try:
+            check_memory(module, copies=_TRAINED)
+            with apart(module):
+                return _losses(trainer, module, batches, factor, steps, scaling)
+        except Exception as error:
+            raise RehearsalError(f"a copy could not be trained: {error}") from error
+
+    return losses
+
+
+def _losses(
+    trainer: Trainer,
+    module: LightningModule,
+    batches: Sequence[tuple[Any, int]],
+    factor: float,
+    steps: int,
+    scaling: Mapping[str, Any] | None,
+) -> list[float]:
+    twin, optimizer = quiet_copy(trainer, module, trainer.optimizers[0])
+    coordinates = InputScaling()
+    if scaling is not None:
+        coordinates.load_state_dict(scaling)
+        coordinates.attach(twin)
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * factor
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    scale, clip = trainer_facts.loss_scale(trainer, module.device), clip_of(trainer, optimizer)
+    losses = [loss_of(trainer, twin, *batch) for batch in batches]
+    found: list[float] = []
+    for step in range(steps):
+        loss = losses[step % len(losses)]()
+        found.append(float(loss.detach()))
+        if not math.isfinite(found[-1]):
+            break
+        optimizer.zero_grad()
+        (loss if scale is None else loss * scale).backward()
+        for parameter in parameters:
+            if scale is not None and parameter.grad is not None:
+                parameter.grad /= scale
+        coordinates.before_step(optimizer)
+        if clip is not None:
+            clip()
+        optimizer.step()
+    return found
 
 
 @contextmanager

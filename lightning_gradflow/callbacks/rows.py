@@ -51,34 +51,43 @@ def full_columns(names: Sequence[str], found: Mapping[str, tuple[Ints, Floats]],
     return made
 
 
+def by_identity(names: Sequence[str], found: Mapping[str, Floats], axis: Axis[str]) -> dict[str, Floats]:
+    """The same out of metric -> (n,) values of `names`.
+
+    Example:
+        >>> by_identity(["b"], {"grad_norm": np.array([2.0])}, Axis(["a", "b"]))
+        {'grad_norm': array([nan,  2.])}
+    """
+    everywhere = np.arange(len(names))
+    return full_columns(names, {metric: (everywhere, values) for metric, values in found.items()}, axis)
+
+
 def totals(
-    layers: Mapping[str, Mapping[str, float]], clip_factor: float, clip_factors_before: Floats, scale: float
+    layers: Mapping[str, Floats], clip_factor: float, clip_factors_before: Floats, scale: float
 ) -> dict[str, float]:
     """What concerns all layers together.
 
     Args:
-        layers: layer -> metric -> value.
+        layers: metric -> (L,) values of the layers.
         clip_factor: total norm after clipping / before, or NaN.
         clip_factors_before: (R,) the same of the samples before.
         scale: the factor of the gradient scaler; NaN without one.
 
     Example:
-        >>> totals({"a": {"grad_norm": 3.0}, "b": {"grad_norm": 4.0}}, 0.5, np.array([1.0]), math.nan)
+        >>> totals({"grad_norm": np.array([3.0, np.nan, 4.0])}, 0.5, np.array([1.0]), math.nan)
         {'loss_scale': nan, 'grad_norm_total': 5.0, 'clip_factor': 0.5, 'clipped_fraction': 0.5}
     """
     found = {"loss_scale": scale}
-    with_gradient = [values for values in layers.values() if "grad_norm" in values]
-    if not with_gradient:
+    if "grad_norm" not in layers:
         return found
-    norms = np.array([values["grad_norm"] for values in with_gradient])
-    found["grad_norm_total"] = float(np.sqrt(np.square(norms).sum()))
+    found["grad_norm_total"] = float(np.sqrt(np.nansum(np.square(layers["grad_norm"]))))
     found["clip_factor"] = clip_factor
     known = clip_factors_before[np.isfinite(clip_factors_before)]  # rows of gradients alone have none
     factors = np.append(known[1 - CLIP_WINDOW :], clip_factor)
     factors = factors[np.isfinite(factors)]
     found["clipped_fraction"] = float((factors < _CLIPPED).mean()) if factors.size else math.nan
     if not math.isnan(scale):
-        found["step_skipped"] = float(any(values["grad_nonfinite_fraction"] > 0 for values in with_gradient))
+        found["step_skipped"] = float((layers["grad_nonfinite_fraction"] > 0).any())
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradflow.callbacks.pending import MAX_LOSSES, PendingLosses
-from lightning_gradflow.callbacks.rows import columns, evenly, full_columns, mean, mean_loss, totals
+from lightning_gradflow.callbacks.rows import by_identity, columns, evenly, full_columns, mean, mean_loss, totals
 from lightning_gradflow.history import Floats, History, Row
 from lightning_gradflow.probes.collector import paused_collector
 from lightning_gradflow.probes.gradients import GradientProbe
@@ -306,28 +306,29 @@ class Sampler:
                 self.report_failure()
             raise
         scale = float(host["loss scale"][0]) if "loss scale" in host else math.nan
-        layers = self._gradients.collect(host, scaled=not math.isnan(scale))
+        gradients = self._gradients.collect(host)
+        layers, of_layers = gradients.layers(scaled=not math.isnan(scale))
         signals = Signals() if self.gradients_only else self._signals.collect(host, self._multiplier)
         if not self.gradients_only:
             self._take_names(signals)
         names = [point.name for point in signals.order]
         values = full_columns(names, signals.columns, self._history.point_axis)
-        values |= columns(layers, self._history.layer_axis)
+        values |= by_identity(layers, of_layers, self._history.layer_axis)
         if signals.input_rms.size:
             self._history.add_features(len(signals.input_rms))
-            values["input_rms"] = signals.input_rms
+            values |= {"input_rms": signals.input_rms, "input_deviation": signals.input_deviation}
         if not self.gradients_only:
             values |= columns(self._spectra.collect(host), self._history.layer_axis)
         losses = self._losses.by_step(host.get("losses", _NONE), self._transfer.topology.ranks)
-        clip_factor = self._gradients.clip_factor(host, self._multiplier) if sees_clipping else math.nan
-        found = {**scalars, **totals(layers, clip_factor, self._history.scalar("clip_factor"), scale)}
+        clip_factor = gradients.clip_factor(self._multiplier) if sees_clipping else math.nan
+        found = {**scalars, **totals(of_layers, clip_factor, self._history.scalar("clip_factor"), scale)}
         found |= unpack(host["loss line"]) if "loss line" in host else {}
         found |= {"loss": mean_loss(losses), "val_loss": _validation(host), "delta_floor": signals.floor}
         return Row(
             step=step,
             values=values,
             scalars={name: value for name, value in found.items() if not math.isnan(value)},
-            histograms=self._gradients.histograms(host, self._history.layers),
+            histograms=gradients.histograms(self._history.layers),
             losses=losses,
             calls={name: evenly(calls) for name, calls in signals.calls.items()},
             gradients_only=self.gradients_only,

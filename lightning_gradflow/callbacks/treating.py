@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,20 +17,24 @@ from torch import Tensor
 
 from lightning_gradflow.border import Border
 from lightning_gradflow.callbacks import trainer_facts
-from lightning_gradflow.callbacks.copies import can_rehearse, copy_of
-from lightning_gradflow.callbacks.rehearsal import rehearsal, shared, unsharded
+from lightning_gradflow.callbacks.copies import bytes_of, can_rehearse, copy_of
+from lightning_gradflow.callbacks.rehearsal import pace, rehearsal, shared, unsharded
 from lightning_gradflow.callbacks.together import ApartError, Together
 from lightning_gradflow.callbacks.unsharded import as_parts
+from lightning_gradflow.callbacks.why import is_able
 from lightning_gradflow.findings import Action
 from lightning_gradflow.recorder import Recorder
 from lightning_gradflow.remedies.snapshot import size
 from lightning_gradflow.remedies.training import Training, of_one_process
-from lightning_gradflow.remedies.trial import Decision, Mitigation
+from lightning_gradflow.remedies.trial import Mitigation
+from lightning_gradflow.remedies.verdict import Decision
 from lightning_gradflow.sinks.words import action_line
 
 PART = "the mitigator"
 _AVERAGES = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
 _SNAPSHOTS = 4  # of the start, the last good one, one of which it is not known yet, and of before an action
+_BATCHES = 3  # of samples: on a single one a network learns by heart, at rates that no other batch bears
+_MOST_BYTES = 1 << 26  # of these
 _LARGE = 1 << 30  # bytes of snapshots that people are told of
 
 
@@ -51,6 +56,7 @@ class Treating:
         self._recorder = recorder
         self._border = border
         self._batch: tuple[Any, int] | None = None
+        self._batches: deque[tuple[Any, int]] = deque(maxlen=_BATCHES)
         self._decision: Decision | None = None
         self._is_sharded = False
         self._told: set[str] = set()
@@ -82,6 +88,9 @@ class Treating:
     def batch_start(self, batch: Any, batch_idx: int) -> None:
         """Copies a batch of a sample, before the training step may change it in place."""
         self._batch = (copy_of(batch), batch_idx)
+        self._batches.append(self._batch)
+        while len(self._batches) > 1 and bytes_of(self._batches) > _MOST_BYTES:
+            self._batches.popleft()
 
     def before_optimizer_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """The gradients of an optimizer are complete."""
@@ -143,6 +152,7 @@ class Treating:
     def end(self) -> None:
         """The fit is over, or died."""
         self._batch = self._decision = None
+        self._batches.clear()
         self._mitigation.end()
 
     def _training(self, trainer: Trainer, module: LightningModule) -> Training:
@@ -175,7 +185,8 @@ class Treating:
             return training
         over = self._mitigation.batch_end  # the step that was refused had begun
         if not self._is_sharded:
-            return replace(training, rehearse=rehearsal(trainer, module, given, over))
+            tried = pace(trainer, module, self._batches or [given]) if is_able(trainer, module) else None
+            return replace(training, rehearse=rehearsal(trainer, module, given, over), pace=tried)
         tell = self._border.tell
         opened = partial(unsharded, training, trainer, module, given, over, together, tell)
         return replace(training, unsharded=opened)

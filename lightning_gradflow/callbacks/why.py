@@ -12,12 +12,19 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradflow.border import Border
 from lightning_gradflow.callbacks import trainer_facts
-from lightning_gradflow.callbacks.copies import apart, can_rehearse, check_memory, loss_of, quiet_copy
+from lightning_gradflow.callbacks.copies import (
+    apart,
+    bytes_of,
+    can_rehearse,
+    check_memory,
+    clip_of,
+    loss_of,
+    quiet_copy,
+)
 from lightning_gradflow.findings import Finding, FindingKind
 from lightning_gradflow.history import History
 from lightning_gradflow.probes.loss_line import loss_line, pack
@@ -106,7 +113,7 @@ class Why:
             self._kept.append((batch, batch_idx))
             while len(self._kept) > BATCHES and not _is_small(self._kept):
                 self._kept.popleft()
-            while len(self._kept) > 1 and _bytes(self._kept) > _TOO_MANY_BYTES:
+            while len(self._kept) > 1 and bytes_of(self._kept) > _TOO_MANY_BYTES:
                 self._kept.popleft()
         else:
             self._kept.clear()
@@ -155,7 +162,7 @@ def _measure_copy(trainer: Trainer, module: LightningModule, batches: list[tuple
     return paired | loss_line(
         losses,
         optimizer,
-        clip=_clip_of(trainer, optimizer),
+        clip=clip_of(trainer, optimizer),
         loss_scale=scale,
         normalised=trainer_facts.normalised_updates(trainer) > 0,
     )
@@ -173,11 +180,7 @@ def _is_small(kept: Collection[tuple[Any, int]]) -> bool:
     """Whether so many batches cost little time and memory."""
     batches = [[leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)] for batch, _ in kept]
     samples = sum(max((len(t) for t in tensors if t.dim()), default=1) for tensors in batches)
-    return samples <= _MOST_SAMPLES and _bytes(kept) <= _MOST_BYTES
-
-
-def _bytes(kept: Collection[tuple[Any, int]]) -> int:
-    return sum(leaf.nbytes for batch, _ in kept for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    return samples <= _MOST_SAMPLES and bytes_of(kept) <= _MOST_BYTES
 
 
 def _of_one_epoch(batches: list[tuple[Any, int]]) -> list[tuple[Any, int]]:
@@ -214,18 +217,3 @@ def _dealt(batch: Any) -> Any:
         return copied
     items = list({**parts, **dealt}.values())
     return type(batch)._make(items) if hasattr(batch, "_make") else type(batch)(items)
-
-
-def _clip_of(trainer: Trainer, optimizer: torch.optim.Optimizer) -> Callable[[], None] | None:
-    limit = trainer.gradient_clip_val
-    if not limit:
-        return None
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def clip() -> None:
-        if trainer.gradient_clip_algorithm == "value":
-            clip_grad_value_(parameters, limit)
-        else:
-            clip_grad_norm_(parameters, limit)
-
-    return clip

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
+from lightning_gradflow.detectors.copied_units import copied_layers
 from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped, offending_features
 from lightning_gradflow.detectors.known import newest_known
 from lightning_gradflow.detectors.onset import has_moved, loss_rose, weight_growth
@@ -42,6 +43,9 @@ class DeadUnits:
 
     Else it is info: side branches and wide layers may do without.
 
+    As good as dead are all units but one of a hidden layer whose units are copies of one another, with the same weights
+    and the same gradient: no step can make them differ (`symmetry`). That is critical, at once.
+
     The cause is `initialisation` where the first samples have it; else `learning_rate_too_large`, since it takes a
     large step, unless the weights before them have faded to half or were not seen to move (`unknown`: a strong weight
     decay, or somebody else changed them). Both become
@@ -56,7 +60,8 @@ class DeadUnits:
         ValueError: if a limit is out of its range.
 
     References:
-        Lu et al. 2019, Dying ReLU and initialization: theory and numerical examples.
+        Lu et al. 2019, Dying ReLU and initialization: theory and numerical examples; Goodfellow et al. 2016, Deep
+        learning, section 8.4, on breaking the symmetry between units.
 
     Example:
         >>> from lightning_gradflow.history import Point, Row
@@ -77,6 +82,9 @@ class DeadUnits:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
+        return _copies(history) or self._dead(history)
+
+    def _dead(self, history: History) -> list[Finding]:
         table, silent = history["dead_fraction"], history["silent_fraction"]
         if not table.size:
             return []
@@ -125,6 +133,22 @@ class DeadUnits:
         if alive is not None and history.steps[alive] < _EARLY and step < _PATIENCE:
             return True
         return not has_learnt(history) and (step >= _PATIENCE or stops)
+
+
+def _copies(history: History) -> list[Finding]:
+    layers = copied_layers(history) if history.rows else ()
+    if not layers:
+        return []
+    return [
+        Finding(
+            kind=FindingKind.DEAD_UNITS,
+            severity=Severity.CRITICAL,
+            step=history.rows[-1].step,
+            layers=layers,
+            cause="symmetry",
+            evidence={"copied_layers": float(len(layers))},
+        )
+    ]
 
 
 def mostly_dead(history: History, max_dead: float = 0.9) -> bool:

@@ -14,6 +14,7 @@ from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped,
 from lightning_gradflow.detectors.known import skipped_rows
 from lightning_gradflow.detectors.profile import depth_profile, in_order, is_skipped, recent_profiles
 from lightning_gradflow.detectors.progress import has_learnt
+from lightning_gradflow.detectors.standstill import starts_with_embedding
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
 
@@ -144,6 +145,8 @@ class ExplodingGradient:
         if len(layers) < 2:
             return []
         before = float(np.sqrt(np.mean(np.square(known)))) if known.size else sizes[layers[0].name]
+        if starts_with_embedding(history):
+            before = min(before, 1.0)  # an embedding is drawn with 1
         steps = {p.module: sizes[p.name] / max(sizes[b.name], _TINY) for b, p in pairwise(layers)}
         steps[layers[0].module] = sizes[layers[0].name] / max(before, _TINY)
         # a frozen layer is as its author wants it
@@ -177,7 +180,8 @@ class ExplodingGradient:
         if len(history) < _MIN_PAST or not usual.size or not total[-1] > _BEYOND * np.median(usual):
             return []
         steps, losses = history.loss_steps, history.losses
-        before = losses[(steps <= history.rows[-2].step) & np.isfinite(losses)]
+        # up to half of the newest are not enough to tell at the sample before, and are in its past now
+        before = losses[(steps <= history.rows[-2].step) & np.isfinite(losses)][: -(_NEWEST_LOSSES // 2)]
         newest = losses[-_NEWEST_LOSSES:]
         if len(before) < _MIN_LOSSES or not np.isfinite(newest).all():
             return []

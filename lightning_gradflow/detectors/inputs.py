@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from lightning_gradflow.detectors.known import first_values, known_rows, layer_mask, newest_known
@@ -10,6 +12,8 @@ from lightning_gradflow.history import Floats, History
 _MAX_RMS = 10.0  # initialisations are made for 1; up to about 10 the first steps of the training make up for it
 _SMALL_PART = 0.01  # of the largest column: what is below has no say beside it
 _NORMALISED = 2.0  # rms of the first layer's output: so it has absorbed the size of its inputs
+_OPEN = 0.5  # of a recurrence's gates at most that the inputs shut: so it has
+_ROUNDING = 1e-6  # of the mean: a spread that single precision hardly holds
 _MOST_NAMED = 5
 _JUMP = 10.0  # times their own past: no augmentation does that
 _LOOK_BACK = 6  # samples in which it may have set in
@@ -102,6 +106,35 @@ def _inputs_jumped(history: History) -> bool:
     return any(bool(sizes[-back:].min() > _JUMP * float(np.median(sizes[:-back])) > 0) for back in backs)
 
 
+def deviations(history: History, row: int) -> tuple[Floats, Floats]:
+    """(F,) mean, without its sign, and (F,) deviation of each feature in a row; those that are not finite left out."""
+    rms, deviation = history["input_rms"][row], history["input_deviation"][row]
+    known = np.isfinite(rms) & np.isfinite(deviation)
+    rms, deviation = rms[known], deviation[known]
+    return np.sqrt(np.maximum(np.square(rms) - np.square(deviation), 0.0)), deviation
+
+
+def contrast(history: History, row: int) -> float:
+    """What tells inputs apart, over what they have in common, `sum s^2 / (1 + sum m^2)`; see `UnscaledInputs`.
+
+    NaN where nothing tells them apart, or only rounding.
+
+    Example:
+        >>> from lightning_gradflow.history import Row
+        >>> history = History()
+        >>> history.add_features(2)
+        >>> values = {"input_rms": np.array([5.0, 1.0]), "input_deviation": np.array([3.0, 0.0])}
+        >>> history.append(Row(step=0, values=values))
+        >>> contrast(history, 0)  # (9 + 0) / (1 + 16 + 1)
+        0.5
+    """
+    mean, deviation = deviations(history, row)
+    known = deviation > _ROUNDING * mean
+    if not known.any():
+        return math.nan
+    return float(np.square(deviation[known]).sum() / (1.0 + np.square(mean).sum()))
+
+
 def is_measured(history: History) -> bool:
     """Whether the size of the inputs is known."""
     return bool(_sizes(history).size)
@@ -114,7 +147,12 @@ def _sizes(history: History) -> Floats:
 
 
 def _is_absorbed(history: History) -> bool:
-    """Whether the first layer's output is of the usual size in the first sample."""
+    """Whether the first layer's output is of the usual size in the first sample; a recurrence's is, whatever comes."""
     layers = np.flatnonzero(layer_mask(history))
+    if not layers.size:
+        return False
+    shut = float(first_values(history, "saturated_fraction")[layers[0]])
+    if not math.isnan(shut):
+        return shut <= _OPEN
     # NaN where it was not measured
-    return bool(layers.size) and bool(first_values(history, "output_rms")[layers[0]] <= _NORMALISED)
+    return bool(first_values(history, "output_rms")[layers[0]] <= _NORMALISED)

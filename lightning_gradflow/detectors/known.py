@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
 from lightning_gradflow.history import Floats, History, Ints
 
 Bools = npt.NDArray[np.bool_]
+
+ROOT = "(root)"
+"""What the model itself is called, where it has parameters of its own."""
 
 
 def known_rows(history: History, metric: str) -> Bools:
@@ -98,3 +103,16 @@ def _columns_of_layers(history: History) -> Ints:
 def skipped_rows(history: History) -> Bools:
     """(R,) the steps that a gradient scaler left out (see `is_skipped`)."""
     return np.asarray(history.scalar("step_skipped") == 1)
+
+
+def holders(names: Iterable[str]) -> set[str]:
+    """The modules that hold others among these, by their names: each ends after them, and has their output.
+
+    Example:
+        >>> sorted(holders(["net.inp", "net.block.up", "net.block", "net"])), holders(["fc1", "(root)"])
+        (['net', 'net.block'], {'(root)'})
+    """
+    names = list(names)
+    parts = (name.split(".") for name in names)
+    above = {".".join(part[:count]) for part in parts for count in range(1, len(part))}
+    return {name for name in names if name in above or (name == ROOT and len(names) > 1)}

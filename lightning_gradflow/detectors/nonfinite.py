@@ -28,8 +28,9 @@ class NonfiniteGradient:
 
     A loss that is not finite in most of the steps since the last sample counts too, finite as the gradients may be.
 
-    Where the forward pass or the loss is not finite, the cause is what led there, if that is known: in the first 50
-    steps inputs that are too large (`unscaled_inputs`); steps that were (`learning_rate_too_large`: the loss rose to
+    Weights that are NaN or infinite before the first step were never initialised, or loaded so (`initialisation`).
+    Else, where the forward pass or the loss is not finite, the cause is what led there, if that is known: in the first
+    50 steps inputs that are too large (`unscaled_inputs`); steps that were (`learning_rate_too_large`: the loss rose to
     ten times its median just before, the total norm to a hundred times its own, or a step was larger than the weights);
     weights that a step has made NaN or infinite (`optimizer_step`). Where none of these is known it is the forward pass
     itself (`forward`): the first point, in order of execution, whose output is not finite; or the loss (`loss`).
@@ -86,6 +87,9 @@ class NonfiniteGradient:
         onset = len(broken) - int(np.argmin(np.append(broken[::-1], False)))
         reason = _what_led_there(history, onset, jumps=where != "backward")
         spoilt = np.isposinf(history["weight_norm"][onset])
+        if history.steps[onset] == 0 and spoilt.any():
+            layers = [history.layers[i] for i in np.flatnonzero(spoilt)]
+            return [_finding(history, "initialisation", layers, fractions[-1], spoilt=len(layers))]
         # between two samples a bad batch spoils the weights just as a bad step does
         was_seen = onset > 0 and history.steps[onset] == history.steps[onset - 1] + 1
         if reason is None and was_seen and spoilt.any():

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped, is_measured, offending_features
-from lightning_gradflow.detectors.known import layer_mask
+from lightning_gradflow.detectors.known import first_values, layer_mask
 from lightning_gradflow.detectors.onset import loss_rose, weight_growth
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
@@ -18,6 +18,9 @@ from lightning_gradflow.history import Floats, History
 Mask = npt.NDArray[np.bool_]
 
 _WIDE = 0.7  # of the outputs, in most activations: from there on plain stacks learn far worse than with smaller weights
+_HALF = 0.5  # is enough where the last layer is too large as well: most tanh stacks then end ten times as high
+_LARGE_OUTPUT = 3.0  # rms: networks that learn start with less
+_PATIENCE = 50  # steps: as long as for units that are dead
 _OPEN = 0.5  # at most so many outputs are saturated in an activation that was well
 _GROWN = 1.5  # times the weight norm: an odd batch saturates an activation too, and leaves the weights as they are
 _GATE = 0.5  # of the places where it was seen (several ranks): they all run the same code
@@ -31,16 +34,23 @@ class SaturatedActivation:
     the delta norm shrinks on its way back through the activation. One sample is enough where the activation was open a
     moment ago, the weights before it have grown by half since, and the loss has risen. Less is enough, 70 % and no
     shrinking, where most of at least two activations have had it from the start: such a network is all but made of
-    switches, and the large weights between them hide what the activations hold back. Gates, whose output is multiplied
-    with another signal, and activations behind the last layer are left out: they saturate by design.
+    switches, and the large weights between them hide what the activations hold back. 50 % of a single one are enough if
+    the first outputs of the last layer differ between samples by more than 3: that layer is too large as well. Gates,
+    whose output is multiplied with another signal, and activations behind the last layer are left out: they saturate by
+    design. Yet none is made to be shut at the start: where most of the gates are, in the first sample, and the last
+    layer is too large, they count like the others.
 
     It is an alarm as long as the run has not learnt anything, or where the loss rose with it. Saturation that lets
-    the gradient through is info, and so is a drift where several optimizers work against each other, whose losses do
-    not tell.
+    the gradient through is info until it has lasted 50 steps and nothing was learnt: of what comes in, such an
+    activation passes on little more than the sign. A drift is info where several optimizers work against each other,
+    whose losses do not tell.
 
     The cause is `drift` where it was not so in the first samples; else `unscaled_inputs` in the first activation if the
     inputs are (see `offending_features`; where they were not measured, if no other activation saturates), else
     `weight_scale`.
+
+    Of a recurrence that stands first the share is that of its gates which the input alone shuts; what that does to the
+    gradient is not seen outside of it, and not asked for.
 
     Args:
         max_saturated: share of saturated outputs, in (0, 1]. By default 0.9.
@@ -76,7 +86,7 @@ class SaturatedActivation:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        table, hidden = history["saturated_fraction"], _is_hidden(history)
+        table, hidden = history["saturated_fraction"], self._judged(history)
         rows = np.flatnonzero(_known_rows(history, hidden))
         if not rows.size or rows[-1] != len(history) - 1:
             return []
@@ -84,11 +94,12 @@ class SaturatedActivation:
         shares, early = (np.where(hidden, table[some], np.nan) for some in (recent, rows[: self.samples]))
         gains = _gains(history["delta_norm"][recent])
         over = np.nan_to_num(shares) >= self.max_saturated
-        blocks = over & (np.nan_to_num(gains, nan=1.0) <= self.min_gain)
+        # how much gets past the gates of a recurrence is not seen outside of it
+        blocks = over & (layer_mask(history) | (np.nan_to_num(gains, nan=1.0) <= self.min_gain))
         is_full = len(recent) == self.samples
         saturated, blocked = over.all(axis=0) & is_full, blocks.all(axis=0) & is_full
         sudden = self._sudden(history, shares, blocks[-1], recent)
-        wide = _wide(np.concatenate([early, shares])) & is_full
+        wide = _wide(np.concatenate([early, shares]), starts_large=_starts_large(history)) & is_full
         if not (saturated | sudden | wide).any():
             return []
         chosen = next(mask for mask in (blocked | sudden, wide, saturated) if mask.any())
@@ -103,7 +114,8 @@ class SaturatedActivation:
         if np.isfinite(gains[-1, worst]):
             evidence["activation_gain"] = float(gains[-1, worst])
         well = np.flatnonzero(table[:, first] <= _OPEN)
-        alarm = bool((blocked | wide).any()) and _stops(history, from_start, int(well[-1]) if well.size else None)
+        stops = blocked | wide | (saturated & self._lasts(history, rows))
+        alarm = bool(stops.any()) and _stops(history, from_start, int(well[-1]) if well.size else None)
         return [
             Finding(
                 kind=FindingKind.SATURATED_ACTIVATION,
@@ -115,6 +127,26 @@ class SaturatedActivation:
             )
         ]
 
+    def _judged(self, history: History) -> Mask:
+        """(P,) the activations before a layer; gates only where they were shut from the start, by large weights."""
+        before_a_layer, gates = _before_a_layer(history), _gates(history)
+        if gates.any() and _starts_large(history):
+            first = first_values(history, "saturated_fraction")[before_a_layer & gates]
+            known = first[~np.isnan(first)]
+            if known.size and np.median(known) >= self.max_saturated:
+                return before_a_layer
+        return np.asarray(before_a_layer & ~gates)
+
+    def _lasts(self, history: History, rows: npt.NDArray[np.intp]) -> Mask:
+        """(P,) the activations that were saturated in all samples of the last 50 steps, if the run is that old."""
+        last = history.steps[-1]
+        recent = rows[history.steps[rows] >= last - _PATIENCE]
+        # the sample before them says that it was there when they began, where none was taken at that very step
+        recent = rows[max(0, len(rows) - len(recent) - 1) :]
+        if history.steps[recent[0]] > last - _PATIENCE:
+            return np.zeros(len(history.points), dtype=bool)
+        return np.asarray((history["saturated_fraction"][recent] >= self.max_saturated).all(axis=0))
+
     def _sudden(self, history: History, shares: Floats, blocks: Mask, rows: npt.NDArray[np.intp]) -> Mask:
         """(P,) the activations that were open in one of the samples before, and which a step has closed."""
         sudden = np.zeros(len(blocks), dtype=bool)
@@ -124,14 +156,17 @@ class SaturatedActivation:
         return sudden
 
 
-def _is_hidden(history: History) -> Mask:
-    """(P,) the activations that stand before a layer and gate nothing."""
-    layers, gates = layer_mask(history), history["gate_fraction"]
-    before_a_layer = np.logical_or.accumulate(layers[::-1])[::-1]
-    is_gate = history.facts.so_far(
+def _before_a_layer(history: History) -> Mask:
+    """(P,) the points behind which there is a layer, or which are one."""
+    return np.asarray(np.logical_or.accumulate(layer_mask(history)[::-1])[::-1])
+
+
+def _gates(history: History) -> Mask:
+    """(P,) the activations that gate something."""
+    gates = history["gate_fraction"]
+    return history.facts.so_far(
         "gates", len(gates), lambda start: np.asarray((gates[start:] > _GATE).any(axis=0)), np.logical_or
     )
-    return np.asarray(before_a_layer & ~is_gate)
 
 
 def _known_rows(history: History, hidden: Mask) -> Mask:
@@ -144,13 +179,23 @@ def _known_rows(history: History, hidden: Mask) -> Mask:
     return history.facts.of_rows(("saturated", hidden.tobytes()), len(table), find)
 
 
-def _wide(shares: Floats) -> Mask:
+def _wide(shares: Floats, *, starts_large: bool) -> Mask:
     """(P,) the activations that are partly saturated in each of the rows (R, P), if most of them are."""
     lowest = np.min(shares, axis=0)
     known = np.sort(lowest[~np.isnan(lowest)])
+    if starts_large:
+        return np.asarray(np.nan_to_num(lowest) >= _HALF, dtype=bool)
     if len(known) < 2 or known[(len(known) - 1) // 2] < _WIDE:
         return np.zeros(len(lowest), dtype=bool)
     return np.asarray(np.nan_to_num(lowest) >= _WIDE, dtype=bool)
+
+
+def _starts_large(history: History) -> bool:
+    """Whether the first outputs of the last layer differed by more than any usual initialisation makes."""
+    layers = layer_mask(history)
+    sizes = (first_values(history, "output_rms") * first_values(history, "output_spread"))[layers]
+    known = sizes[np.isfinite(sizes)]
+    return bool(known.size) and float(known[-1]) > _LARGE_OUTPUT
 
 
 def _stops(history: History, from_start: bool, well: int | None) -> bool:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import feature_evidence, offending_features
 from lightning_gradflow.detectors.known import first_values
+from lightning_gradflow.detectors.overwritten import not_by_steps, overwritten
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
@@ -29,6 +30,10 @@ _AT_ONCE = 2.0  # times max_ratio: what may be judged by the third loss
 _WORSE = 3.0  # times the loss at the start: weights that were merely shaken do better within four steps
 _NO_BETTER = 1.1  # times the loss at the start, when there was time to recover
 _RECOVERED = 32  # steps in which nets with a large first step come back below their starting loss
+_LARGE = 0.1  # share of the weights that one step changes: a hundred times what is usual
+_USUAL_GAIN = 0.5  # largest singular value; most initialisations give 0.6 to 3
+_OVERGROWN = 3.0  # times the norm of the first weights, in the median layer: a ninth of the square is left of them
+_GAINED = 0.1  # of the very first loss: less is what outputs gain by becoming a constant
 _JUMP = 30.0  # times the run's own update ratio; a restarted schedule makes less of it
 _RATE_JUMP = 3.0  # times the largest learning rate so far
 _LOOK_BACK = 6  # samples in which a jump is looked for
@@ -48,11 +53,14 @@ class UpdateRatio:
     rate rises or is below a tenth of its maximum. A rate that never rose, and in the first half of the run was below a
     hundredth of its maximum for 32 steps, is judged by those steps.
 
-    Too large: the median of the layers was above `max_ratio` in some sample, and the loss is three times what it was
-    at the start, or after 32 steps still above it. At the third loss twice `max_ratio` is asked for. Later on it is a
-    jump to 30 times the run's own ratio, or of the learning rate, that makes the loss three times what it was. Large
-    steps alone are no finding: many a network starts with one and learns. Not judged with several optimizers, whose
-    losses play against each other.
+    Too large: the median of the layers was above `max_ratio` in some sample, and the loss is three times what it was at
+    the start, or after 32 steps still above it. At the third loss twice `max_ratio` is asked for. A tenth of
+    `max_ratio` is enough where, after 50 steps, the weights of the median layer have three times the norm they started
+    with, which was no unusually small one, and 90 % of the very first loss is left: what the initialisation was made
+    for is gone, and nothing has come of it. Later on it is a jump to 30 times the run's own ratio, or of the learning
+    rate, that makes the loss three times what it was. Large steps alone are no finding: many a network starts with one
+    and learns. Weights that were changed by something else than steps are told apart (see `overwritten`). Not judged
+    with several optimizers, whose losses play against each other.
 
     Args:
         min_reach: share of its norm that some layer must be able to move by in the planned run, in [0, 1). By default
@@ -120,8 +128,11 @@ class UpdateRatio:
         if history.scalar("optimizers")[-1] > 1 or len(losses) < _MIN_SAMPLES or not np.isfinite(losses[-1]):
             return []
         medians = _medians(history)
-        return self._from_the_start(history, ratios, medians, losses) or self._from_now_on(
-            history, ratios, medians, steps, losses
+        return (
+            self._from_the_start(history, ratios, medians, losses)
+            or self._all_together(history, ratios, medians, losses)
+            or self._from_now_on(history, ratios, medians, steps, losses)
+            or overwritten(history)
         )
 
     def _from_the_start(self, history: History, ratios: Floats, medians: Floats, losses: Floats) -> list[Finding]:
@@ -141,6 +152,29 @@ class UpdateRatio:
             return []
         evidence = {"update_ratio": float(medians[peak]), "growth": now / start if start > 0 else math.inf, "loss": now}
         return [_too_large(history, -ratios[peak], evidence)]
+
+    def _all_together(self, history: History, ratios: Floats, medians: Floats, losses: Floats) -> list[Finding]:
+        """Steps that have left next to nothing of the weights that the run started from, and led nowhere."""
+        if history.steps[-1] < _WARM or np.isnan(medians).all() or np.nanmax(medians) < _LARGE * self.max_ratio:
+            return []
+        start = _start_of_steps(history)
+        medians, since = medians[start:], losses[history.loss_steps >= history.steps[start]]
+        if history.steps[-1] - history.steps[start] < _WARM or np.isnan(medians).all():
+            return []
+        peak = int(np.nanargmax(medians))
+        # not `has_learnt`: such steps raise the loss first, and what only comes down from there would count
+        now, first = float(np.median(losses[history.loss_steps > history.steps[-1] - _WARM])), float(since[0])
+        with np.errstate(all="ignore"):  # weights that started from zero have no growth
+            growth = history["weight_norm"][-1] / history["weight_norm"][start]
+        # to grow is the way out for weights that started too small
+        usual = history["spectral_norm"][start] >= _USUAL_GAIN
+        known = growth[np.isfinite(ratios[start + peak]) & np.isfinite(growth) & usual]
+        if medians[peak] < _LARGE * self.max_ratio or not known.size or np.median(known) < _OVERGROWN:
+            return []
+        if not now >= first - _GAINED * abs(first):
+            return []
+        evidence = {"update_ratio": float(medians[peak]), "weight_growth": float(np.median(known)), "loss": now}
+        return [_too_large(history, -ratios[start + peak], evidence)]
 
     def _from_now_on(
         self, history: History, ratios: Floats, medians: Floats, steps: Floats, losses: Floats
@@ -163,6 +197,13 @@ class UpdateRatio:
                 row = ratios[len(ratios) - back + int(np.nanargmax(last))]
                 return [_too_large(history, -row, evidence)]
         return []
+
+
+def _start_of_steps(history: History) -> int:
+    """The row from which on steps alone have changed the weights: not somebody who drew some of them anew, say."""
+    far = not_by_steps(history["weight_norm"], history["update_norm"], history.steps)
+    changed = np.flatnonzero(far.any(axis=1))
+    return int(changed[-1]) + 1 if changed.size else 0
 
 
 def overwrites(history: History, row: int, max_ratio: float = 1.0) -> bool:

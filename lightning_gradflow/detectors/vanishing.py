@@ -14,6 +14,7 @@ from lightning_gradflow.detectors.known import skipped_rows
 from lightning_gradflow.detectors.onset import loss_rose
 from lightning_gradflow.detectors.profile import is_same_pass, recent_profiles
 from lightning_gradflow.detectors.progress import has_learnt
+from lightning_gradflow.detectors.saddle import saddle_of
 from lightning_gradflow.detectors.underflow import MIN_HEADROOM, Underflow, recent_underflow, underflow_of
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
@@ -102,7 +103,7 @@ class VanishingGradient:
         if decay is not None and (underflow is None or decay.span <= -max(self.max_decay, _LASTING_DECAY)):
             return [self._of_decay(history, decay, underflow)]
         if underflow is None:
-            return []
+            return self._of_saddle(history)
         finding = self._of_underflow(history, underflow)
         return [finding] if underflow.is_sure or finding.severity.is_alarm else []
 
@@ -119,6 +120,22 @@ class VanishingGradient:
             cause=cause,
             evidence=decay.evidence,
         )
+
+    def _of_saddle(self, history: History) -> list[Finding]:
+        saddle = saddle_of(history, self.max_decay)
+        if saddle is None or not saddle.wait >= _PATIENCE or has_learnt(history):
+            return []
+        evidence = {"span": saddle.span, "points": float(saddle.points), "wait_steps": saddle.wait}
+        return [
+            Finding(
+                kind=FindingKind.VANISHING_GRADIENT,
+                severity=Severity.WARNING,
+                step=history.rows[-1].step,
+                layers=saddle.layers,
+                cause="weight_scale",
+                evidence=evidence | {"weight_gain": saddle.backward},
+            )
+        ]
 
     def _of_underflow(self, history: History, underflow: Underflow) -> Finding:
         measured = ~np.isnan(underflow.profile.headroom)

@@ -12,6 +12,7 @@ from lightning_gradflow.history.rows import Floats, Ints
 
 Scalar = TypeVar("Scalar", np.float64, np.int64)
 
+_FEW = 4096  # values of which most tell that they need all their digits
 _FIRST = 16  # rows that there is room for at first; twice as many each time it runs out
 
 
@@ -72,10 +73,10 @@ class Grown(Generic[Scalar]):
 
 
 class Tables:
-    """Metric -> one row of values for each row of a history, by identity.
+    """Metric -> one row of values for each row of a history that has it, by identity.
 
-    The rows of the history are views of it, so that nothing is held twice. Only where names are shown in another order
-    than that of their identities, there is a second table for each metric that was asked for.
+    The rows of the history are views of it, so that nothing is held twice. Only of a metric that was asked for there is
+    a second table, where not all rows have it, or names are shown in another order than that of their identities.
 
     Args:
         number: rows that there are already, without any values.
@@ -84,7 +85,8 @@ class Tables:
     def __init__(self, number: int = 0) -> None:
         self._number = number
         self._values: dict[str, Grown[np.float64]] = {}
-        self._lengths: dict[str, Grown[np.int64]] = {}  # of each row; -1 where it does not have the metric
+        self._lengths: dict[str, Grown[np.int64]] = {}  # of each row of the values
+        self._at: dict[str, Grown[np.int64]] = {}  # which of them a row of the history has; -1 for none
         self._ordered: dict[str, tuple[int, Grown[np.float64]]] = {}
 
     def __len__(self) -> int:
@@ -96,23 +98,22 @@ class Tables:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Those that some row has."""
+        """Those that some row has, or had."""
         return tuple(self._values)
 
     def append(self, values: Mapping[str, Floats]) -> RowValues:
         """Adds a row, and returns what it holds."""
-        for metric in values:
+        for metric, found in values.items():
             if metric not in self._values:
-                self._values[metric] = Grown(np.full((self._number, 0), np.nan))
-                self._lengths[metric] = Grown(np.full(self._number, -1, dtype=np.int64))
-        for metric, table in self._values.items():
-            found = values.get(metric)
-            length = -1 if found is None else len(found)
-            row = np.full(max(table.rows.shape[1], length), np.nan)
-            if found is not None:
-                row[:length] = found
+                self._values[metric] = Grown(np.empty((0, 0)))
+                self._lengths[metric] = Grown(np.empty(0, dtype=np.int64))
+                self._at[metric] = Grown(np.full(self._number, -1, dtype=np.int64))
+            row = np.full(max(self._values[metric].rows.shape[1], len(found)), np.nan)
+            row[: len(found)] = found
             self._widened(metric, len(row)).append(row)
-            self._lengths[metric].append(length)
+            self._lengths[metric].append(len(found))
+        for metric, at in self._at.items():
+            at.append(len(self._values[metric]) - 1 if metric in values else -1)
         self._number += 1
         return self[self._number - 1]
 
@@ -120,8 +121,11 @@ class Tables:
         """Some of the rows alone. What was read of the others stays as it is."""
         chosen = Tables(len(rows))
         for metric, table in self._values.items():
-            chosen._values[metric] = Grown(table.rows[rows], table.room)
-            chosen._lengths[metric] = Grown(self._lengths[metric].rows[rows], table.room)
+            at = self._at[metric].rows[rows]
+            has = at >= 0
+            chosen._values[metric] = Grown(table.rows[at[has]], table.room)
+            chosen._lengths[metric] = Grown(self._lengths[metric].rows[at[has]], table.room)
+            chosen._at[metric] = Grown(_places(has), self._at[metric].room)
         return chosen
 
     def in_order(self, metric: str, order: Ints, version: int) -> Floats:
@@ -131,32 +135,42 @@ class Tables:
             empty.setflags(write=False)
             return empty
         table = self._widened(metric, len(order))
-        if bool((order[1:] > order[:-1]).all()):  # 0, 1, 2, ...
+        if len(table) == self._number and bool((order[1:] > order[:-1]).all()):  # all of them; 0, 1, 2, ...
             self._ordered.pop(metric, None)
             return table.rows
         known, ordered = self._ordered.get(metric, (version, None))
         if ordered is None or known != version:
-            ordered = Grown(table.rows[:, order], table.room)
+            ordered = Grown(self._full(metric, order, 0), self._at[metric].room)
             self._ordered[metric] = version, ordered
-        elif len(ordered) < len(table):
-            ordered.extend(table.rows[len(ordered) :, order])
+        elif len(ordered) < self._number:
+            ordered.extend(self._full(metric, order, len(ordered)))
         return ordered.rows
+
+    def _full(self, metric: str, order: Ints, first: int) -> Floats:
+        """The same, from a row on, with NaN where a row does not have the metric."""
+        at = self._at[metric].rows[first:]
+        full = np.full((len(at), len(order)), np.nan)
+        full[at >= 0] = self._values[metric].rows[at[at >= 0]][:, order]
+        return full
 
     def has(self, metric: str, row: int) -> bool:
         """Whether a row has the metric."""
-        return metric in self._values and bool(self._lengths[metric].rows[row] >= 0)
+        return metric in self._values and bool(self._at[metric].rows[row] >= 0)
 
     def row(self, metric: str, row: int) -> Floats:
-        """(n,) the values of a row, read-only."""
-        return self._values[metric].rows[row, : self._lengths[metric].rows[row]]
+        """(n,) the values of a row that has the metric, read-only."""
+        at = self._at[metric].rows[row]
+        return self._values[metric].rows[at, : self._lengths[metric].rows[at]]
 
     def state_dict(self) -> dict[str, Any]:
-        """For each metric the lengths of its rows, and their values one after the other."""
+        """For each metric the lengths of its rows, -1 for none, and their values one after the other."""
         state = {}
         for metric, table in self._values.items():
-            lengths = self._lengths[metric].rows
-            is_there = np.arange(table.rows.shape[1]) < lengths[:, None]
-            state[metric] = {"lengths": lengths.copy(), "values": table.rows[is_there]}
+            at, own = self._at[metric].rows, self._lengths[metric].rows
+            lengths = np.full(self._number, -1, dtype=np.int64)
+            lengths[at >= 0] = own
+            is_there = np.arange(table.rows.shape[1]) < own[:, None]
+            state[metric] = {"lengths": lengths, "values": _narrowed(table.rows[is_there])}
         return state
 
     @classmethod
@@ -165,9 +179,11 @@ class Tables:
         made = cls(number)
         for metric, found in state.items():
             lengths = np.asarray(found["lengths"], dtype=np.int64)
-            values = np.full((number, max(0, int(lengths.max(initial=0)))), np.nan)
-            values[np.arange(values.shape[1]) < lengths[:, None]] = found["values"]
-            made._values[metric], made._lengths[metric] = Grown(values), Grown(lengths)
+            own = lengths[lengths >= 0]
+            values = np.full((len(own), int(own.max(initial=0))), np.nan)
+            values[np.arange(values.shape[1]) < own[:, None]] = found["values"]
+            made._values[metric], made._lengths[metric] = Grown(values), Grown(own)
+            made._at[metric] = Grown(_places(lengths >= 0))
         return made
 
     def _widened(self, metric: str, width: int) -> Grown[np.float64]:
@@ -177,6 +193,29 @@ class Tables:
             wider[:, : table.rows.shape[1]] = table.rows
             table = self._values[metric] = Grown(wider, table.room)
         return table
+
+
+def _places(has: npt.NDArray[np.bool_]) -> Ints:
+    """(R,) where the values of each row stand that has some; -1 for the others."""
+    return np.where(has, np.cumsum(has) - 1, -1)
+
+
+def _narrowed(values: Floats) -> npt.NDArray[Any]:
+    """The same numbers in as few bytes as hold all of them exactly: many a share is 0 or 1 in every row.
+
+    Example:
+        >>> [_narrowed(np.array(numbers)).dtype.name for numbers in ([0.0, 1.0], [0.5, np.nan], [0.1])]
+        ['uint8', 'float16', 'float64']
+    """
+    with np.errstate(all="ignore"):  # what does not fit is told by the comparison
+        for dtype in (np.uint8, np.float16, np.float32):
+            for some in (values[:_FEW], values):
+                narrow = some.astype(dtype)
+                if not np.array_equal(narrow, some, equal_nan=True):
+                    break
+            else:
+                return narrow
+    return values
 
 
 class RowValues(Mapping[str, Floats]):

@@ -39,6 +39,10 @@ class Detached:
         self._by_memory = {}
         self._in_numpy = False
 
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self._by_memory)
+
     def note(self, result: Any, operands: Iterable[Any]) -> None:
         """Looks at the result of an operation."""
         if isinstance(result, np.ndarray):

@@ -13,6 +13,8 @@ from torch import Tensor
 from lightning_gradflow.history import Floats, Ints
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
+_HOST = torch.device("cpu")
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -102,30 +104,37 @@ class Fetched:
         return np.concatenate([np.empty(0), *(self._host[kind, name] for name in names)])
 
 
-def one_behind_the_other(pieces: Sequence[Tensor | None]) -> Tensor:
-    """() or (n,) tensors as one vector of wide floats, on the device of the first; zero stands for None.
+def one_behind_the_other(pieces: Sequence[Tensor | float | None]) -> Tensor:
+    """() or (n,) tensors and numbers as one vector of wide floats, on the device of the first tensor.
 
     Args:
-        pieces: at least one of them a tensor; None stands for one number.
+        pieces: what comes one behind the other; zero stands for None.
 
     Example:
         >>> one_behind_the_other([torch.tensor(True), torch.tensor([2.0, 3.0]), None])
         tensor([1., 2., 3., 0.], dtype=torch.float64)
+        >>> one_behind_the_other([1, 2.5])
+        tensor([1.0000, 2.5000], dtype=torch.float64)
     """
-    first = next(piece for piece in pieces if piece is not None)
-    zero = first.new_zeros(1)
-    whole = [zero if piece is None else piece for piece in pieces]
-    dtype = wide_dtype(first.device)
     alike: dict[Hashable, list[int]] = {}
-    for i, piece in enumerate(whole):
-        alike.setdefault((piece.device, piece.dtype), []).append(i)
+    for i, piece in enumerate(pieces):
+        alike.setdefault((piece.device, piece.dtype) if isinstance(piece, Tensor) else None, []).append(i)
     # to convert or move them one by one costs as much as all else
-    joined = [torch.hstack([whole[i] for i in group]).to(first.device, dtype) for group in alike.values()]
+    joined = [_joined([pieces[i] for i in group]) for group in alike.values()]
+    device = next((piece.device for key, piece in zip(alike, joined, strict=True) if key is not None), _HOST)
+    joined = [piece.to(device, wide_dtype(device)) for piece in joined]
     if len(joined) == 1:
         return joined[0]
     order = [i for group in alike.values() for i in group]
-    apart = torch.cat(joined).split([whole[i].numel() for i in order])
+    sizes = [piece.numel() if isinstance(piece := pieces[i], Tensor) else 1 for i in order]
+    apart = torch.cat(joined).split(sizes)
     return torch.cat([piece for _, piece in sorted(zip(order, apart, strict=True), key=lambda pair: pair[0])])
+
+
+def _joined(pieces: Sequence[Any]) -> Tensor:
+    if isinstance(pieces[0], Tensor):
+        return torch.hstack(list(pieces))
+    return torch.tensor([piece or 0.0 for piece in pieces], dtype=torch.float64)
 
 
 def starts(lengths: Ints) -> Ints:

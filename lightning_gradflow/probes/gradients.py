@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lightning_gradflow.history import Floats, Ints
-from lightning_gradflow.metrics import HISTOGRAM_BINS, MIN_EXPONENT, measured
+from lightning_gradflow.history import Floats
+from lightning_gradflow.metrics import HISTOGRAM_BINS, MIN_EXPONENT
+from lightning_gradflow.probes.gradient_columns import NORMS, SUMS, WIDTH, GradientColumns, Group, key
+from lightning_gradflow.probes.kept import Kept
 from lightning_gradflow.probes.layers import LayerMap
-from lightning_gradflow.probes.norms import Kept, coprime_stride, norms, sizes
+from lightning_gradflow.probes.norms import norms, sizes
 from lightning_gradflow.probes.shards import complete, copies, is_sharded, local
+from lightning_gradflow.probes.spread import coprime_stride
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
 # for histograms, which are of many tensors together; with 4096 a share is known to 0.8 points
 _SAMPLED_ENTRIES, _FEWEST_ENTRIES = 4096, 64  # per tensor
 _SAMPLED_IN_ALL = 1 << 16
-_WIDTH = HISTOGRAM_BINS + 2
-_NORMS = ("norm", "weight", "update", "clipped")
-_SUMS = (*_NORMS, "sum", "nonzero", "nonfinite")
-_OF_SIZE = {"norm", "max", "nonfinite"}
 _SCALED = {"norm", "sum", "max"}  # with the gradients
 
 
 @dataclass
-class _Group:
-    """Parameters of one optimizer on one device."""
-
-    optimizer: int
-    device: torch.device
-    is_shared: bool
-    parameters: list[nn.Parameter]
-    owners: list[str] = field(default_factory=list)
-    numel: list[int] = field(default_factory=list)
-    is_frozen: list[bool] = field(default_factory=list)
+class _Measured(Group):
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    parameters: list[nn.Parameter] = field(default_factory=list)
     has_gradient: list[bool] = field(default_factory=list)
     before: Kept | None = None  # the weights that the optimizer is about to change
     found: dict[str, Tensor] = field(default_factory=dict)
@@ -58,7 +48,7 @@ class GradientProbe:
     Args:
         layers: whose parameters are read.
         transfer: what carries the numbers to the host, summed over ranks where parameters are sharded.
-        only_size: whether norms and largest entries are all that is wanted, and nothing of the step.
+        only_size: whether the size is all that is wanted, and nothing of the step.
 
     Example:
         >>> net = nn.Linear(2, 1, bias=False)
@@ -67,15 +57,16 @@ class GradientProbe:
         >>> probe = GradientProbe(LayerMap(net), transfer)
         >>> probe.measure(0, net.parameters())
         >>> probe.finish()
-        >>> probe.collect(transfer.fetch())["(root)"]["grad_norm"]
-        5.0
+        >>> layers, values = probe.collect(transfer.fetch()).layers()
+        >>> layers, values["grad_norm"]
+        (['(root)'], array([5.]))
     """
 
     def __init__(self, layers: LayerMap, transfer: Transfer, *, only_size: bool = False) -> None:
         self._layers = layers
         self._transfer = transfer
         self._only_size = only_size
-        self._groups: list[_Group] = []
+        self._groups: list[_Measured] = []
         self._without: dict[int, tuple[str, int]] = {}  # no gradient where one is due: owner and number of entries
 
     @torch.no_grad()
@@ -103,11 +94,11 @@ class GradientProbe:
             elif parameter.requires_grad:
                 self._without[id(parameter)] = self._layers.owner(parameter) or "", _entries(parameter)
         for device, its_members in by_device.items():
-            group = _Group(optimizer, device, is_shared, its_members)
+            group = _Measured(optimizer, is_shared, device=device, parameters=its_members)
             self._measure_group(group, multiplier)
             self._groups.append(group)
 
-    def _measure_group(self, group: _Group, multiplier: Tensor | float) -> None:
+    def _measure_group(self, group: _Measured, multiplier: Tensor | float) -> None:
         ranks = self._transfer.topology.ranks
         gradients = [_gradient(parameter) for parameter in group.parameters]
         group.owners = [self._layers.owner(parameter) or "" for parameter in group.parameters]
@@ -159,147 +150,25 @@ class GradientProbe:
             group.before = None
             if not group.is_shared:
                 for name, tensor in group.found.items():
-                    self._transfer.put(_key(i, group, name), tensor)
+                    self._transfer.put(key(i, group, name), tensor)
                 continue
             share = group.found["share"]
             for name, tensor in group.found.items():
-                if name in _NORMS:
+                if name in NORMS:
                     tensor = tensor.square() * share
-                elif name in ("sum", "nonzero", "nonfinite"):
+                elif name in SUMS:
                     tensor = tensor * share
                 elif name == "exponents":
-                    tensor = (tensor.reshape(-1, _WIDTH) * share[:, None]).flatten()
+                    tensor = (tensor.reshape(-1, WIDTH) * share[:, None]).flatten()
                 elif name == "max":  # sums are all that a collective makes: each rank has a row of its own
                     rows = tensor.new_zeros((self._transfer.topology.ranks, len(tensor)))
                     rows[torch.distributed.get_rank()] = tensor
                     tensor = rows.flatten()
-                self._transfer.share(_key(i, group, name), tensor)
+                self._transfer.share(key(i, group, name), tensor)
 
-    def collect(self, host: Mapping[Hashable, Floats], *, scaled: bool = False) -> dict[str, dict[str, float]]:
-        """The statistics of each layer that was measured, out of what was fetched: layer -> metric -> value.
-
-        Args:
-            host: what was fetched.
-            scaled: whether a gradient scaler is at work, which skips a step for gradients that are not finite.
-        """
-        columns, owners = self._columns(host)
-        if scaled:
-            for optimizer in np.unique(columns["optimizer"]):
-                mine = columns["optimizer"] == optimizer
-                if columns["nonfinite"][mine].sum() > 0:
-                    columns["update"][mine] = np.nan
-        missing = self._missing(columns, owners)
-        found = {layer: {"grad_missing_fraction": 1.0} for layer in missing}
-        has = columns["has"] > 0
-        layers = list(dict.fromkeys(owners[has].tolist()))
-        number = {layer: i for i, layer in enumerate(layers)}
-        at = np.array([number[owner] for owner in owners[has].tolist()], dtype=np.int64)
-        per_layer = {
-            name: np.bincount(at, np.square(column[has]) if name in _NORMS else column[has], len(layers))
-            for name, column in columns.items()
-        }
-        largest = np.zeros(len(layers))
-        np.maximum.at(largest, at, columns["max"][has])
-        for i, layer in enumerate(layers):
-            found[layer] = _statistics({n: float(c[i]) for n, c in per_layer.items()}, float(largest[i]))
-            found[layer]["grad_missing_fraction"] = missing.get(layer, 0.0) / (
-                per_layer["numel"][i] + missing.get(layer, 0.0)
-            )
-        return found
-
-    def _missing(self, columns: Mapping[str, Floats], owners: npt.NDArray[np.str_]) -> dict[str, float]:
-        """Entries that should have a gradient and have none: layer -> number of them."""
-        frozen = np.array([frozen for group in self._groups for frozen in group.is_frozen], dtype=bool)
-        on_no_rank = np.flatnonzero((columns["has"] == 0) & ~frozen)
-        without = [*self._without.values(), *((str(owners[i]), int(columns["numel"][i])) for i in on_no_rank)]
-        missing: dict[str, float] = {}
-        for owner, entries in without:
-            missing[owner] = missing.get(owner, 0.0) + entries
-        return missing
-
-    def clip_factor(self, host: Mapping[Hashable, Floats], factor: float = 1.0) -> float:
-        """Total norm after clipping / before, in [0, 1]; NaN where that is not known, or a gradient was not finite.
-
-        Args:
-            host: what was fetched.
-            factor: what the gradients before were multiplied by, to be those of the mean loss.
-        """
-        columns, _ = self._columns(host)
-        before, after = _joint(columns["norm"]) / factor, _joint(columns["clipped"])
-        if not (math.isfinite(before) and math.isfinite(after) and before > 0):
-            return math.nan
-        return min(1.0, after / before)
-
-    def _columns(self, host: Mapping[Hashable, Floats]) -> tuple[dict[str, Floats], npt.NDArray[np.str_]]:
-        """Each statistic as one column over all parameters, and the layers that they belong to."""
-        columns: dict[str, list[Floats]] = {name: [] for name in (*_SUMS, "max", "numel", "has", "optimizer")}
-        owners: list[str] = []
-        for i, group in enumerate(self._groups):
-            n = len(group.owners)
-            owners += group.owners
-            columns["optimizer"].append(np.full(n, float(group.optimizer)))
-            columns["numel"].append(np.array(group.numel, dtype=np.float64))
-            columns["has"].append(host[_key(i, group, "has")] if group.is_shared else np.ones(n))
-            for name in (*_SUMS, "max"):
-                # of several ranks a name that was agreed on once is there in every sample, with zeros
-                column = host.get(_key(i, group, name)) if name in _OF_SIZE or not self._only_size else None
-                if column is None:
-                    columns[name].append(np.full(n, np.nan))
-                    continue
-                column = np.where(np.isfinite(column), column, np.inf)  # NaN is for what was not measured
-                if group.is_shared and name == "max":
-                    column = column.reshape(-1, n).max(axis=0)
-                elif group.is_shared and name in _NORMS:
-                    column = np.sqrt(column)
-                columns[name].append(column)
-        return {name: np.concatenate([*parts, np.empty(0)]) for name, parts in columns.items()}, np.array(owners)
-
-    def histograms(self, host: Mapping[Hashable, Floats], order: Sequence[str]) -> dict[str, Ints]:
-        """Exponent histograms of the first and the last third of the layers in `order` (at least one layer each)."""
-        if not self._groups or self._only_size:
-            return {}
-        columns, owners = self._columns(host)
-        known = set(owners[columns["has"] > 0])
-        measured = [layer for layer in order if layer in known]
-        third = max(1, len(measured) // 3)
-        groups = {"grad_hist_early": set(measured[:third]), "grad_hist_late": set(measured[-third:])}
-        counts = {name: np.zeros(_WIDTH) for name in groups}
-        for i, group in enumerate(self._groups):
-            table = host[_key(i, group, "exponents")].reshape(len(group.owners), _WIDTH)
-            for name, members in groups.items():
-                mine = np.array([owner in members for owner in group.owners])
-                counts[name] += table[mine].sum(axis=0)
-        return {name: np.rint(row).astype(np.int64) for name, row in counts.items()}
-
-
-def _statistics(sums: Mapping[str, float], largest: float) -> dict[str, float]:
-    """Metric -> value of one layer, out of sums over its parameters; of norms the sums of their squares."""
-    total = sums["numel"]
-    norm, weight, update = (math.sqrt(sums[name]) for name in ("norm", "weight", "update"))
-    values = {
-        "grad_norm": measured(norm),
-        "grad_rms": measured(norm) / math.sqrt(total),
-        "grad_max_abs": measured(largest),
-        "grad_nonfinite_fraction": sums["nonfinite"] / total,
-    }
-    if not math.isnan(weight):
-        values["weight_norm"] = measured(weight)
-        values["grad_mean_abs"] = measured(sums["sum"] / total)
-        values["grad_zero_fraction"] = 1.0 - sums["nonzero"] / total
-    if not math.isnan(update):
-        values["update_norm"] = measured(update)
-        if weight > 0:
-            values["update_ratio"] = measured(update / weight)
-    return values
-
-
-def _key(i: int, group: _Group, name: str) -> Hashable:
-    """A name for the transfer, where each has one length: another layer may be trained in the next sample."""
-    return "gradients", i, len(group.parameters), name
-
-
-def _joint(norms: Floats) -> float:
-    return math.sqrt(float(np.square(norms).sum()))
+    def collect(self, host: Mapping[Hashable, Floats]) -> GradientColumns:
+        """The statistics of all that was measured, out of what was fetched."""
+        return GradientColumns(self._groups, list(self._without.values()), host, only_size=self._only_size)
 
 
 def _entries(parameter: nn.Parameter) -> int:
@@ -341,9 +210,9 @@ def _exponents(gradients: Sequence[Tensor], multiplier: Tensor | float) -> Tenso
     bins = (torch.frexp(sample).exponent - 1 - MIN_EXPONENT).clamp_(0, HISTOGRAM_BINS - 1)
     bins.masked_fill_(sample == 0, HISTOGRAM_BINS)
     bins.masked_fill_(torch.isfinite(sample).logical_not_(), HISTOGRAM_BINS + 1)
-    first = np.repeat(np.arange(len(samples)) * _WIDTH, [len(s) for s in samples])
+    first = np.repeat(np.arange(len(samples)) * WIDTH, [len(s) for s in samples])
     at = bins.long() + torch.from_numpy(first).to(bins.device, non_blocking=True)
-    counts = torch.zeros(len(samples) * _WIDTH, dtype=torch.int64, device=bins.device)
+    counts = torch.zeros(len(samples) * WIDTH, dtype=torch.int64, device=bins.device)
     return counts.index_add_(0, at, torch.ones_like(at))
 
 

@@ -1,4 +1,4 @@
-"""The scale of each feature of what goes into the network."""
+"""The scale of each feature of what goes into the network, and what it does to a recurrence."""
 
 from __future__ import annotations
 
@@ -12,19 +12,26 @@ from torch import Tensor, nn
 
 from lightning_gradflow.history import Floats
 from lightning_gradflow.probes.observer import first_tensor
-from lightning_gradflow.probes.shards import is_cut, local
+from lightning_gradflow.probes.shards import is_cut, is_sharded, local
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
 MAX_FEATURES = 1024
 """An input of more features is not measured: such columns are pixels or samples of a sound, all of one unit."""
 
-_SQUARES, _COUNTS = "input", "input count"  # names of what is transferred begin with one of these
+_SUMS, _COUNTS = "input", "input count"  # names of what is transferred begin with one of these
+_ROWS = 1024  # of them all tell what a share is, to 1 %
+_SIGMOID, _TANH = math.log(99.0), math.atanh(0.99)  # beyond, they are within 1 % of a bound
+_LIMITS = {
+    "RNN": [_TANH],
+    "LSTM": [_SIGMOID, _SIGMOID, _TANH, _SIGMOID],
+    "GRU": [_SIGMOID, _SIGMOID, _TANH],
+}  # of the rows of `W_ih`, in the order in which torch stacks them
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BY_CHANNEL = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # (B, channels, ...)
 
 
 class InputScale:
-    """Root mean square of each feature of what goes into the first layer of a sampled step.
+    """Root mean square and standard deviation of each feature of what goes into the first layer of a sampled step.
 
     Taken from the layer's first positional floating-point tensor. The features are its last dimension; of what goes
     into a convolution, or into a normalisation of channels, the channels. Whole numbers (tokens), keyword arguments,
@@ -34,12 +41,13 @@ class InputScale:
         >>> scale, transfer = InputScale(), Transfer()
         >>> scale.take(nn.Linear(2, 1), (torch.tensor([[3.0, 1000.0], [4.0, 1000.0]]),))
         >>> scale.pack(transfer)
-        >>> (InputScale.unpack(transfer.fetch()) ** 2).round(6).tolist()
-        [12.5, 1000000.0]
+        >>> rms, deviation = InputScale.unpack(transfer.fetch())
+        >>> (rms**2).round(6).tolist(), deviation.round(6).tolist()
+        ([12.5, 1000000.0], [0.5, 0.0])
     """
 
     def __init__(self) -> None:
-        self._squares: Tensor | None = None  # (F,) sums over the batches so far
+        self._sums: Tensor | None = None  # (2, F) squares and values, summed over the batches so far
         self._counts: Floats = np.zeros(0)  # (F,)
 
     def take(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -59,35 +67,42 @@ class InputScale:
             return
         others = [dim for dim in range(values.dim()) if dim != at]
         # six times as fast on a CPU as the norm over these dimensions
-        squares = values.to(wide_dtype(values.device), copy=True).square_().sum(others)
+        wide = values.to(wide_dtype(values.device), copy=True)
+        total = wide.sum(others)
+        sums = torch.stack([wide.square_().sum(others), total])
         counts = np.full(features, values.numel() / features)
-        if self._squares is not None:
-            longest = max(features, len(self._squares))
-            squares = _padded(squares, longest) + _padded(self._squares, longest)
+        if self._sums is not None:
+            longest = max(features, len(self._counts))
+            sums = _padded(sums, longest) + _padded(self._sums, longest)
             counts = np.pad(counts, (0, longest - features)) + np.pad(self._counts, (0, longest - len(self._counts)))
-        self._squares, self._counts = squares, counts
+        self._sums, self._counts = sums, counts
 
     def pack(self, transfer: Transfer) -> None:
         """Hands what was seen to the transfer."""
-        if self._squares is None:
+        if self._sums is None:
             return
-        features = len(self._squares)
+        features = len(self._counts)
         # ranks agree on lengths: few lengths are few agreements
         length = features if transfer.is_alone else 1 << (features - 1).bit_length()
-        transfer.share((_SQUARES, length), _padded(self._squares, length))
+        transfer.share((_SUMS, length), _padded(self._sums, length).flatten())
         transfer.share_numbers((_COUNTS, length), [*self._counts.tolist(), *[0.0] * (length - features)])
 
     @staticmethod
-    def unpack(host: Mapping[Hashable, Floats]) -> Floats:
-        """(F,) root mean square of each feature out of what was fetched; empty where nothing was measured."""
-        lengths = [name[1] for name in host if isinstance(name, tuple) and name[0] == _SQUARES]
-        squares, counts = np.zeros(max(lengths, default=0)), np.zeros(max(lengths, default=0))
+    def unpack(host: Mapping[Hashable, Floats]) -> tuple[Floats, Floats]:
+        """(F,) root mean square and (F,) standard deviation out of what was fetched; empty where nothing was measured.
+
+        A deviation below 1e-8 of the mean is lost in the rounding of sums and comes out as about 0.
+        """
+        lengths = [name[1] for name in host if isinstance(name, tuple) and name[0] == _SUMS]
+        sums, counts = np.zeros((2, max(lengths, default=0))), np.zeros(max(lengths, default=0))
         for length in lengths:
-            squares[:length] += host[_SQUARES, length]
+            sums[:, :length] += host[_SUMS, length].reshape(2, length)
             counts[:length] += host[_COUNTS, length]
         features = int(np.count_nonzero(counts))  # the columns that ranks were padded with have no count
-        rms = np.sqrt(squares[:features] / counts[:features])
-        return np.where(np.isfinite(rms), rms, math.inf)
+        with np.errstate(invalid="ignore", over="ignore"):  # infinity minus infinity
+            square, mean = sums[:, :features] / counts[:features]
+            rms, deviation = np.sqrt(square), np.sqrt(np.maximum(square - mean**2, 0.0))
+        return np.where(np.isfinite(rms), rms, math.inf), np.where(np.isfinite(deviation), deviation, math.inf)
 
 
 def _feature_dim(module: nn.Module, values: Tensor) -> int:
@@ -96,5 +111,40 @@ def _feature_dim(module: nn.Module, values: Tensor) -> int:
     return 1 if isinstance(module, _BY_CHANNEL) else values.dim() - 1
 
 
-def _padded(vector: Tensor, length: int) -> Tensor:
-    return torch.nn.functional.pad(vector, (0, length - len(vector)))
+def _padded(rows: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, length - rows.shape[-1]))
+
+
+def shut_gates(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor, int] | None:
+    """How many gates of a recurrence its input alone drives to their bounds, and out of how many.
+
+    A recurrence hides its activations. What the input adds to them, `W_ih x + b_ih`, is computed once more, of 1024
+    time steps of samples at most. Near a bound is what is within 1 % of it.
+
+    Args:
+        module: an RNN, LSTM or GRU, or a cell of one.
+        arguments: the positional arguments of the call.
+
+    Returns:
+        None for all other modules, for a ReLU recurrence, which has no bounds, and for what is spread over ranks.
+
+    Example:
+        >>> cell = nn.GRUCell(1, 2)
+        >>> _ = nn.init.ones_(cell.weight_ih), nn.init.zeros_(cell.bias_ih)
+        >>> [int(shut_gates(cell, (torch.full((3, 1), x),))[0]) for x in (1.0, 4.0, 1000.0)]  # the tanh is shut first
+        [0, 6, 18]
+    """
+    kind = getattr(module, "mode", type(module).__name__.removesuffix("Cell"))
+    is_relu = kind == "RNN_RELU" or getattr(module, "nonlinearity", "") == "relu"
+    x = first_tensor(arguments)
+    if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)) or is_relu or x is None or not x.numel():
+        return None
+    end = "_l0" if isinstance(module, nn.RNNBase) else ""
+    weight, bias = getattr(module, f"weight_ih{end}"), getattr(module, f"bias_ih{end}", None)
+    if is_sharded(x) or is_sharded(weight) or x.shape[-1] != weight.shape[-1]:
+        return None
+    rows = x.detach().reshape(-1, x.shape[-1])
+    rows = rows[:: -(-len(rows) // _ROWS)].to(weight.dtype)
+    driven = torch.nn.functional.linear(rows, weight.detach(), None if bias is None else bias.detach()).abs()
+    limits = driven.new_tensor(_LIMITS["RNN" if kind.startswith("RNN") else kind])
+    return (driven.unflatten(-1, (len(limits), -1)) > limits[:, None]).sum(), driven.numel()

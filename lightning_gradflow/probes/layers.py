@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -10,6 +10,17 @@ from lightning_gradflow.probes.shards import is_sharded
 
 ROOT = "(root)"
 """Stands for the LightningModule itself where it owns parameters directly; its name in `named_modules()` is empty."""
+
+
+def module_named(model: nn.Module, layer: str) -> nn.Module:
+    """The module of a layer, which may be the model itself.
+
+    Example:
+        >>> model = nn.Sequential(nn.ReLU())
+        >>> module_named(model, ROOT) is model, module_named(model, "0")
+        (True, ReLU())
+    """
+    return model if layer == ROOT else model.get_submodule(layer)
 
 
 class LayerMap:
@@ -33,19 +44,26 @@ class LayerMap:
         self._modules: dict[str, nn.Module] = {}
         self._leaves: set[str] = set()
         self._owner: dict[int, str] = {}
-        for name, module in model.named_modules():
+        self._tree: list[tuple[str, nn.Module, list[nn.Module | None]]] = []
+        for name, module, _ in self._look_at(model):
             self._module_name[id(module)] = name or ROOT
             if next(module.children(), None) is None:
                 self._leaves.add(name or ROOT)
         self.find_owners(model)
         for owner in dict.fromkeys(self._owner.values()):
-            self._modules[owner] = model if owner == ROOT else model.get_submodule(owner)
+            self._modules[owner] = module_named(model, owner)
+
+    def _look_at(self, model: nn.Module) -> list[tuple[str, nn.Module, list[nn.Module | None]]]:
+        """Name, module and children of all there is; the last time's, which is found faster, where nothing changed."""
+        if not self._tree or any([*module._modules.values()] != children for _, module, children in self._tree):
+            self._tree = [(name, module, [*module._modules.values()]) for name, module in model.named_modules()]
+        return self._tree
 
     def find_owners(self, model: nn.Module) -> None:
         """Looks once more which layer each parameter belongs to: FSDP exchanges them around a forward pass."""
         self._owner = {}
         self._known = set()
-        for name, module in model.named_modules():
+        for name, module, _ in self._look_at(model):
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     self._known.add((id(module), key))
@@ -64,6 +82,11 @@ class LayerMap:
         """The name of any module of the model, or None for a stranger."""
         return self._module_name.get(id(module))
 
+    @property
+    def names_by_identity(self) -> Mapping[int, str]:
+        """The name of every module, by its `id`."""
+        return self._module_name
+
     def is_layer(self, name: str) -> bool:
         """Whether the module of this name owns parameters."""
         return name in self._modules
@@ -81,7 +104,7 @@ class LayerMap:
         return all(
             id(module) in self._module_name
             and all((id(module), key) in self._known for key, value in module._parameters.items() if value is not None)
-            for module in model.modules()
+            for _, module, _ in self._look_at(model)
         )
 
     @property
@@ -90,7 +113,7 @@ class LayerMap:
         return tuple(
             name
             for name, module in self._modules.items()
-            if any(is_sharded(p) for p in module.parameters(recurse=False))
+            if any(p is not None and is_sharded(p) for p in module._parameters.values())
         )
 
     def in_order(self, executed: Sequence[str]) -> list[str]:
@@ -111,5 +134,5 @@ class LayerMap:
 
 def _parametrized(name: str) -> str:
     """The name of the module that a parametrization belongs to; any other name as it is."""
-    parts = name.split(".")
+    parts = name.split(".") if "parametrizations" in name else ()
     return ".".join(parts[: parts.index("parametrizations")]) if "parametrizations" in parts else name

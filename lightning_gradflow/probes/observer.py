@@ -98,6 +98,7 @@ class ForwardObserver(TorchFunctionMode):
         self._detached = Detached()
         self.input_is_detached = False  # of the layer that is reported
         self._handles: list[RemovableHandle] = []
+        self._name_by_id: Mapping[int, str] = {}
         self._spread: set[str] = set()
         self.cut_shapes: dict[str, torch.Size | None] = {}
         self._cleanup = contextlib.ExitStack()
@@ -127,6 +128,7 @@ class ForwardObserver(TorchFunctionMode):
         self._stack = []
         self._handles.append(register_module_forward_pre_hook(self._before_module))
         self._handles.append(register_module_forward_hook(self._after_module, always_call=True))
+        self._name_by_id = self._layers.names_by_identity
         self._spread = set(self._layers.spread)
         for name in self._spread:  # last of the module's own hooks, behind the one that makes its output whole
             self._handles.append(self._layers.module(name).register_forward_hook(self._after_spread_layer))
@@ -182,14 +184,17 @@ class ForwardObserver(TorchFunctionMode):
             self._on_activation(name, op, result, arguments)
 
     def _before_module(self, module: nn.Module, args: Any) -> None:
-        self._apart(self._enter_module, module, args)
+        name = self._name_by_id.get(id(module))
+        if name is None or self._repeats or self._detached:
+            self._apart(self._enter_module, module, name, args)
+        else:  # thousands of times, and nothing to look at
+            self._stack.append((module, name, False))
 
-    def _enter_module(self, module: nn.Module, args: Any) -> None:
+    def _enter_module(self, module: nn.Module, name: str | None, args: Any) -> None:
         # a mode is off inside of a call that it was asked about, and `backward` is such a call; what is entered
         # in a node of the backward pass is left with the node
         if self._repeats and self._entered and self not in _get_current_function_mode_stack():
             self.__enter__()  # type: ignore[no-untyped-call]
-        name = self._layers.name_of(module)
         if name is not None or self._is_foreign(module):
             self._stack.append((module, name, self._detached.holds(args)))
 
@@ -199,21 +204,24 @@ class ForwardObserver(TorchFunctionMode):
         return parameter is not None and self._layers.owner(parameter) is None
 
     def _after_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._apart(self._leave_module, module, args, output)
-
-    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         self.input_is_detached = False
         if self._stack and self._stack[-1][0] is module:
             *_, self.input_is_detached = self._stack.pop()
-        name = self._layers.name_of(module)
-        if self._on_input is not None and name is not None and self._layers.is_layer(name):
+        name = self._name_by_id.get(id(module))
+        if name is not None:
+            self._apart(self._leave_module, name, module, args, output)
+
+    def _leave_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._layers.is_layer(name):
+            return
+        if self._on_input is not None:
             self._on_input(module, args)
-        if name is not None and name not in self._spread:
+        if name not in self._spread:
             self._report_layer(name, output)
             # its steps are no calls of anything: they are looked for at what goes in
             if self._on_recurrence is not None and isinstance(module, nn.RNNBase):
                 self._on_recurrence(name, module, args, output)
-        elif name is not None:
+        else:
             whole = first_tensor(output)
             part = local(whole) if whole is not None and is_cut(whole) else None
             self.cut_shapes[name] = part.shape if part is not None else None

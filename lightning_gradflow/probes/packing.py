@@ -23,11 +23,15 @@ GATE, TIME = "gate", "time"
 N_OUTPUT_COUNTS, N_DELTA_COUNTS, N_UNIT_COUNTS = 7, 4, 3
 
 
+Number = Tensor | float
+"""A () tensor that stays on the device, or a number of Python's where that is the host."""
+
+
 @dataclass(slots=True)
 class Deltas:
-    """Loss gradients at one point in one backward pass; tensors stay on the device."""
+    """Loss gradients at one point in one backward pass."""
 
-    squares: dict[int, Tensor] = field(default_factory=dict)  # by call
+    squares: dict[int, Number] = field(default_factory=dict)  # by call
     entries: int = 0
     floor: float = math.nan  # log2 of the smallest positive number that they can hold
 
@@ -38,20 +42,21 @@ class Seen:
 
     calls: int = 0  # in the present forward pass
     without_graph: list[int] = field(default_factory=list)  # those of them that checkpointing may still repeat
-    output_square: Tensor | None = None
+    output_square: Number | None = None
     output_count: int = 0
-    deviation_square: Tensor | None = None  # of the outputs from their mean over the batch
-    batched_square: Tensor | None = None  # of those outputs that have more than one sample
+    deviation_square: Number | None = None  # of the outputs from their mean over the batch
+    batched_square: Number | None = None  # of those outputs that have more than one sample
     ran: int = 0  # calls in all forward passes of the sample
     in_graph: int = 0  # those of them whose output was part of the autograd graph
     untold: int = 0  # those of them of which only a repetition would tell
     input_detached: int = 0  # those of them whose input came from the network, but without its graph
-    saturated: Tensor | None = None
+    saturated: Number | None = None
     bounded_count: int = 0
     is_gate: bool = False  # whether what comes out of a bounded activation is multiplied with another signal
     is_cut: bool = False  # whether each part of a split model has other entries; else that is told by the values
     active: Tensor | None = None  # (U,) units that left the flat side at least once
     inputs: int = 0  # for which they had the occasion
+    units: int = 0  # as many as the newest call had
     deltas: dict[int, Deltas] = field(default_factory=dict)  # by backward pass
     # of a recurrence, by backward pass: (T,) sums of squared gradients at its input, and of how many sequences
     times: dict[int, Series] = field(default_factory=dict)
@@ -99,7 +104,7 @@ def _pack_outputs(sample: Mapping[Point, Seen], rows: RowsTransfer) -> None:
 def _pack_deltas(sample: Mapping[Point, Seen], rows: RowsTransfer) -> None:
     names: list[tuple[int, Point, int]] = []
     lengths: list[int] = []
-    squares: list[Tensor | None] = []
+    squares: list[Number | None] = []
     counts: list[float] = []
     for point, seen in sample.items():
         for k, deltas in seen.deltas.items():

@@ -32,6 +32,10 @@ class PointNames:
         self._taken: set[str] = set()
         self.restart()
 
+    def __len__(self) -> int:
+        """How many points have a name."""
+        return len(self._points)
+
     def restart(self) -> None:
         """A new forward pass starts."""
         self.last_layer = ""

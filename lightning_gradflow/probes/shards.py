@@ -15,12 +15,13 @@ is_transformed: Callable[[Tensor], bool] = getattr(
 )
 """Whether a tensor is one of those inside of `torch.func.vmap` and its kin, which can't be taken outside."""
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # those that say no in less time
 # a DTensor is known by its methods: to import its class costs a second, and most runs have none
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a tensor that is spread over ranks."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "placements") and hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor | None:

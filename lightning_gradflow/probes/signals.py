@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,27 +14,23 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gradflow.activations import BOUNDED
 from lightning_gradflow.history import Floats, Point
-from lightning_gradflow.probes.custom_functions import in_custom_function
+from lightning_gradflow.probes.collector import Patience
 from lightning_gradflow.probes.dead_units import SilentUnits
-from lightning_gradflow.probes.flat_side import always_flat, saturated, unit_axis
+from lightning_gradflow.probes.flat_side import unit_axis
 from lightning_gradflow.probes.gates import Gates
-from lightning_gradflow.probes.inputs import InputScale
+from lightning_gradflow.probes.gathering import Gathering, plus
+from lightning_gradflow.probes.inputs import InputScale, shut_gates
 from lightning_gradflow.probes.layers import LayerMap
-from lightning_gradflow.probes.norms import spread_between_samples, square_sum
 from lightning_gradflow.probes.observer import ForwardObserver, is_measurable
 from lightning_gradflow.probes.packing import Deltas, Seen, pack
 from lightning_gradflow.probes.points import PointNames
 from lightning_gradflow.probes.recurrence import RecurrentCall, Series, is_watchable, joined
+from lightning_gradflow.probes.segments import RepeatedCall, Segment, may_be_repeated
 from lightning_gradflow.probes.shards import is_cut, local
 from lightning_gradflow.probes.transfer import Transfer
 from lightning_gradflow.probes.unpacking import Signals, unpack
 
-
-@dataclass(slots=True)
-class _Call:
-    """Which call of its point an output comes from; that of a repeated one is known when its whole segment is."""
-
-    number: int | None = None
+_OBJECTS = 20  # that a point is worth to Python until the sample is over
 
 
 class SignalProbe:
@@ -76,21 +71,27 @@ class SignalProbe:
             on_product=self._on_product,
         )
         self._handles: list[RemovableHandle] = []
+        self._gathering = Gathering()
+        self._segment = Segment()
+        self._patience = Patience()
         self._reset()
 
     def _reset(self) -> None:
         self._seen: dict[Point, Seen] = {}
+        self._gathering.drop()
         self._gates: Gates[Seen] = Gates()
         self._input = InputScale()
         self._before: dict[Point, Seen] = {}  # as it was when the batch began
         self._input_before = self._input
-        self._segment: dict[Point, list[_Call]] = {}  # what checkpointing has repeated since the last gradient
+        self._shut: dict[str, tuple[Tensor, int]] = {}  # gates of the first layer, until it is reported
+        self._segment.clear()
         self._scales: dict[int, Tensor] = {}  # by backward pass
         self._recurrent: list[tuple[Point, RecurrentCall]] = []  # those that wait for the backward pass
         self._pass = 0
         self._repeats = False
         self._error: Exception | None = None
         self._release()
+        self._patience.end()
 
     def _release(self) -> None:
         """Takes our hooks off the outputs: some of them outlive the step, and a module may return a parameter."""
@@ -106,6 +107,8 @@ class SignalProbe:
     def start_batch(self) -> None:
         """A batch of the sampled step starts; its backward passes are added to those of the batches before."""
         self._pass = 0
+        self._patience.begin(_OBJECTS * len(self._names))
+        self._gathering.flush()
         self._before = {point: copy.copy(seen) for point, seen in self._seen.items()}
         self._input_before = copy.copy(self._input)
         self._awaits_input = True
@@ -115,7 +118,7 @@ class SignalProbe:
         self._cut_shape: torch.Size | None = None
         self._gates.clear()
         self._repeats = False
-        self._segment = {}
+        self._segment.clear()
         self._names.restart()
         for seen in self._seen.values():
             seen.calls, seen.without_graph = 0, []
@@ -148,6 +151,7 @@ class SignalProbe:
     def forget_batch(self) -> None:
         """The batch had no backward pass: it has no part in the step."""
         self._observer.close()
+        self._gathering.drop()
         self._seen, self._input = self._before, self._input_before
 
     def next_forward(self) -> None:
@@ -170,31 +174,38 @@ class SignalProbe:
         if self._awaits_input:
             self._awaits_input = False
             self._input.take(module, arguments)
+            name, shut = self._layers.name_of(module), shut_gates(module, arguments) if self._activations else None
+            self._shut = {name: shut} if name is not None and shut is not None else {}
 
     def _on_layer(self, name: str, output: Tensor) -> None:
         point = self._names.layer(name)
         if self._repeats:
             self._take_again(point, output)
         else:
-            seen = self._take(point, output)
+            seen, _ = self._take(point, output)
+            if name in self._shut:
+                shut, count = self._shut.pop(name)
+                seen.saturated, seen.bounded_count = plus(seen.saturated, shut), seen.bounded_count + count
             seen.input_detached += self._observer.input_is_detached
             # the part of a cut output is handed out as a plain tensor, on which activations follow
             self._cut_shape = self._observer.cut_shapes.get(name)
-            seen.is_cut |= output.shape == self._cut_shape
+            seen.is_cut |= self._cut_shape is not None and output.shape == self._cut_shape
 
     def _on_activation(self, module: str, op: str, output: Tensor, arguments: Mapping[str, Any]) -> None:
         if self._repeats:
             waiting = {point for point, seen in self._seen.items() if seen.without_graph}
             self._take_again(self._names.known_activation(module, op, waiting), output)
             return
-        seen = self._take(self._names.activation(module, op), output)
+        seen, values = self._take(self._names.activation(module, op), output)
         # behind a layer that hands out its part as a plain tensor
         seen.is_cut |= self._cut_shape is not None and output.shape == self._cut_shape
-        values = local(output.detach())
-        if self._activations and values is not None and values.numel():
+        if self._activations and values is not None:
             if op in BOUNDED:
                 self._gates.add(output, seen)
-            self._take_activation(seen, op, values, arguments)
+            last = self._names.last_layer
+            layer = self._layers.module(last) if last else None
+            axis = unit_axis(values.shape, layer, self._transfer.topology.model)
+            self._gathering.activation(seen, op, values, arguments, axis)
 
     def _on_product(self, factors: tuple[Any, ...]) -> None:
         for seen in self._gates.among(factors):
@@ -219,81 +230,56 @@ class SignalProbe:
             together = joined(profiles)
             times[self._pass] = joined([times[self._pass], together]) if self._pass in times else together
 
-    def _take_activation(self, seen: Seen, op: str, output: Tensor, arguments: Mapping[str, Any]) -> None:
-        bounded = saturated(op, output, arguments)
-        if bounded is not None:
-            seen.saturated = _plus(seen.saturated, bounded.sum())
-            seen.bounded_count += bounded.numel()
-        last = self._names.last_layer
-        axis = unit_axis(output.shape, self._layers.module(last) if last else None, self._transfer.topology.model)
-        is_silent = always_flat(op, output, arguments, axis) if axis is not None else None
-        if axis is not None and is_silent is not None:
-            active = ~is_silent
-            grown = seen.active is not None and seen.active.shape == active.shape
-            seen.active = seen.active | active if grown and seen.active is not None else active
-            seen.inputs = output.numel() // output.shape[axis] + (seen.inputs if grown else 0)
-
-    def _take(self, point: Point, output: Tensor) -> Seen:
-        seen = self._seen.setdefault(point, Seen())
+    def _take(self, point: Point, output: Tensor) -> tuple[Seen, Tensor | None]:
+        """What the point has seen, and the numbers that came out of it, if there are any."""
+        seen = self._seen.get(point)
+        if seen is None:
+            seen = self._seen[point] = Seen()
         seen.is_cut |= is_cut(output)
         call, seen.calls = seen.calls, seen.calls + 1
         values = local(output.detach())
-        if values is not None and values.numel():
-            _take_output(seen, values, with_spread=point.is_layer)
+        if values is not None:
+            values = self._gathering.output(seen, values, with_spread=point.is_layer) if values.numel() else None
         seen.ran += 1
         if output.requires_grad and torch.is_grad_enabled():
             seen.in_graph += 1
-            self._watch(seen, _Call(call), output)
+            self._watch(seen, call, output)
         else:
             seen.without_graph.append(call)
-            seen.untold += _may_be_repeated()
-        return seen
+            seen.untold += may_be_repeated()
+        return seen, values
 
     def _take_again(self, point: Point | None, output: Tensor) -> None:
         seen = self._seen.get(point) if point is not None else None
         if point is None or seen is None or not seen.without_graph:
             return
-        if not _may_be_repeated():
+        if not may_be_repeated():
             seen.untold = max(0, seen.untold - 1)
         if output.requires_grad and torch.is_grad_enabled():
             seen.in_graph = min(seen.in_graph + 1, seen.ran)
-            self._segment.setdefault(point, []).append(_Call())
-            self._watch(seen, self._segment[point][-1], output)
+            self._watch(seen, self._segment.repeat(point), output)
 
-    def _end_segment(self) -> None:
-        """The backward pass meets segments in reverse, and the calls inside of one in order."""
-        for point, repeated in self._segment.items():
-            waiting = self._seen[point].without_graph
-            first = max(0, len(waiting) - len(repeated))
-            for call, number in zip(repeated, waiting[first:], strict=False):
-                call.number = number
-            del waiting[first:]
-        self._segment = {}
-        self._names.restart()  # the next repeated segment stands before this one
-
-    def _watch(self, seen: Seen, call: _Call, output: Tensor) -> None:
+    def _watch(self, seen: Seen, call: int | RepeatedCall, output: Tensor) -> None:
         self._handles.append(output.register_hook(partial(self._on_gradient, seen, call)))
 
-    def _on_gradient(self, seen: Seen, call: _Call, gradient: Tensor | None) -> None:
+    def _on_gradient(self, seen: Seen, call: int | RepeatedCall, gradient: Tensor | None) -> None:
         # none comes where only another output of the same operation is used; and as long as the forward pass is on, it
         # comes from the user's own autograd.grad (a gradient penalty), not from the loss
         if gradient is None or self.is_observing:
             return
         try:
             if self._repeats:
-                self._end_segment()
+                self._segment.end(self._seen)
+                self._names.restart()  # the next repeated segment stands before this one
+            number = call.number if isinstance(call, RepeatedCall) else call
             values = local(gradient)
-            if call.number is not None and values is not None and values.numel() and is_measurable(values):
-                self._take_delta(seen.deltas.setdefault(self._pass, Deltas()), call.number, values)
+            if number is not None and values is not None and values.numel() and is_measurable(values):
+                deltas = seen.deltas.get(self._pass)
+                if deltas is None:
+                    deltas = seen.deltas[self._pass] = Deltas()
+                self._gathering.delta(deltas, number, values)
         except Exception as error:
             self._keep(error)
-
-    def _take_delta(self, deltas: Deltas, call: int, gradient: Tensor) -> None:
-        deltas.squares[call] = _plus(deltas.squares.get(call), square_sum(gradient.detach()))
-        deltas.entries += gradient.numel()
-        if math.isnan(deltas.floor):
-            info = torch.finfo(gradient.dtype)
-            deltas.floor = math.log2(info.tiny) + math.log2(info.eps)
 
     # -- after it ---------------------------------------------------------------------------------------------------
 
@@ -307,6 +293,7 @@ class SignalProbe:
         self._observer.close()
         if self._error is not None:
             raise self._error
+        self._gathering.flush()
         pack(self._seen, self._scales, self._transfer)
         self._input.pack(self._transfer)
 
@@ -319,7 +306,8 @@ class SignalProbe:
         """
         self._reset()
         signals = unpack(host, self._transfer.topology, self.silent, multiplier)
-        return replace(signals, input_rms=InputScale.unpack(host))
+        rms, deviation = InputScale.unpack(host)
+        return replace(signals, input_rms=rms, input_deviation=deviation)
 
     def state_dict(self) -> dict[str, Any]:
         """Names and silent units, so that a resumed run, or one with new layers, goes on with the same columns."""
@@ -329,21 +317,3 @@ class SignalProbe:
         """Continues from what `state_dict` gave."""
         self._names.load_state_dict(state["names"])
         self.silent.load_state_dict(state["silent"])
-
-
-def _may_be_repeated() -> bool:
-    return not torch.is_grad_enabled() and in_custom_function()
-
-
-def _plus(before: Tensor | None, value: Tensor) -> Tensor:
-    return value if before is None else before + value
-
-
-def _take_output(seen: Seen, values: Tensor, *, with_spread: bool) -> None:
-    seen.output_count += values.numel()
-    seen.output_square = _plus(seen.output_square, square_sum(values))
-    if not with_spread or values.dim() == 0 or len(values) < 2:
-        return
-    deviation, square = spread_between_samples(values)
-    seen.deviation_square = _plus(seen.deviation_square, deviation)
-    seen.batched_square = _plus(seen.batched_square, square)

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from lightning_gradflow.history import Floats
 from lightning_gradflow.metrics import measured
+from lightning_gradflow.probes.copied_units import has_units, unit_spread
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.shards import is_sharded
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
 _KEY = "spectra"
+_COPIED = ":copied"
+_COPIES = 1e-4  # of their size: so much at most may be rounding
 _PRODUCTS = 2
 _SMALL, _TOGETHER = 1 << 14, 256  # entries of a matrix, and how many of them, that a call is shared by
 _SHARE = 0.25  # of the newest sample in the mean growth
@@ -40,6 +43,9 @@ class SpectralProbe:
     the block that makes the new content. Embeddings and biases are left out, and all weights of a model that is sharded
     over ranks.
 
+    In the first sample it is also seen whether the units of a layer are copies of one another, and get the same
+    gradient, without which they don't stay copies. Where they are, they are looked at in the later samples too.
+
     Args:
         layers: whose weights are read.
         transfer: what carries the numbers to the host.
@@ -61,12 +67,14 @@ class SpectralProbe:
         self._layers = layers
         self._transfer = transfer
         self._vectors: dict[str, Tensor] = {}
+        self._copied: set[str] = set()  # layers whose units were copies once
+        self._is_first = True
         self._measured: list[list[tuple[str, str]]] = []  # layer, metric; a list for each device
 
     @torch.no_grad()
     def measure(self) -> None:
         """Reads the weights as they are now, and hands the numbers to the transfer."""
-        self._measured = []
+        self._measured, self._is_first = [], not self._vectors
         names = self._layers.names
         # beside sharded parameters nobody sees to it that the others are the same on all ranks
         alike = self._transfer.is_alone or not any(
@@ -102,22 +110,30 @@ class SpectralProbe:
                 continue
             values = found.setdefault(layer, {})
             values[metric] = max(values.get(metric, 0.0), measured(float(x)))
+        self._copied |= {layer for layer, values in found.items() if values.get("unit_spread", math.inf) < _COPIES}
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The vectors that the next sample starts from."""
-        return {name: vector.clone() for name, vector in self._vectors.items()}
+        """The vectors that the next sample starts from, and which layers it looks at once more."""
+        copied = {f"{layer}{_COPIED}": torch.ones(()) for layer in sorted(self._copied)}
+        return {name: vector.clone() for name, vector in self._vectors.items()} | copied
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
-        self._vectors = {name: torch.as_tensor(vector).clone() for name, vector in state.items()}
+        self._copied = {name.removesuffix(_COPIED) for name in state if name.endswith(_COPIED)}
+        vectors = {name: vector for name, vector in state.items() if not name.endswith(_COPIED)}
+        self._vectors = {name: torch.as_tensor(vector).clone() for name, vector in vectors.items()}
 
     def _of_layer(self, layer: str, module: nn.Module) -> Iterator[tuple[str, Tensor | _Matrix]]:
         weights = {key: p for key, p in module.named_parameters(recurse=False) if _is_matrix(p)}
         if not weights or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return
+        key = max(weights, key=lambda key: weights[key].numel())
+        if layer in self._copied or (self._is_first and has_units(module)):
+            yield "unit_spread", unit_spread(module, weights[key])
+            if (gradient := weights[key].grad) is not None:
+                yield "unit_grad_spread", unit_spread(module, gradient)
         if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-            key = max(weights, key=lambda key: weights[key].numel())
             yield "spectral_norm", _Matrix(f"{layer}:{key}", weights[key].detach().flatten(1))
             return
         recurrent = {key: p for key, p in weights.items() if key.startswith("weight_hh")}

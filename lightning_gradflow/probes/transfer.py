@@ -105,6 +105,9 @@ def _to_host(pieces: Mapping[Hashable, Tensor]) -> dict[Hashable, Floats]:
         by_device.setdefault(tensor.device, []).append(name)
     arrays: dict[Hashable, Floats] = {}
     for device, names in by_device.items():
+        if device.type == "cpu":  # copied, for it may change
+            arrays.update((name, np.array(pieces[name].double().numpy())) for name in names)
+            continue
         packed = torch.cat([pieces[name].to(wide_dtype(device)) for name in names])
         flat = packed.cpu().double().numpy()
         ends = np.cumsum([pieces[name].numel() for name in names])

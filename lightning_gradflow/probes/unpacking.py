@@ -41,6 +41,7 @@ class Signals:
             LSTM or GRU -> (T,) norm of the gradient at its input by time step, the end last.
         floor: log2 of the smallest positive number that the narrowest of the deltas can hold; NaN without deltas.
         input_rms: (F,) root mean square of each feature of the input; empty where it was not measured.
+        input_deviation: (F,) standard deviation of each.
     """
 
     order: Sequence[Point] = ()
@@ -48,6 +49,7 @@ class Signals:
     calls: Mapping[str, Floats] = field(default_factory=dict)
     floor: float = math.nan
     input_rms: Floats = field(default_factory=lambda: np.empty(0))
+    input_deviation: Floats = field(default_factory=lambda: np.empty(0))
 
     @property
     def points(self) -> dict[Point, dict[str, float]]:

@@ -141,9 +141,6 @@ class Clipper:
         drops = norm.isfinite().logical_not_() if scale is None else None
         multiply(gradients, state.take(norm, limit, skips=scale is not None), drops)
 
-    def batch_end(self) -> None:
-        """Does nothing: a clipped gradient is gone with its step."""
-
     def release(self) -> None:
         """Clips no more; there is nothing to put back. What was counted stays."""
         self._is_on = False

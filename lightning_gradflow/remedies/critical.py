@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.gains import TRANSPOSED, Gains, Link, by_unit
+from lightning_gradflow.remedies.sick_layers import MAX_OFF, Choice, decades
 
 _MIN_ROUNDS = 5
 """Forward passes that set the gains, at most, or one for each layer, where that is more: most settle in ten, but behind
 a GELU a layer does only after those before it."""
 _SETTLED = 0.05  # decades that all gains together may be off
-MAX_OFF = 1.25
-"""Factor by which a gain may be off: thirty layers that are off by less lose three decades at most."""
-FAR = 4.0
-"""The same for a layer that no usual initialisation gives."""
-MAX_SPREAD = 4.0
-"""Of a layer's output, before a bounded activation: it is at its bounds for most of it."""
-_MAX_OFF_BRANCH = 4.0  # the same beside a residual connection, past which the signal goes anyway
-_MAX_STRETCH = 10.0
-"""Factor by which the layers of a stretch may change the signal together: a single sigmoid layer takes seven, the
-untrained end of a residual branch more; and with it the outputs of a first layer, and the weights of a last one."""
 _MIN_CHANNELS = 4  # fewer would be left too little to tell samples apart by, once their mean makes no difference
-_TELLING = 16  # rows and columns: a trained head of 10 units looks as if it had been drawn
 _MAX_CENTRE = 8.0  # spreads that a mean may be away: of inputs that hardly vary the spread is no scale
 _MAX_FACTOR = 8.0  # by which a weight is scaled in one round
 
@@ -93,9 +80,10 @@ def make_critical(
     has mean 0 on the batch, and its weight is scaled so that the norm of a random gradient is the same at the next
     layer's input and at its own; that of the first layer, to whose input no gradient goes, and of the last, so that its
     output has variance 1. Where what the next layer takes comes from other layers too, as at the end of a residual
-    branch, the gain is `1 / sqrt(number of such layers)`, so that all of them together keep the size. Glorot's, He's
-    and the orthogonal initialisation come out where their assumptions hold. A padded convolution is made blind to the
-    mean of its inputs, where that is larger than what varies.
+    branch, the gain is `1 / sqrt(number of such layers)`, so that all of them together keep the size. Before a last
+    layer that has to stay as it is, such as one tied to an embedding, and whose weights are too large by more than a
+    factor of 4, it is that much less. Glorot's, He's and the orthogonal initialisation come out where their assumptions
+    hold. A padded convolution is made blind to the mean of its inputs, where that is larger than what varies.
 
     A layer is drawn anew if it has entries that are not finite, or if its weights look as they were drawn and
 
@@ -142,25 +130,15 @@ def make_critical(
     gains = Gains(module, forward, seed)
     modules = dict(module.named_modules())
     before = links = gains.measure()
-    may, is_trained = _treatable(module, before)
+    choice = Choice(module, before)
     generator = torch.Generator().manual_seed(seed)
-    broken = [name for name in before if name in may and not _is_finite(modules[name])]
+    broken = [name for name in before if name in choice.may and not _is_finite(modules[name])]
     for name in broken:
         _draw(modules[name], generator)
     if broken:  # nothing can be measured behind a layer that gives NaN
         links = gains.measure(_Adjustment(frozenset(broken), {}, {}))
-    aims, stretches = _aims(links), _stretches(links)
-    limits = _Limits(max_off, max_spread)
-    sick = [
-        name
-        for name in links
-        if name in may
-        and (name in broken or _is_sick(modules[name], links[name], aims[name], stretches.get(name, 0.0), limits))
-    ]
-    if sick and max_off < FAR and not is_trained:
-        sick = [
-            name for name in links if name in sick or (name in may and _is_quiet(modules[name], links[name], max_off))
-        ]
+    sick = choice.sick(links, broken, max_off, max_spread)
+    aims = choice.aims(links)
     for name in sick:
         _draw(modules[name], generator)
     known: Mapping[str, Link] = {}
@@ -169,107 +147,18 @@ def make_critical(
         if _off(known, sick, aims) < _SETTLED:
             break
     changed = {name: list(modules[name].parameters(recurse=False)) for name in sick}
-    look = _Look(frozenset(sick) | (may & {links[name].follower for name in sick}))
+    look = _Look(frozenset(sick) | (choice.may & {links[name].follower for name in sick}))
     return Treated(changed, before, gains.measure(look) if sick else before, look.centres)
-
-
-def _treatable(module: nn.Module, links: Mapping[str, Link]) -> tuple[set[str], bool]:
-    """The layers that may be drawn anew, and whether a part of the network looks trained."""
-    owners = Counter(p for m in module.modules() for p in m.parameters(recurse=False))
-    layers = {name: m for name, m in module.named_modules() if name in links and isinstance(m.weight, nn.Parameter)}
-    telling = {name for name, m in layers.items() if min(m.weight.flatten(1).shape) >= _TELLING}
-    # where a part has been trained, what is too small to tell may have been as well
-    is_trained = any(not looks_fresh(layers[name].weight) for name in telling)
-    may = {
-        name
-        for name, layer in layers.items()
-        if layer.weight.requires_grad
-        and all(owners[p] == 1 for p in layer.parameters(recurse=False))
-        # a last layer has to be off by far
-        and (name in telling or not is_trained or not links[name].is_known)
-    }
-    return may, is_trained
-
-
-def _aims(links: Mapping[str, Link]) -> dict[str, float]:
-    branches = sum(link.is_known and not link.is_chain for link in links.values())
-    return {name: 1.0 if link.is_chain else 1 / math.sqrt(branches) for name, link in links.items()}
-
-
-def _stretches(links: Mapping[str, Link]) -> dict[str, float]:
-    """Layer -> decades that the signal gains or loses, at most, in the layers that it follows or that follow it."""
-    runs: list[list[str]] = []
-    before: dict[str, list[str]] = {}
-    for name, link in links.items():
-        if link.is_known and link.is_chain and not link.is_first:
-            run = before.pop(name, [])
-            if not run:
-                runs.append(run)
-            run.append(name)
-            before[link.follower] = run
-    found: dict[str, float] = {}
-    for run in runs:
-        own = (0.0 if links[name].is_normalised else links[name].calls * _decades(links[name]) for name in run)
-        sums = list(accumulate(own, initial=0.0))
-        found |= dict.fromkeys(run, max(sums) - min(sums))
-    return found
 
 
 def _off(links: Mapping[str, Link], names: Sequence[str], aims: Mapping[str, float]) -> float:
     """Decades that the gains of these layers are off, all together."""
     set_by_gain = [name for name in names if links[name].is_known and not links[name].is_first]
-    return sum(abs(_decades(links[name]) - math.log10(aims[name])) for name in set_by_gain)
-
-
-def _decades(link: Link) -> float:
-    return math.log10(link.gain) if link.gain > 0 else -math.inf
+    return sum(abs(decades(links[name]) - math.log10(aims[name])) for name in set_by_gain)
 
 
 def _is_finite(layer: nn.Module) -> bool:
     return all(bool(torch.isfinite(parameter).all()) for parameter in layer.parameters(recurse=False))
-
-
-@dataclass(frozen=True)
-class _Limits:
-    max_off: float
-    max_spread: float
-
-
-def _is_sick(layer: nn.Module, link: Link, aim: float, stretch: float, limits: _Limits) -> bool:
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    by_output = weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight.detach()
-    if link.is_normalised or not looks_fresh(by_output):
-        return False
-    size = float(weight.detach().double().square().mean().sqrt()) * math.sqrt(_fan_in(layer, weight))
-    if not link.is_known:  # zero is a usual choice for an output layer
-        return size > 0 and _is_off(size, 1.0, _MAX_STRETCH)
-    if link.is_first:  # its gain is that of its weights, which depends on what data are like, times a slope
-        return size == 0 or _is_off(link.spread, 1.0, _MAX_STRETCH) or _is_off(link.gain / size, 1.0, _MAX_STRETCH)
-    if not link.is_chain:  # what follows where branches meet, such as a norm, is the same for all of them
-        return min(link.gain, link.own_gain) > aim * _MAX_OFF_BRANCH
-    if link.spread > limits.max_spread:
-        return True
-    return _is_off(link.gain, aim, limits.max_off) and (link.gain > aim * FAR or stretch > math.log10(_MAX_STRETCH))
-
-
-def _is_quiet(layer: nn.Module, link: Link, max_off: float) -> bool:
-    """Whether a first layer gives those behind it, which are drawn anew, another size than they are made for."""
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    by_output = weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight.detach()
-    return link.is_first and not link.is_normalised and _is_off(link.spread, 1.0, max_off) and looks_fresh(by_output)
-
-
-def _fan_in(layer: nn.Module, weight: Tensor) -> float:
-    """Numbers that each output is a sum over, on average."""
-    if not isinstance(layer, TRANSPOSED):
-        return weight[0].numel()
-    return weight[:, 0].numel() / layer.groups / math.prod(layer.stride)
-
-
-def _is_off(value: float, aim: float, factor: float) -> bool:
-    return not aim / factor <= value <= aim * factor
 
 
 @torch.no_grad()
@@ -372,4 +261,4 @@ def _span(links: Mapping[str, Link]) -> float:
     gains = [link for link in links.values() if link.is_known and link.is_chain and not link.is_first]
     if not gains:
         return math.nan
-    return sum(map(_decades, gains))
+    return sum(map(decades, gains))

@@ -95,8 +95,9 @@ class Gains:
     are passed over: no gradient goes there.
 
     By Euler's theorem what does not depend on the scale of an output z of n numbers has no derivative along it, so that
-    `u . z = 0` for every v. It counts as 0 where |u . z| is below a hundredth of |u| |z| / sqrt(n), what it would be if
-    u had nothing to do with z.
+    `u . z = 0` for every v. It counts as 0 where |sum u_i z_i| is below a hundredth of sqrt(sum (u_i z_i)^2), what it
+    would be if the signs had nothing to do with each other. (|u| |z| / sqrt(n) would be the same for most networks, but
+    behind an activation at its bounds u is 0 wherever z is large, and every u . z small beside it.)
 
     Args:
         module: the model, or a copy of it. Nothing is left behind on it, after an error neither.
@@ -229,7 +230,7 @@ class _Pass:
             received += float(w.double().square().sum())
             u = u.double()
             passed += float(u.square().sum())
-            shares.append(float((u * z).sum().abs() * math.sqrt(z.numel()) / (u.norm() * z.norm())))
+            shares.append(float((u * z).sum().abs() / (u * z).norm()))
         own = math.sqrt(received / passed) if passed > 0 else math.nan
         return math.sqrt(received / sent), own, all(share < _INVARIANT for share in shares)
 

@@ -51,7 +51,8 @@ class Held:
         """
         self.scaling.before_step(optimizer)
         if self.clipper is not None:
-            self.clipper.before_step(optimizer, scale)
+            with self.rate.in_force(optimizer):  # how far a gradient leads depends on it
+                self.clipper.before_step(optimizer, scale)
 
     def batch_end(self) -> None:
         """Puts back what a step has left half done."""

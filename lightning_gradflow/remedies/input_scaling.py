@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gradflow.detectors.inputs import inputs_jumped
 from lightning_gradflow.history import Floats, History
+from lightning_gradflow.probes.shards import is_sharded
 from lightning_gradflow.remedies.critical import Centre
+from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.input_layers import ScaledLayer, around_mean, can_shift, can_treat, pads_with_zeros
 from lightning_gradflow.remedies.input_statistics import (
     Moments,
@@ -25,10 +27,11 @@ from lightning_gradflow.remedies.input_statistics import (
     standardising,
 )
 from lightning_gradflow.remedies.optimizer_state import forget
-from lightning_gradflow.remedies.training import Training
+from lightning_gradflow.remedies.training import Rehearsal, Training
 
 _MAX_RMS = 10.0  # initialisations are made for 1; up to about 10 the first steps of a training make up for it
 _MAX_OUTPUT = 2.0  # pre-activations up to here: the weights were made for such inputs
+_MIN_CONTRAST = 2e-4  # `UnscaledInputs` asks for half of it; batches differ
 _SAME_UNIT = 2.0  # features whose sizes changed alike, up to the chance of a batch
 
 
@@ -100,26 +103,36 @@ class InputScaling:
         return tuple(self._scales)
 
     def start(
-        self, training: Training, layers: Sequence[str] | None = None, keep_function: bool = False
+        self,
+        training: Training,
+        layers: Sequence[str] | None = None,
+        keep_function: bool = False,
+        before_fold: Callable[[Rehearsal], None] | None = None,
     ) -> Folded | None:
         """Folds the scale of the inputs into the layers that take them, and holds it from then on.
 
         Treated are the layers that get raw input and nothing else, with a root mean square above 10, and hand it on
-        with one above 2. With `keep_function=False` their weights are taken as made for standardised inputs: what
-        follows is the network as it was initialised, on such inputs. So it is for weights that have learnt nothing,
-        and the optimizer's state of them is removed. With `keep_function=True` the inputs have lately changed their
-        size: each feature is brought back to that from before, and what was learnt, state included, stays in force.
+        with one above 2; and those whose inputs differ too little from each other (see `UnscaledInputs`). With
+        `keep_function=False` their weights are taken as made for standardised inputs: what follows is the network as it
+        was initialised, on such inputs. So it is for weights that have learnt nothing, and the optimizer's state of
+        them is removed; where one looks trained, nothing is done. With `keep_function=True` the inputs have lately
+        changed their size: each feature is brought back to that from before, and what was learnt, state included,
+        stays in force.
 
         Args:
             training: the run, between two optimizer steps.
             layers: the only ones to treat; None for all that qualify.
             keep_function: whether the weights are right for the inputs from before a jump.
+            before_fold: called, where anything is treated, with a rehearsal in which its layers get standardised
+                inputs. What it does to the weights of the model counts as made for these.
 
         Returns:
             What was done, or None where there was nothing to do, nothing was treatable, or no forward pass can be run.
         """
         chosen = [name for name, module in training.model.named_modules() if layers is None or name in layers]
         chosen = [name for name in chosen if can_treat(training, name) and (keep_function or name not in self._scales)]
+        if not keep_function and any(_is_trained(training.model, name) for name in chosen):
+            return None
         past = _before_jump(training.history) if keep_function else None
         if training.rehearse is None or not chosen or (keep_function and past is None):
             return None
@@ -133,13 +146,9 @@ class InputScaling:
             found = {name: it for name, it in moments(inputs, training.averaged).items() if _is_unscaled(it)}
             maps = {name: _map(training, modules[name], it, past) for name, it in found.items()}
             treated = {name: it for name, it in maps.items() if it is not None}
-            inputs = {name: raw for name, raw in inputs.items() if name in treated}
-            with ExitStack() as stack:
-                for name, raw in inputs.items():
-                    raw.watch(stack, *treated[name])
-                if inputs:
-                    run()
-            after = output_rms(inputs, training.averaged)
+        if treated and before_fold is not None:
+            before_fold(_standardised(training.rehearse, treated))
+        after = _rms_of_standardised(training, treated)
         if not treated:
             return None
         for name, (scale, shift) in treated.items():
@@ -255,8 +264,40 @@ class InputScaling:
         self._along = {name: it["along"] for name, it in state["layers"].items() if "along" in it}
 
 
+def _standardised(rehearse: Rehearsal, maps: Mapping[str, tuple[Tensor, Tensor]]) -> Rehearsal:
+    """The same rehearsal, in which these layers get `(x - shift) / scale`."""
+
+    @contextmanager
+    def rehearse_scaled() -> Iterator[tuple[nn.Module, Callable[[], None]]]:
+        with rehearse() as (copy, run), ExitStack() as stack:
+            for name, (scale, shift) in maps.items():
+                RawInput(copy.get_submodule(name)).watch(stack, scale, shift)
+            yield copy, run
+
+    return rehearse_scaled
+
+
+def _rms_of_standardised(training: Training, maps: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+    """Of the pre-activations of these layers; a collective."""
+    assert training.rehearse is not None
+    with training.rehearse() as (copy, run), ExitStack() as stack:
+        inputs = {name: RawInput(copy.get_submodule(name)) for name in maps}
+        for name, raw in inputs.items():
+            raw.watch(stack, *maps[name])
+        if inputs:
+            run()
+        return output_rms(inputs, training.averaged)
+
+
+def _is_trained(model: nn.Module, name: str) -> bool:
+    """Whether a layer has learnt something: such weights are not made for standardised inputs."""
+    weights = [p for p in model.get_submodule(name).parameters(recurse=False) if p.dim() > 1]
+    return any(not is_sharded(p) and not looks_fresh(p) for p in weights)
+
+
 def _is_unscaled(found: Moments) -> bool:
-    return found.size > _MAX_RMS and not found.output_rms <= _MAX_OUTPUT  # nothing finite is too large as well
+    is_large = found.size > _MAX_RMS and not found.output_rms <= _MAX_OUTPUT  # nothing finite is too large as well
+    return is_large or 0 < found.contrast < _MIN_CONTRAST
 
 
 def _map(training: Training, module: nn.Module, found: Moments, past: Floats | None) -> tuple[Tensor, Tensor] | None:

@@ -147,6 +147,11 @@ class Moments:
         """Root mean square over all features."""
         return float(self.rms.square().nanmean().sqrt())
 
+    @property
+    def contrast(self) -> float:
+        """What tells the inputs apart, over what they have in common (see `UnscaledInputs`)."""
+        return float(self.deviation.square().nansum() / (1 + self.mean.square().nansum()))
+
 
 def moments(inputs: Mapping[str, RawInput], averaged: Callable[[Tensor], Tensor]) -> dict[str, Moments]:
     """The moments of what goes into each layer, of those to which nothing but raw input went on any rank.

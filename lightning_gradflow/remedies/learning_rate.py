@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -106,8 +107,17 @@ class RateFactor:
                 self._hooks.append(rates.optimizer.register_step_pre_hook(partial(self._before, rates)))
                 self._hooks.append(rates.optimizer.register_step_post_hook(partial(self._after, rates)))
 
-    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Does nothing: gradients stay as they are, and the rate is multiplied by the optimizer's own hooks."""
+    @contextmanager
+    def in_force(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """A context in which the groups of an optimizer show the rate that its step is going to use."""
+        shown = [r for r in self._rates if r.optimizer is optimizer and not r.is_multiplied] if self._hooks else []
+        for rates in shown:
+            rates.multiply(self._factor, self._cap)
+        try:
+            yield
+        finally:
+            for rates in shown:
+                rates.put_back()
 
     def batch_end(self) -> None:
         """Puts back what a step that raised has left multiplied."""
@@ -167,6 +177,11 @@ class _Rates:
         self.optimizer = optimizer
         self.depth = 0  # steps that have begun and not ended
         self._replaced: list[tuple[dict[str, Any], Any, Any]] = []
+
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether the product stands in the groups."""
+        return bool(self._replaced)
 
     def multiply(self, factor: float, cap: float = math.inf) -> None:
         """Puts the product in each group, once however often it is called."""

@@ -23,10 +23,12 @@ PLAN: dict[tuple[FindingKind, str], tuple[str, ...]] = {
     (FindingKind.EXPLODING_GRADIENT, "learning_rate_too_large"): ("reinit", "rollback", "clip"),
     (FindingKind.EXPLODING_GRADIENT, "unscaled_inputs"): ("scale_inputs", "rollback", "clip"),
     (FindingKind.EXPLODING_GRADIENT, "unknown"): ("clip", "rollback"),
+    (FindingKind.NONFINITE_GRADIENT, "initialisation"): ("reinit",),
     (FindingKind.NONFINITE_GRADIENT, "learning_rate_too_large"): ("reinit", "rollback", "clip"),
     (FindingKind.NONFINITE_GRADIENT, "unscaled_inputs"): ("scale_inputs", "rollback"),
     (FindingKind.NONFINITE_GRADIENT, "unknown"): ("rollback", "clip"),
     (FindingKind.DEAD_UNITS, "initialisation"): ("reinit", "recycle"),
+    (FindingKind.DEAD_UNITS, "symmetry"): ("reinit",),
     (FindingKind.DEAD_UNITS, "learning_rate_too_large"): ("reinit", "rollback", "recycle"),
     (FindingKind.DEAD_UNITS, "unscaled_inputs"): ("scale_inputs", "rollback", "recycle"),
     (FindingKind.DEAD_UNITS, "unknown"): ("recycle", "rollback"),
@@ -36,9 +38,13 @@ PLAN: dict[tuple[FindingKind, str], tuple[str, ...]] = {
     (FindingKind.SATURATED_ACTIVATION, "unknown"): ("reinit", "rollback"),
     (FindingKind.LOSS_PLATEAU, "vanishing_gradient"): ("reinit",),
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_large"): ("rollback",),
+    (FindingKind.LOSS_PLATEAU, "unscaled_inputs"): ("scale_inputs",),
+    (FindingKind.LOSS_PLATEAU, "weight_scale"): ("reinit",),
+    (FindingKind.LOSS_PLATEAU, "recurrence"): ("reinit",),
     (FindingKind.LOSS_PLATEAU, "saturation"): ("scale_inputs", "reinit"),
     (FindingKind.LOSS_PLATEAU, "dead_units"): ("reinit", "recycle"),
     (FindingKind.UPDATE_RATIO, "learning_rate_too_large"): ("reinit", "rollback"),
+    (FindingKind.UPDATE_RATIO, "overwritten"): ("rollback",),
     (FindingKind.UPDATE_RATIO, "unscaled_inputs"): ("scale_inputs", "rollback"),
 }
 """A cause without a row has that of `unknown`, if its kind has one.
@@ -47,8 +53,23 @@ Steps that are too large are too large for the weights: where some of these are 
 they that are drawn anew.
 """
 
+UNTOUCHED = (FindingKind.LOSS_PLATEAU, "unscaled_inputs")
+"""Kind and cause of a run that can have learnt nothing but a constant: there is nothing to go back to."""
+
 NOT_FOR = frozenset({"underflow", "learning_rate_too_small", "no_signal_in_data"})
 """Causes that only the user can cure: number format, learning rate, data."""
+
+_BY_BIRTH = frozenset(
+    {
+        (FindingKind.SATURATED_ACTIVATION, "weight_scale"),
+        (FindingKind.DEAD_UNITS, "initialisation"),
+        (FindingKind.DEAD_UNITS, "symmetry"),
+        (FindingKind.LOSS_PLATEAU, "weight_scale"),
+        (FindingKind.LOSS_PLATEAU, "recurrence"),
+        UNTOUCHED,
+    }
+)
+"""What the weights had from the start: to go back to earlier ones is no way out of it."""
 
 _NOT_AT_START = frozenset({"loss", "backward"})  # a formula that gives NaN from the first step on gives it for ever
 
@@ -56,7 +77,8 @@ _NOT_AT_START = frozenset({"loss", "backward"})  # a formula that gives NaN from
 def remedies_for(kind: FindingKind, cause: str, *, has_learnt: bool = False) -> tuple[str, ...]:
     """What is tried, first remedy first.
 
-    What worked is a better cure than anything new: a run that has learnt goes back to its last good weights first.
+    What worked is a better cure than anything new: a run that has learnt goes back to its last good weights first,
+    unless what is wrong with them has been so from the start.
     There clipping leaves out what is not finite, and scaling of inputs undoes a jump of these; both go back as well.
     Where inputs were unscaled from the start, scaling goes back to the start: no weights that were learnt fit others.
 
@@ -76,7 +98,7 @@ def remedies_for(kind: FindingKind, cause: str, *, has_learnt: bool = False) -> 
     if cause in NOT_FOR or (cause in _NOT_AT_START and not has_learnt):
         return ()
     planned = PLAN.get((kind, cause), PLAN.get((kind, "unknown"), ()))
-    if not planned or not has_learnt:
+    if not planned or not has_learnt or (kind, cause) in _BY_BIRTH:
         return planned
     if kind is FindingKind.NONFINITE_GRADIENT and cause != "learning_rate_too_large":
         first: tuple[str, ...] = ("clip", "rollback")

@@ -11,16 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradflow.findings import Finding, FindingKind
-from lightning_gradflow.history import Point
+from lightning_gradflow.history import History, Point
+from lightning_gradflow.probes.layers import ROOT
 from lightning_gradflow.probes.shards import is_sharded
-from lightning_gradflow.remedies.critical import FAR, MAX_OFF, MAX_SPREAD, Centre, centre_of, make_critical
+from lightning_gradflow.remedies.critical import Centre, centre_of, make_critical
+from lightning_gradflow.remedies.fill import fill_missing
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.recurrent import reinitialise_recurrence
 from lightning_gradflow.remedies.recurrent_treatment import treat
+from lightning_gradflow.remedies.sick_layers import FAR, MAX_OFF, MAX_SPREAD
+from lightning_gradflow.remedies.symmetry import break_symmetry
 from lightning_gradflow.remedies.textbook import initialise, name_for
 from lightning_gradflow.remedies.training import RehearsalError, Training
 
+_SATURATED = 0.5  # of an activation's outputs, at its bounds; of a gate that is what it is for
 _UNUSUAL = 10.0  # factor between the weights of a recurrence, or an embedding, and 1 / sqrt(fan_in)
 
 
@@ -74,10 +79,12 @@ def reinitialise(training: Training, finding: Finding, *, only_far: bool = False
 def _from_data(training: Training, finding: Finding, only_far: bool) -> Reinit | None:
     assert training.rehearse is not None
     with training.rehearse() as (module, run):
-        drawn = {} if only_far else _draw_unusual(module, training.seed)
-        treated = make_critical(
-            module, run, training.seed, max_off=FAR if only_far else MAX_OFF, max_spread=_max_spread(finding)
-        )
+        drawn = {} if only_far else fill_missing(module, training.seed) | _draw_unusual(module, training.seed)
+        if finding.cause == "symmetry":
+            around = activations_around(training.history.points)
+            drawn |= break_symmetry(module, finding.layers, around, training.seed)
+        max_off, max_spread = FAR if only_far else MAX_OFF, _max_spread(finding, training.history)
+        treated = make_critical(module, run, training.seed, max_off, max_spread)
         drawn |= treated.changed
         fresh = {name: [p.detach().clone() for p in parameters] for name, parameters in drawn.items()}
     changed = _copied(training.model, fresh)
@@ -85,7 +92,8 @@ def _from_data(training: Training, finding: Finding, only_far: bool) -> Reinit |
         return None
     forget(training.optimizers, changed)
     before, after = treated.spans
-    return Reinit(tuple(fresh), {"span": before}, {"span": after}, treated.centres)
+    layers = tuple(name or ROOT for name in fresh)
+    return Reinit(layers, {"span": before}, {"span": after}, treated.centres)
 
 
 def _centres(training: Training, layers: Sequence[str]) -> dict[str, Centre]:
@@ -109,9 +117,17 @@ def _centres(training: Training, layers: Sequence[str]) -> dict[str, Centre]:
     return {name: centre for name, centre in found.items() if centre is not None}
 
 
-def _max_spread(finding: Finding) -> float:
-    """How far outputs may spread: behind large inputs it is usual, and too much where activations saturate."""
-    return MAX_SPREAD if finding.kind is FindingKind.SATURATED_ACTIVATION else math.inf
+def _max_spread(finding: Finding, history: History) -> float:
+    """How far outputs may spread: behind large inputs it is usual, and too much where activations saturate.
+
+    These may do so below another alarm: what they hold back of the signal hides how large the weights before them are.
+    """
+    if finding.kind is FindingKind.SATURATED_ACTIVATION:
+        return MAX_SPREAD
+    shares = history["saturated_fraction"]
+    gates = history["gate_fraction"]
+    at_bounds = shares.size > 0 and bool(((shares[-1] > _SATURATED) & ~(gates[-1] > _SATURATED)).any())
+    return MAX_SPREAD if at_bounds else math.inf
 
 
 def _draw_unusual(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Parameter]]:

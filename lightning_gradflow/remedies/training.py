@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,23 @@ class Rehearsal(Protocol):
         ...
 
 
+class CopiesTrained(Protocol):
+    """Trains a copy of the model on a few batches of the run, each time from its present weights."""
+
+    def __call__(self, factor: float, steps: int, scaling: Mapping[str, Any] | None = None, /) -> Sequence[float]:
+        """The loss before each step that was made; the last one is not finite where the copy diverged.
+
+        Args:
+            factor: of the learning rate.
+            steps: how many.
+            scaling: the state of an `InputScaling` in whose coordinates the copy trains.
+
+        Raises:
+            RehearsalError: if no copy can be trained.
+        """
+        ...
+
+
 def of_one_process(values: Tensor) -> Tensor:
     """The mean over the ranks where there is one: the values themselves.
 
@@ -55,6 +72,7 @@ class Training:
         rehearse: runs a forward pass on a batch of the run; None where the training step can't be called by itself.
         averaged: mean of a tensor over all ranks, a collective; the same tensor comes out on each.
         seed: the same on each rank, another one for each action.
+        pace: trains copies of the model on a batch of the run; None where that can't be done by itself.
         unsharded: opens what `whole` gives, where the parameters are spread over ranks and can be put together.
     """
 
@@ -64,6 +82,7 @@ class Training:
     rehearse: Rehearsal | None = None
     averaged: Callable[[Tensor], Tensor] = of_one_process
     seed: int = 0
+    pace: CopiesTrained | None = None
     unsharded: Callable[[], AbstractContextManager[Training]] | None = None
 
     def whole(self) -> AbstractContextManager[Training]:

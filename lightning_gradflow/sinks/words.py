@@ -51,6 +51,10 @@ def verdict(view: View) -> str:
         return first_sentence(message(still_open[0]))
     if not any("delta_norm" in row.values or "grad_norm" in row.values for row in view.history.rows):
         return "Nothing was measured: the run ended before its first sampled step."
+    # of what was an alarm something is left, though it is told as info by now
+    left = worst_first(f for f in view.findings if f.is_open and f.kind in {alarm.kind for alarm in alarms})
+    if left:
+        return first_sentence(message(left[0]))
     if alarms:
         return f"No sign of trouble in the gradients any more: {_count(len(alarms), 'earlier finding')} resolved."
     return NO_TROUBLE

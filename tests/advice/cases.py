@@ -8,15 +8,15 @@ from lightning_gradflow.history import History, Point, Row
 VOCABULARY = {
     "vanishing_gradient": "saturation weight_scale depth recurrence underflow dead_units unknown",
     "exploding_gradient": "weight_scale depth recurrence learning_rate_too_large unscaled_inputs unknown",
-    "nonfinite_gradient": "forward loss backward optimizer_step learning_rate_too_large unscaled_inputs",
-    "dead_units": "initialisation learning_rate_too_large unscaled_inputs unknown",
+    "nonfinite_gradient": "initialisation forward loss backward optimizer_step learning_rate_too_large unscaled_inputs",
+    "dead_units": "initialisation symmetry learning_rate_too_large unscaled_inputs unknown",
     "saturated_activation": "unscaled_inputs weight_scale drift unknown",
     "loss_plateau": (
-        "vanishing_gradient dead_units saturation learning_rate_too_small learning_rate_too_large no_signal_in_data "
-        "unknown"
+        "vanishing_gradient dead_units saturation weight_scale recurrence unscaled_inputs learning_rate_too_small "
+        "learning_rate_too_large no_signal_in_data unknown"
     ),
     "no_gradient": "detached unused",
-    "update_ratio": "learning_rate_too_small learning_rate_too_large unscaled_inputs",
+    "update_ratio": "learning_rate_too_small learning_rate_too_large unscaled_inputs overwritten",
 }
 PAIRS = [(FindingKind(kind), cause) for kind, causes in VOCABULARY.items() for cause in causes.split()]
 EVIDENCE = {

@@ -64,13 +64,15 @@ class RandomActor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         for held in self._held.values():
-            held.before_step(optimizer)
+            if not isinstance(held, RateFactor):
+                held.before_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         for held in self._held.values():
-            held.batch_end()
+            if not isinstance(held, Clipper):
+                held.batch_end()
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         if self._may_act(step, cool_down(trainer.max_steps)):
             self._act(trainer, pl_module, batch, batch_idx, step)

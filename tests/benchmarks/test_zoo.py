@@ -24,7 +24,9 @@ EVERY_EXACT = pytest.mark.parametrize("name", EXACT)
 
 
 def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    return first.keys() == second.keys() and all(
+        torch.allclose(first[key], second[key], rtol=0, atol=0, equal_nan=True) for key in first
+    )
 
 
 def _first_batch(loader: DataLoader[Any]) -> list[Tensor]:

@@ -476,7 +476,7 @@ def test_an_error_of_the_probes_ends_the_sample_and_is_raised(monkeypatch):
     def breaks(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("lightning_gradflow.probes.signals.square_sum", breaks)
+    monkeypatch.setattr("lightning_gradflow.probes.gathering._waits", breaks)
     model = _model()
     sampler = Sampler(model, History())
     _backward(sampler, model)

@@ -217,6 +217,21 @@ def test_outputs_that_no_initialisation_is_meant_to_give_are_told_at_once(case):
     assert found == expected or [cause for _, cause, _ in found] == [expected]
 
 
+@pytest.mark.parametrize(
+    ("outputs", "is_matrix", "is_found"),
+    [
+        ([30.0, 30.0, 30.1], False, True),  # an embedding is drawn with 1, whatever it gives
+        ([30.0, 30.0, 29.9], False, False),
+        ([30.0, 30.0, 40.0], True, False),  # of a matrix the inputs may be as large
+        ([0.1, 1.0, 30.1], False, True),  # a small one does not make up for what comes behind
+    ],
+)
+def test_an_embedding_that_comes_first_is_compared_with_a_usual_one(outputs, is_matrix, is_found):
+    norms = {"spectral_norm": [1.0 if is_matrix else nan, 1.0, 1.0]}
+    found = ExplodingGradient().judge(measured_too(at_start(outputs, inputs=()), norms))
+    assert [finding.cause for finding in found] == ["weight_scale"] * is_found
+
+
 def in_loss(losses, interval=5, growth=20.0, norms=(1.0, 2.0)):
     """`growth` is that of the gradient in the newest row."""
     history = History()
@@ -235,6 +250,12 @@ LOSS = {
     "not by ten times": ([*FALLING, *[19.0] * 5], []),
     "two batches of five": ([*FALLING, 99.0, 0.3, 99.0, 0.3, 0.3], []),
     "three batches of five": ([*FALLING, 99.0, 0.3, 99.0, 99.0, 0.3], [("warning", "unknown", ("fc1", "fc0"))]),
+    "out of its range at the step of a sample": (
+        [*FALLING[:-1], *[25.0] * 6],
+        [("warning", "unknown", ("fc1", "fc0"))],
+    ),
+    "two steps before a sample": ([*FALLING[:-2], *[25.0] * 7], [("warning", "unknown", ("fc1", "fc0"))]),
+    "of old": ([*FALLING[:-3], *[25.0] * 8], []),  # told at the sample before
     "a young run": ([*FALLING[:30], *[99.0] * 5], []),
     "an offset": ([1000 + x for x in [*FALLING, *[19.0] * 5]], []),
     "below zero": ([x - 100 for x in [*FALLING, *[25.0] * 5]], [("warning", "unknown", ("fc1", "fc0"))]),

@@ -3,14 +3,20 @@ import math
 import numpy as np
 import pytest
 
-from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped, is_measured, offending_features
+from lightning_gradflow.detectors.inputs import (
+    contrast,
+    feature_evidence,
+    inputs_jumped,
+    is_measured,
+    offending_features,
+)
 from lightning_gradflow.history import History, Row
 from tests.detectors.runs import stack
 
 nan, inf = math.nan, math.inf
 
 
-def run(*rows, output=None):
+def run(*rows, output=None, shut=None):
     history = History()
     history.add_points(stack(2))
     history.add_features(max(map(len, rows), default=0))
@@ -18,6 +24,8 @@ def run(*rows, output=None):
         metrics = {"input_rms": np.array(values, dtype=float)}
         if output is not None:
             metrics["output_rms"] = np.array([output, 1.0])
+        if shut is not None:
+            metrics["saturated_fraction"] = np.array([shut, nan])
         history.append(Row(step, metrics))
     return history
 
@@ -49,6 +57,30 @@ def test_one_large_feature_among_many_small_ones_does_not_count_until_it_outweig
 @pytest.mark.parametrize(("output", "expected"), [(1.0, []), (2.0, []), (2.1, [0]), (nan, [0])])
 def test_a_first_layer_that_absorbs_the_size_makes_it_harmless(output, expected):
     assert offending_features(run([300.0], output=output)) == expected
+
+
+@pytest.mark.parametrize(("shut", "expected"), [(0.5, []), (0.51, [0]), (nan, [])])
+def test_a_recurrence_absorbs_the_size_where_its_gates_stay_open_however_small_its_output(shut, expected):
+    assert offending_features(run([300.0], output=0.8, shut=shut)) == expected
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "expected"),
+    [
+        ([0.0] * 4, [1.0] * 4, 4.0),
+        ([0.25] * 4, [math.sqrt(3) / 4] * 4, 0.6),  # one-hot: (4 * 3 / 16) / (1 + 4 / 16)
+        ([3.0, 0.0], [0.0, 1.0], 0.1),
+        ([3.0, 0.0], [1e-9, 1.0], 0.1),
+        ([3.0], [0.0], nan),
+        ([nan, 0.0], [nan, 0.1], 0.01),
+    ],
+)
+def test_the_contrast_by_hand(mean, deviation, expected):
+    history = History()
+    history.add_features(len(mean))
+    mean, deviation = np.array(mean), np.array(deviation)
+    history.append(Row(0, {"input_rms": np.hypot(mean, deviation), "input_deviation": deviation}))
+    assert contrast(history, 0) == pytest.approx(expected, nan_ok=True)
 
 
 def test_the_newest_sample_that_was_measured_tells():

@@ -206,7 +206,18 @@ LED = {
         None,
         ("forward", ("fc0", "fc1")),  # by a batch as well as by a step: nobody saw it
     ),
-    "weights that were so from the start": ([(0, [nan], WEIGHTS, {})], None, ("forward", ("fc0", "fc1"))),
+    "weights that were so before the first step": ([(0, [nan], WEIGHTS, {})], None, ("initialisation", ("fc0",))),
+    "weights that are still so": (
+        [(step, [nan], WEIGHTS, {}) for step in (0, 1, 8)],
+        None,
+        ("initialisation", ("fc0",)),
+    ),
+    "weights that were so when it began to look": ([(7, [nan], WEIGHTS, {})], None, ("forward", ("fc0", "fc1"))),
+    "weights that were so, and large inputs": (
+        [(0, [nan], {**WEIGHTS, "output_rms": [inf, 1e30]}, {})],
+        [1, 1e30],
+        ("initialisation", ("fc0",)),
+    ),
     "a step that spoils weights, at once": (
         [*QUIET, (3, [2.3], {"update_norm": [1, inf]}, {})],
         None,

@@ -137,6 +137,40 @@ def test_less_is_enough_where_most_activations_have_it_from_the_start(rows, expe
     assert verdict(SaturatedActivation().judge(run(*rows))) == expected
 
 
+@pytest.mark.parametrize(
+    ("share", "size", "spread", "expected"),
+    [
+        (0.5, 3.1, 1.0, [("warning", "weight_scale", ("act0",))]),
+        (0.49, 3.1, 1.0, []),
+        (0.5, 2.9, 1.0, []),
+        (0.5, 31.0, 0.09, []),  # most of it is the same for every sample
+        (0.5, nan, 1.0, []),
+    ],
+)
+def test_half_of_one_activation_is_enough_where_the_last_layer_is_too_large_as_well(share, size, spread, expected):
+    outputs = {"output_rms": [1.0, 1.0, 1.0, 1.0, size], "output_spread": [1.0, nan, 1.0, nan, spread]}
+    history = _with(run(*[((share, 0.2), OPEN)] * 3), inputs=(1.0,), **outputs)
+    assert verdict(SaturatedActivation().judge(history)) == expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "losses", "expected"),
+    [
+        ((0, 10, 20, 30, 40, 50), [2.3] * 6, "warning"),
+        ((0, 10, 20, 30, 40, 49), [2.3] * 6, "info"),
+        ((0, 10, 20, 30, 40, 50), [2.3, 2.3, 1.9, 1.4, 1.0, 0.6], "info"),
+    ],
+)
+def test_what_lets_the_gradient_through_is_an_alarm_once_it_has_lasted(steps, losses, expected):
+    passing = ((0.95, 0.2), OPEN)
+    history = _with(run(*[passing] * len(steps)), losses)
+    made = History()
+    made.add_points(history.points)
+    for step, gap, row in zip(steps, np.diff(steps, prepend=-1), history.rows, strict=True):
+        made.append(Row(step, row.values, row.scalars, losses=np.repeat(row.losses, gap)))
+    assert [f.severity.value for f in SaturatedActivation().judge(made)] == [expected]
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_gate_is_left_out(share):
     gates = [nan, share, nan, nan, nan]
@@ -215,3 +249,63 @@ def test_a_drift_among_several_optimizers_is_info(number):
 def test_a_limit_out_of_its_range_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .*in .*, got {value}"):
         SaturatedActivation(**{name: value})
+
+
+# -- a recurrence that stands first, and the share of its gates that the input shuts
+
+
+def _recurrence(*shares, inputs=(300.0,), losses=()):
+    history = History()
+    history.add_points([Point("rnn", "rnn"), Point("out", "out")])
+    history.add_features(len(inputs))
+    for step, share in enumerate(shares):
+        values = {"saturated_fraction": np.array([share, nan]), "delta_norm": np.ones(2), "input_rms": np.array(inputs)}
+        history.append(Row(step, values, losses=np.array(losses[step : step + 1], dtype=float)))
+    return history
+
+
+@pytest.mark.parametrize(
+    ("shares", "inputs", "expected"),
+    [
+        ([0.9] * 3, [300.0], [("warning", "unscaled_inputs", ("rnn",))]),
+        ([0.89] * 3, [300.0], []),
+        ([0.9] * 2, [300.0], []),
+        ([0.9] * 3, [1.0], [("warning", "weight_scale", ("rnn",))]),
+        ([0.1, 0.9, 0.9, 0.9], [300.0], [("warning", "drift", ("rnn",))]),
+    ],
+)
+def test_gates_that_the_input_shuts_block_whatever_the_gradient_outside_of_them(shares, inputs, expected):
+    assert verdict(SaturatedActivation().judge(_recurrence(*shares, inputs=inputs))) == expected
+
+
+def test_gates_that_do_not_keep_the_run_from_learning_are_info():
+    history = _recurrence(*[0.95] * 40, losses=np.linspace(2.0, 0.1, 40))
+    assert [finding.severity for finding in SaturatedActivation().judge(history)] == ["info"]
+
+
+def test_it_names_the_features():
+    (finding,) = SaturatedActivation().judge(_recurrence(*[0.95] * 3, inputs=[1.0, 400.0]))
+    assert finding.evidence["feature_1"] == 400.0
+
+
+@pytest.mark.parametrize(
+    ("shares", "output", "expected"),
+    [
+        ((0.95, 0.95), 3.1, [("warning", "weight_scale", ("act0", "act1"))]),
+        ((0.95, 0.95), 2.9, []),  # large weights are not seen in what the network gives
+        ((0.95, 0.84), 3.1, []),  # no more than half of them are shut: some are meant to be
+        ((0.95, 0.86), 3.1, [("warning", "weight_scale", ("act0", "act1"))]),
+    ],
+)
+def test_gates_count_where_most_of_them_are_shut_from_the_start_by_large_weights(shares, output, expected):
+    nothing = [nan] * 5
+    gates, sizes, spread = [nan, 1.0, nan, 1.0, nan], [9.0, nan, 9.0, nan, output], [1.0, nan, 1.0, nan, 1.0]
+    history = _with(run(*[(shares, nothing)] * 3), gate_fraction=gates, output_rms=sizes, output_spread=spread)
+    assert verdict(SaturatedActivation().judge(history)) == expected
+
+
+def test_gates_that_shut_in_training_are_left_out():
+    gates, sizes, spread = [nan, 1.0, nan, 1.0, nan], [9.0, nan, 9.0, nan, 9.0], [1.0, nan, 1.0, nan, 1.0]
+    rows = [((0.1, 0.1), OPEN), *[(FULL, BLOCKED)] * 3]
+    history = _with(run(*rows), gate_fraction=gates, output_rms=sizes, output_spread=spread)
+    assert SaturatedActivation().judge(history) == []

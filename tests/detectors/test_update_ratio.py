@@ -254,3 +254,37 @@ def test_a_rate_that_rises_again_is_no_end():
     rates = np.where(np.arange(101) % 60 < 5, 1e-3, 1e-8)
     ratios = [[float(rate), float(rate)] for rate in rates]
     assert judge(ratios, np.full(101, 2.3), interval=10, lr=rates, lr_scheduled=1.0, planned_steps=300.0) == []
+
+
+def together(growth=3.0, peak=0.1, end=2.3, start=2.3, last=50, jump=1.0, optimizers=1.0, gain=1.0):
+    """A run whose first steps are the largest; its weights grow with them, and once by `jump` from outside."""
+    history = History()
+    history.layer_axis.merge(["fc0", "fc1", "fc2"])
+    steps = [0, 1, 2, 4, 8, *range(10, last + 1, 10)]
+    for i, (step, gap) in enumerate(zip(steps, np.diff(steps, prepend=-1), strict=True)):
+        norm = (1 + (growth - 1) * step / steps[-1]) * (jump if step > 2 else 1.0) * np.ones(3)
+        ratio = np.array([peak, peak, nan]) if i < 3 else np.full(3, 0.05 / jump)
+        values = {"update_ratio": ratio, "weight_norm": norm, "update_norm": np.nan_to_num(ratio, nan=peak) * norm}
+        values["spectral_norm"] = gain * norm
+        scalars = {**PLAIN, "optimizers": optimizers, "loss": end}
+        history.append(Row(step, values, scalars, losses=np.full(gap, end if step else start)))
+    return history
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        ({}, True),
+        ({"growth": 2.9}, False),
+        ({"peak": 0.09}, False),
+        ({"last": 40}, False),
+        ({"end": 2.08}, True),
+        ({"end": 2.06}, False),  # more than a tenth is gone
+        ({"start": -2.3, "end": -2.3}, True),
+        ({"optimizers": 2.0}, False),
+        ({"gain": 0.3}, False),  # weights that were too small have to grow
+        ({"jump": 50.0, "growth": 1.5, "last": 60}, False),  # somebody else drew them anew
+    ],
+)
+def test_steps_that_leave_nothing_of_the_first_weights_and_lead_nowhere(made, found):
+    assert verdict(UpdateRatio().judge(together(**made))) == ([("warning", LARGE, ("fc0", "fc1"))] if found else [])

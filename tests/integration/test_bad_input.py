@@ -278,11 +278,11 @@ def test_an_interrupted_run_still_gets_its_report(tmp_path):
 
 
 OURS = {
-    "in forward": "lightning_gradflow.probes.signals.saturated",
-    "in forward and backward": "lightning_gradflow.probes.signals.square_sum",
+    "in forward": "lightning_gradflow.probes.gathering.saturated",
+    "in forward and backward": "lightning_gradflow.probes.gathering._waits",
     "at the optimizer": "lightning_gradflow.probes.gradients._exponents",
     "in the observer": "lightning_gradflow.probes.observer.first_tensor",
-    "at the names": "lightning_gradflow.probes.layers.LayerMap.name_of",
+    "at the layers": "lightning_gradflow.probes.layers.LayerMap.is_layer",
     "at the start": "lightning_gradflow.callbacks.session.Sampler",
     "at the end of a step": "lightning_gradflow.probes.transfer.Transfer.fetch",
     "at the batch start": "lightning_gradflow.probes.observer.register_module_forward_hook",

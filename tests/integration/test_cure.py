@@ -1,6 +1,7 @@
 """Real trainings under `mitigate="apply"`: healthy ones stay the same, sick ones learn, resumed ones go on."""
 
 from functools import cache
+from itertools import pairwise
 from unittest import mock
 
 import lightning as L
@@ -116,6 +117,57 @@ def test_it_is_made_to_with_accumulated_gradients_too():
     told, loss = _learn(accumulate_grad_batches=2)
     assert [(kind, outcome) for kind, outcome, *_ in told] == [("reinit", "kept")]
     assert loss < 1.9
+
+
+# -- two faults at once, each of which alone holds a run up
+
+
+class Twice(L.LightningModule):
+    """Three hidden layers on digits, with weights, inputs and a rate as a test says."""
+
+    def __init__(self, activation, lr=3e-3, size=1.0, bias=0.0, unit=1.0, offset=0.0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            widths = [64, 32, 32, 32, 10]
+            layers = []
+            for i, o in pairwise(widths):
+                layers += [nn.Linear(i, o), activation()]
+            self.net = nn.Sequential(*layers[:-1])
+            for layer in self.net[::2]:
+                nn.init.kaiming_normal_(layer.weight)
+                layer.weight.data.mul_(size)
+                nn.init.constant_(layer.bias, bias)
+        self.lr, self.unit, self.offset = lr, unit, offset
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] * self.unit + self.offset, batch[1]
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+@pytest.mark.parametrize(
+    ("model", "first"),
+    [
+        (lambda: Twice(nn.Tanh, size=12.0, unit=1000.0, offset=500.0), "scale_inputs"),
+        (lambda: Twice(nn.Tanh, size=12.0, lr=0.3), "reinit"),
+        (lambda: Twice(nn.ReLU, bias=-20.0, lr=1.0), "reinit"),
+    ],
+    ids=["raw inputs and large weights", "large weights and rate", "dead units and a large rate"],
+)
+def test_two_faults_at_once_are_cured_by_one_action(model, first):
+    ends = []
+    for mitigate in ("suggest", "apply"):
+        monitor, net = flow(every_n_steps=4, mitigate=mitigate), model()
+        fit([monitor], net, train=DataLoader(_digits(), 32), max_epochs=-1, max_steps=110)
+        ends.append(float(np.median(monitor.history.losses[-20:])))
+    assert [(a.kind, a.outcome) for a in monitor.actions] == [(first, "kept")]
+    assert ends[0] > 1.5
+    assert ends[1] < 0.6
 
 
 # -- a run that is stopped and resumed

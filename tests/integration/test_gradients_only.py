@@ -15,7 +15,7 @@ from tests.integration.traces import Tiny, Validated, data, fit, flow, process_t
 
 STEPS = 55
 WHOLE = [0, 1, 2, 4, 8, 16, 32, 50]
-SIZE = {"grad_norm", "grad_rms", "grad_max_abs", "grad_nonfinite_fraction", "grad_missing_fraction"}
+SIZE = {"grad_norm", "grad_rms", "grad_nonfinite_fraction", "grad_missing_fraction"}
 
 
 def _fit(*monitors, model=None, steps=STEPS, **kwargs):

@@ -1,6 +1,8 @@
 """Fits that start, stop, die, go on and are copied."""
 
+import contextlib
 import copy
+import gc
 import math
 import pickle
 import warnings
@@ -9,6 +11,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.overrides import _get_current_function_mode_stack
 
 from lightning_gradflow import GradFlow, GradFlowWarning, PlateauDetector, VanishingGradientWarning
 from tests.benchmarks.zoo import HEALTHY, SICK, quiet_trainer
@@ -267,6 +271,38 @@ def test_validation_between_the_batches_of_a_sample_is_not_observed():
     trainer.fit(Watches(), data, data)
     assert len(hooks) > 8
     assert set(hooks) == {0}
+
+
+def test_nobody_looks_on_while_gradients_are_deleted():
+    """Our function mode would be asked about each of them, twice: it took as long as a tenth of the measuring."""
+    modes = []
+
+    class Deletes(BoringModel):
+        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+            modes.append(len(_get_current_function_mode_stack()))
+            optimizer.zero_grad()
+
+    flow = _flow(every_n_steps=1)
+    quiet_trainer(max_steps=4, callbacks=[flow], limit_val_batches=0).fit(Deletes())
+    assert modes == [0] * 4
+    assert np.isfinite(flow.history["delta_norm"]).all()
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_the_collector_of_garbage_is_left_as_it_was(dies):
+    before, seen = gc.get_threshold(), []
+
+    class Watches(BoringModel):
+        def training_step(self, batch, batch_idx):
+            seen.append(gc.get_threshold()[0])
+            if dies and batch_idx == 3:
+                raise ArithmeticError
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(ArithmeticError) if dies else contextlib.nullcontext():
+        quiet_trainer(max_steps=6, callbacks=[_flow(every_n_steps=1)], limit_val_batches=0).fit(Watches())
+    assert gc.get_threshold() == before
+    assert max(seen) > before[0] == min(seen)
 
 
 def test_what_failed_in_one_fit_is_tried_again_in_the_next(monkeypatch):

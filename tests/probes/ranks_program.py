@@ -24,6 +24,7 @@ from lightning_gradflow.probes.shards import complete, copies, is_sharded, local
 from lightning_gradflow.probes.signals import SignalProbe
 from lightning_gradflow.probes.transfer import Transfer
 from lightning_gradflow.probes.unpacking import unpack
+from tests.probes.gradient_values import by_layer
 from tests.probes.naive_signals import drawn
 
 Answer = Any
@@ -329,11 +330,11 @@ def stepped(model: nn.Module, topology: Topology, optimizer: Any, transfer: Tran
     optimizer.step()
     probe.after_step(0)
     probe.finish()
-    host = transfer.fetch()
+    columns = probe.collect(transfer.fetch())
     return {
-        "found": probe.collect(host),
-        "clip_factor": probe.clip_factor(host, 2.0),
-        "histograms": {name: row.tolist() for name, row in probe.histograms(host, layers.names).items()},
+        "found": by_layer(columns),
+        "clip_factor": columns.clip_factor(2.0),
+        "histograms": {name: row.tolist() for name, row in columns.histograms(layers.names).items()},
         "spread": list(layers.spread),
     }
 
@@ -366,7 +367,7 @@ def nonfinite(mesh: DeviceMesh) -> Answer:
     probe.measure(0, model.parameters())
     probe.after_step(0)
     probe.finish()
-    return probe.collect(transfer.fetch(), scaled=True)["(root)"]
+    return by_layer(probe.collect(transfer.fetch()), scaled=True)["(root)"]
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from lightning_gradflow.metrics import HISTOGRAM_BINS, MIN_EXPONENT
 from lightning_gradflow.probes.gradients import GradientProbe
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.transfer import Transfer
+from tests.probes.gradient_values import by_layer
 
 NAN, INF = float("nan"), float("inf")
 
@@ -21,8 +22,8 @@ def _measure(model, *groups, order=(), multiplier=1.0):
     for optimizer, parameters in enumerate(groups or (model.parameters(),)):
         probe.measure(optimizer, parameters, multiplier)
     probe.finish()
-    host = transfer.fetch()
-    return probe.collect(host), probe.histograms(host, order or layers.names)
+    found = probe.collect(transfer.fetch())
+    return by_layer(found), found.histograms(order or layers.names)
 
 
 def _with_gradient(gradient, weight=None):
@@ -51,13 +52,13 @@ class Step:
             optimizer.step()
             self.probe.after_step(i, gradients_changed=gradients_changed)
         self.probe.finish()
-        self.host = transfer.fetch()
+        self.columns = self.probe.collect(transfer.fetch())
 
     def found(self, layer="(root)", **kwargs):
-        return self.probe.collect(self.host, **kwargs)[layer]
+        return by_layer(self.columns, **kwargs)[layer]
 
     def clip_factor(self, factor=1.0):
-        return self.probe.clip_factor(self.host, factor)
+        return self.columns.clip_factor(factor)
 
 
 def _descent(model, lr=0.5):
@@ -403,7 +404,7 @@ def test_an_optimizer_that_did_not_step_has_no_update():
         probe.measure(i, layer.parameters())
     probe.after_step(1)
     probe.finish()
-    found = probe.collect(transfer.fetch())
+    found = by_layer(probe.collect(transfer.fetch()))
     assert ["update_norm" in found[layer] for layer in ("0", "1")] == [False, True]
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradflow import GradFlow
-from lightning_gradflow.probes.inputs import MAX_FEATURES, InputScale
+from lightning_gradflow.probes.inputs import MAX_FEATURES, InputScale, shut_gates
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.signals import SignalProbe
 from lightning_gradflow.probes.transfer import Transfer
@@ -42,12 +42,39 @@ def _scale(module, *arguments):
     scale, transfer = InputScale(), Transfer()
     scale.take(module, arguments)
     scale.pack(transfer)
-    return scale.unpack(transfer.fetch())
+    return scale.unpack(transfer.fetch())[0]
 
 
 def test_each_feature_has_its_own_root_mean_square():
     x = torch.tensor([[3.0, 1000.0, 0.0], [4.0, -1000.0, 0.0]])
     np.testing.assert_allclose(_of(nn.Linear(3, 2), x), [math.sqrt(12.5), 1000.0, 0.0])
+
+
+def _deviations(*inputs):
+    scale, transfer = InputScale(), Transfer()
+    for x in inputs:
+        scale.take(nn.Linear(x.shape[-1], 1), (x,))
+    scale.pack(transfer)
+    return scale.unpack(transfer.fetch())[1]
+
+
+def test_deviations_are_taken_around_the_mean_of_all_batches():
+    assert _deviations(torch.tensor([[1.0], [3.0]])) == pytest.approx([1.0])
+    assert _deviations(torch.tensor([[1.0], [1.0]]), torch.tensor([[3.0], [3.0]])) == pytest.approx([1.0])
+
+
+def test_a_small_deviation_is_not_lost_beside_its_mean():
+    torch.manual_seed(0)
+    x = 1e-3 * torch.randn(64, 2, dtype=torch.float64) + torch.tensor([2000.0, 0.0])
+    np.testing.assert_allclose(_deviations(x), x.numpy().std(0), rtol=1e-3)
+
+
+def test_a_constant_does_not_deviate():
+    assert _deviations(torch.full((7, 1), 0.1)) == pytest.approx([0.0], abs=1e-8)
+
+
+def test_the_deviation_of_what_is_not_finite_is_neither():
+    np.testing.assert_array_equal(_deviations(torch.tensor([[math.inf, 1.0], [1.0, 3.0]])), [math.inf, 1.0])
 
 
 def test_features_are_the_last_dimension_of_a_sequence():
@@ -204,6 +231,117 @@ def test_a_step_without_a_forward_pass_has_no_input():
     assert _sample(nn.Linear(1, 1)).size == 0
 
 
+# -- what an input does to a recurrence
+
+
+def _gates_by_hand(cell, x):
+    """Share of the gates of each kind that are within 1 % of a bound, gate by gate."""
+    kind = {"RNN": "t", "LSTM": "ssts", "GRU": "sst"}[type(cell).__name__.removesuffix("Cell")]
+    weight, bias = (next(p for n, p in cell.named_parameters() if f"{part}_ih" in n) for part in ("weight", "bias"))
+    near = []
+    for gate, w, b in zip(kind, weight.chunk(len(kind)), bias.chunk(len(kind)), strict=True):
+        out = (torch.sigmoid if gate == "s" else torch.tanh)(x.double() @ w.double().T + b.double())
+        near.append((out > 0.99) | (out < (0.01 if gate == "s" else -0.99)))
+    return float(torch.stack(near).double().mean())
+
+
+@pytest.mark.parametrize("size", [1.0, 10.0, 50.0])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.RNN(3, 5),
+        lambda: nn.LSTM(3, 5),
+        lambda: nn.GRU(3, 5),
+        lambda: nn.RNNCell(3, 5),
+        lambda: nn.LSTMCell(3, 5),
+        lambda: nn.GRUCell(3, 5),
+        lambda: nn.LSTM(3, 5, num_layers=2, bidirectional=True, proj_size=2),
+    ],
+    ids=["rnn", "lstm", "gru", "rnn cell", "lstm cell", "gru cell", "lstm in two layers"],
+)
+def test_gates_that_the_input_shuts_are_counted(make, size):
+    torch.manual_seed(0)
+    cell, x = make(), size * torch.randn(*((7, 9) if "Cell" not in type(make()).__name__ else (63,)), 3)
+    shut, count = shut_gates(cell, (x,))
+    assert int(shut) / count == pytest.approx(_gates_by_hand(cell, x))
+
+
+def test_of_many_time_steps_some_tell():
+    torch.manual_seed(0)
+    cell, x = nn.GRU(3, 50), 20 * torch.randn(900, 9, 3)
+    shut, count = shut_gates(cell, (x,))
+    assert count <= 1024 * 150
+    assert int(shut) / count == pytest.approx(_gates_by_hand(cell, x), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (nn.Linear(3, 5), (torch.ones(2, 3),)),
+        (nn.RNN(3, 5, nonlinearity="relu"), (torch.ones(2, 2, 3),)),
+        (nn.RNNCell(3, 5, nonlinearity="relu"), (torch.ones(2, 3),)),
+        (nn.GRU(3, 5), ()),
+        (nn.GRU(3, 5), (torch.ones(0, 2, 3),)),
+        (nn.GRU(3, 5), (torch.ones(2, 2, 4),)),  # a class with a forward of its own
+    ],
+    ids=["linear", "relu", "relu cell", "by keyword", "empty", "another width"],
+)
+def test_what_has_no_gates_to_shut_is_not_measured(module, arguments):
+    assert shut_gates(module, arguments) is None
+
+
+def test_packed_sequences_and_half_precision_are_counted():
+    x = torch.full((3, 1), 1e4, dtype=torch.float64)
+    cell = nn.GRU(1, 2)
+    nn.init.ones_(cell.weight_ih_l0)
+    shut, count = shut_gates(cell, (nn.utils.rnn.pack_sequence([x, x]),))
+    assert int(shut) == count == 36
+    shut, count = shut_gates(cell.bfloat16(), (x[None].bfloat16(),))
+    assert int(shut) == count == 18
+
+
+def test_a_recurrence_without_biases_has_gates_too():
+    cell = nn.LSTM(1, 2, bias=False)
+    nn.init.ones_(cell.weight_ih_l0)
+    assert [int(shut_gates(cell, (torch.full((1, 1, 1), x),))[0]) for x in (2.6, 2.7, 4.5, 4.7)] == [0, 2, 2, 8]
+
+
+class _Reader(nn.Module):
+    def __init__(self, before=None):
+        super().__init__()
+        self.before = before or nn.Identity()
+        self.rnn, self.out = nn.GRU(2, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.out(self.rnn(self.before(x))[0])
+
+
+def _saturated(model, x):
+    transfer = Transfer()
+    probe = SignalProbe(LayerMap(model), transfer)
+    probe.start_batch()
+    loss = model(x).sum()
+    probe.before_backward()
+    loss.backward()
+    probe.after_backward()
+    probe.finish()
+    points = probe.collect(transfer.fetch()).points
+    return {
+        point.name: values["saturated_fraction"] for point, values in points.items() if "saturated_fraction" in values
+    }
+
+
+def test_the_share_stands_at_the_recurrence_that_gets_the_input():
+    torch.manual_seed(0)
+    model, x = _Reader(), 30 * torch.randn(6, 8, 2)
+    assert _saturated(model, x) == {"rnn": pytest.approx(_gates_by_hand(model.rnn, x))}
+
+
+def test_a_recurrence_behind_another_layer_is_not_asked():
+    torch.manual_seed(0)
+    assert _saturated(_Reader(nn.Linear(2, 2)), torch.randn(6, 8, 2)) == {}
+
+
 # -- in a training
 
 
@@ -238,4 +376,5 @@ def test_the_history_holds_the_input_of_each_sampled_step(tmp_path):
     trainer.fit(_Net(), DataLoader(TensorDataset(x, torch.zeros(16, 1)), batch_size=4))
     expected = np.sqrt((x.double().numpy().reshape(2, 8, 3) ** 2).mean(1))
     np.testing.assert_allclose(flow.history["input_rms"], expected)
+    np.testing.assert_allclose(flow.history["input_deviation"], x.double().numpy().reshape(2, 8, 3).std(1), rtol=1e-6)
     assert flow.history.names("input_rms") == ("0", "1", "2")

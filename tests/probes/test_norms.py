@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
-from lightning_gradflow.probes import norms as module
-from lightning_gradflow.probes.norms import Kept, coprime_stride, norms, sizes, spread_between_samples, square_sum
+from lightning_gradflow.probes import reading, spread
+from lightning_gradflow.probes.kept import Kept
+from lightning_gradflow.probes.norms import norms, sizes
+from lightning_gradflow.probes.reading import square_sum
+from lightning_gradflow.probes.spread import coprime_stride, spread_between_samples
 
 SHAPES = [(1,), (), (4095,), (32768,), (40_001,), (256, 512), (3, 5, 64, 65)]
 SCALES = [1e-44, 1e-36, 1e-30, 1e-12, 1.0, 1e12, 1e30]
@@ -106,9 +109,9 @@ def _naive(tensor):
     }
 
 
-@pytest.mark.parametrize("chunk", [50, 1000, module._CHUNK])
+@pytest.mark.parametrize("chunk", [50, 1000, reading.CHUNK])
 def test_sizes_of_many_tensors_are_those_of_each(monkeypatch, chunk):
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+    monkeypatch.setattr(reading, "CHUNK", chunk)
     found = sizes(_mixed())
     for name in found:
         assert found[name].dtype == torch.float64
@@ -118,7 +121,7 @@ def test_sizes_of_many_tensors_are_those_of_each(monkeypatch, chunk):
 
 def test_only_what_is_wanted_is_read():
     everything, some = sizes(_mixed()), sizes(_mixed(), all_statistics=False)
-    assert set(everything) - set(some) == {"sum", "nonzero"}
+    assert set(everything) - set(some) == {"max", "sum", "nonzero"}
     assert all(torch.equal(some[name], everything[name]) for name in some)
 
 
@@ -153,9 +156,9 @@ def test_a_tensor_without_entries_has_no_length():
     assert norms([]).tolist() == []
 
 
-@pytest.mark.parametrize("chunk", [50, module._CHUNK])
+@pytest.mark.parametrize("chunk", [50, reading.CHUNK])
 def test_a_change_is_measured_from_what_was_kept(monkeypatch, chunk):
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+    monkeypatch.setattr(reading, "CHUNK", chunk)
     before = [*_mixed(), torch.zeros(0)]
     now = [tensor.clone() for tensor in before]
     kept = Kept(now)
@@ -200,7 +203,7 @@ def test_samples_that_are_all_the_same_have_no_spread():
 def test_of_a_large_tensor_a_selection_is_read():
     deviation, square = spread_between_samples(torch.ones(64, 100_000))
     assert float(deviation) == 0
-    assert module._SELECTED / 2 <= float(square) <= 2 * module._SELECTED
+    assert spread._SELECTED / 2 <= float(square) <= 2 * spread._SELECTED
 
 
 @pytest.mark.parametrize("number", [1, 2, 12, 97, 4096, 65_536, 999_983])

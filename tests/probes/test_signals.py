@@ -286,7 +286,7 @@ def test_an_error_of_ours_does_not_reach_the_forward_pass(monkeypatch):
     def breaks(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("lightning_gradflow.probes.signals.square_sum", breaks)
+    monkeypatch.setattr("lightning_gradflow.probes.gathering._waits", breaks)
     model = nn.Linear(1, 1)
     sampled = Sampled(model)
     sampled.probe.start_batch()

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_gradflow.remedies.critical import FAR, make_critical
+from lightning_gradflow.remedies.critical import make_critical
 from lightning_gradflow.remedies.gains import Gains
+from lightning_gradflow.remedies.sick_layers import FAR
 
 WIDTH = 32
 
@@ -581,3 +582,44 @@ def test_what_is_measured_afterwards_is_what_is_measured_by_itself():
     net, x = _made(lambda: _stack(nn.Sigmoid, 8)), _batch(64, WIDTH)
     after = _treated(net, x, seed=5).after
     assert Gains(net, lambda: net(x), 5).measure() == pytest.approx(after)
+
+
+class _Tied(nn.Module):
+    """An embedding whose weights are those of the output layer too.
+
+    Args:
+        factor: times the usual size of these weights.
+    """
+
+    def __init__(self, factor):
+        super().__init__()
+        self.embed, self.hidden, self.back = nn.Embedding(40, WIDTH), nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+        self.out = nn.Linear(WIDTH, 40)
+        nn.init.normal_(self.embed.weight, 0, factor / math.sqrt(WIDTH))
+        nn.init.normal_(self.back.weight, 0, 2.0)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.out(self.back(torch.tanh(self.hidden(self.embed(x)))))
+
+
+def _tokens():
+    return torch.randint(40, (256,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("factor", [5.0, 10.0])
+def test_before_a_tied_output_layer_that_is_too_large_the_signal_is_made_smaller(factor, seed):
+    net = _made(lambda: _Tied(factor), seed)
+    tied = net.out.weight.detach().clone()
+    treated = _treated(net, _tokens())
+    assert "back" in treated.changed
+    assert torch.equal(net.out.weight, tied)
+    assert treated.after["back"].gain == pytest.approx(1 / factor, rel=0.1)
+    outputs = net(_tokens())
+    assert outputs.std() < 3  # and not as large as the weights
+
+
+def test_before_a_tied_output_layer_of_the_usual_size_it_keeps_its_size():
+    net = _made(lambda: _Tied(1.0))
+    assert _treated(net, _tokens()).after["back"].gain == pytest.approx(1.0, rel=0.1)

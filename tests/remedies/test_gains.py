@@ -372,6 +372,12 @@ def test_nothing_else_does(name, scale):
     assert not _between(lambda: nn.Sequential(Function(lambda x: scale * x), OTHERS[name]())).is_normalised
 
 
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Softsign], ids=lambda a: a.__name__)
+@pytest.mark.parametrize("scale", [30.0, 100.0])
+def test_an_activation_at_its_bounds_takes_no_scale_away_though_it_hardly_tells_one(activation, scale):
+    assert not _between(lambda: nn.Sequential(Function(lambda x: scale * x), activation())).is_normalised
+
+
 def test_a_norm_of_a_sum_takes_the_scale_of_its_parts_together_and_not_of_each():
     layers = {**_linears("a", "b", "c"), "norm": nn.LayerNorm(8)}
     links = _calls(lambda own, x: own["c"](own["norm"](own["a"](x) + own["b"](x))), **layers)

@@ -152,3 +152,21 @@ def test_steps_are_smaller_by_the_factor():
     plain, plain_optimizer, plain_training = _made()
     _step(plain, plain_optimizer, Held(plain_training))
     torch.testing.assert_close(_weights(net) - start, 0.25 * (_weights(plain) - start))
+
+
+@pytest.mark.parametrize("factor", [0.5, 1e-3])
+def test_what_is_clipped_is_the_step_that_is_made_and_not_the_one_that_the_schedule_asks_for(factor):
+    """A rate of 1 that is lowered makes the step of a rate that is as low."""
+    ends = []
+    for rate, held_factor in ((1.0, factor), (factor, 1.0)):
+        net, optimizer, training = _made()
+        optimizer.param_groups[0]["lr"] = rate
+        held = Held(training)
+        held.rate.factor = held_factor
+        held.start_clipping(training)
+        start = _weights(net)
+        _step(net, optimizer, held, size=1e6)
+        ends.append(_weights(net) - start)
+        assert optimizer.param_groups[0]["lr"] == rate
+    torch.testing.assert_close(*ends)
+    assert ends[0].norm() > 1e-4 * _weights(net).norm()

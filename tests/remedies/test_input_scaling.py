@@ -58,6 +58,16 @@ def _standardised(x, scale, shift, at=-1):
     return ((x.movedim(at, -1) - shift) / scale).movedim(-1, at)
 
 
+def test_weights_that_look_trained_are_not_made_for_standardised_inputs():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 1)).double()
+    drawn, x = copy.deepcopy(net), 300 * torch.randn(32, 40, dtype=torch.float64)
+    with torch.no_grad():  # a direction that stands out, as what was learnt does
+        net[0].weight += torch.outer(torch.linspace(-1, 1, 64), torch.linspace(1, -1, 40)).double()
+    assert InputScaling().start(_training(net, x)) is None
+    assert InputScaling().start(_training(drawn, x)).layers == ("0",)
+
+
 class Net(nn.Module):
     """A layer, something that is not linear, a readout."""
 
@@ -483,6 +493,42 @@ def test_an_input_given_by_name_is_seen():
 
     folded = InputScaling().start(_training(Named().double(), _data(32)))
     assert folded.after["preactivation_rms"] < 2
+
+
+SMALL = {
+    "tiny": (1e-4, 0.0),
+    "far off": (0.01, 5.0),
+}
+FIRSTS = {
+    "linear": (lambda: nn.Linear(3, 4), (32,), -1),
+    "convolution": (lambda: nn.Conv2d(3, 4, 3), (8, 6, 6), 1),
+    "gru": (lambda: nn.GRU(3, 4, batch_first=True), (8, 5), -1),
+    "both ways": (lambda: nn.LSTM(3, 4, batch_first=True, bidirectional=True), (8, 5), -1),
+}
+
+
+@pytest.mark.parametrize("size", SMALL)
+@pytest.mark.parametrize("name", FIRSTS)
+def test_training_on_inputs_that_hardly_differ_is_that_on_standardised_ones(name, size):
+    first, shape, at = FIRSTS[name]
+    deviation, mean = SMALL[size]
+    x = torch.randn(*shape, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * deviation + mean
+    _, _, scale, shift = _compare(first, x.movedim(-1, at), OPTIMIZERS["adam"], at)
+    assert (scale / deviation).log2().abs().max() < 1  # the sample's, rounded to a power of two
+    torch.testing.assert_close(shift.double(), torch.full((3,), mean).double(), rtol=0.01, atol=3 * deviation)
+
+
+@pytest.mark.parametrize(
+    ("deviation", "mean"), [(1.0, 0.0), (0.3, 0.5), (0.009, 0.0), (1.0, 9.0)], ids=["usual", "pixels", "small", "off"]
+)
+def test_inputs_that_differ_enough_are_left_alone(deviation, mean):
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * deviation + mean
+    assert InputScaling().start(_training(nn.Sequential(nn.Linear(3, 4)).double(), x)) is None
+
+
+def test_inputs_that_do_not_differ_at_all_are_left_alone():
+    x = torch.full((64, 3), 0.5, dtype=torch.float64)
+    assert InputScaling().start(_training(nn.Sequential(nn.Linear(3, 4)).double(), x)) is None
 
 
 def test_a_layer_is_folded_once():

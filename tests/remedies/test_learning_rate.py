@@ -93,9 +93,6 @@ class Holds(L.Callback):
         if self.first == 0:
             self.rate.factor = self.factor
 
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.rate.before_step(optimizer)
-
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.rate.batch_end()
         if batch_idx + 1 == self.first:
@@ -511,3 +508,17 @@ def test_what_cannot_be_treated_is_left_as_it_is():
     for optimizer in optimizers:
         optimizer.step()
     assert [weight.item() for weight in weights] == [-1.0, -0.1]
+
+
+def test_the_rate_in_force_can_be_looked_at_without_a_step():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    rate = RateFactor([optimizer, other])
+    rate.factor, rate.cap = 0.5, 0.25
+    with rate.in_force(optimizer):
+        assert (optimizer.param_groups[0]["lr"], other.param_groups[0]["lr"]) == (0.25, 1.0)
+        with rate.in_force(optimizer):  # once, however often it is asked
+            assert optimizer.param_groups[0]["lr"] == 0.25
+        assert optimizer.param_groups[0]["lr"] == 0.25
+    assert optimizer.param_groups[0]["lr"] == 1.0

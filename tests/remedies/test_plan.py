@@ -3,7 +3,7 @@
 import pytest
 
 from lightning_gradflow.findings import FindingKind
-from lightning_gradflow.remedies.plan import DESTRUCTIVE, NOT_FOR, PLAN, REMEDIES, remedies_for
+from lightning_gradflow.remedies.plan import DESTRUCTIVE, NOT_FOR, PLAN, REMEDIES, UNTOUCHED, remedies_for
 
 ROWS = pytest.mark.parametrize("row", PLAN, ids=lambda row: f"{row[0]}-{row[1]}")
 
@@ -39,6 +39,10 @@ def test_parameters_without_a_gradient_are_left_to_the_user():
     assert remedies_for(FindingKind.NO_GRADIENT, "unknown") == ()
 
 
+def test_a_run_that_has_learnt_a_constant_alone_does_not_go_back_to_it():
+    assert remedies_for(*UNTOUCHED, has_learnt=True) == remedies_for(*UNTOUCHED) == ("scale_inputs",)
+
+
 @pytest.mark.parametrize("kind", FindingKind)
 @pytest.mark.parametrize("cause", sorted(NOT_FOR))
 def test_what_only_the_user_can_cure_has_no_remedy(kind, cause):
@@ -53,3 +57,22 @@ def test_a_cause_without_a_row_has_the_remedies_of_an_unknown_one():
 def test_a_cause_without_a_row_of_a_kind_without_an_unknown_one_has_none():
     assert (FindingKind.LOSS_PLATEAU, "unknown") not in PLAN
     assert remedies_for(FindingKind.LOSS_PLATEAU, "of a new kind") == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause", "first"),
+    [
+        (FindingKind.DEAD_UNITS, "symmetry", "reinit"),
+        (FindingKind.DEAD_UNITS, "initialisation", "reinit"),
+        (FindingKind.SATURATED_ACTIVATION, "weight_scale", "reinit"),
+        (FindingKind.LOSS_PLATEAU, "weight_scale", "reinit"),
+        (FindingKind.LOSS_PLATEAU, "recurrence", "reinit"),
+        (FindingKind.SATURATED_ACTIVATION, "drift", "rollback"),
+    ],
+)
+def test_what_was_wrong_from_the_start_is_not_left_by_going_back(kind, cause, first):
+    assert remedies_for(kind, cause, has_learnt=True)[0] == first
+
+
+def test_what_was_overwritten_is_put_back():
+    assert remedies_for(FindingKind.UPDATE_RATIO, "overwritten", has_learnt=True) == ("rollback",)

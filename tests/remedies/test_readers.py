@@ -104,7 +104,7 @@ def test_what_is_drawn_anew_makes_small_steps_and_without_gates_smaller_ones(kin
     training = _training(_seeded(Fused, kind, False))
     training.history.add_points([Point("rnn", "rnn"), Point("read", "read")])
     held = Held(training)
-    assert treat("reinit", Patient(training, RECURS, held, has_past=False, clips=True)).layers == ("rnn",)
+    assert treat("reinit", Patient(training, RECURS, held, has_past=False, allow=("clip",))).layers == ("rnn",)
     assert held.state_dict()["clipper"]["max_ratio"] == ratio
     assert held.scaling.layers == ("read",)
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History, Point, Row
-from lightning_gradflow.remedies.critical import FAR, make_critical
+from lightning_gradflow.remedies.critical import make_critical
 from lightning_gradflow.remedies.recurrent_treatment import treat
 from lightning_gradflow.remedies.reinit import activations_around, reinitialise
+from lightning_gradflow.remedies.sick_layers import FAR
 from lightning_gradflow.remedies.textbook import initialise
 from lightning_gradflow.remedies.training import RehearsalError, Training
 
@@ -416,3 +417,29 @@ def test_so_are_embeddings_and_those_that_are_usual_are_left(std, frozen, expect
     if expected:
         assert net.embed.weight[1:].std().item() == pytest.approx(1, rel=0.05)
     assert not net.embed.weight[0].any()
+
+
+def _saturated(share, gates=math.nan):
+    history = History()
+    history.add_points([Point("0", "0"), Point("1", "1", "tanh"), Point("2", "2")])
+    values = {"saturated_fraction": np.array([math.nan, share, math.nan])}
+    history.append(Row(0, {**values, "gate_fraction": np.array([math.nan, gates, math.nan])}))
+    return history
+
+
+def _held_back():
+    """A tanh holds back what the weights before it blow up, so that the gain of both shows little of it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*[m for _ in range(2) for m in (nn.Linear(WIDTH, WIDTH), nn.Tanh())], nn.Linear(WIDTH, 4))
+    nn.init.orthogonal_(net[0].weight)
+    nn.init.orthogonal_(net[2].weight, gain=12.0)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("share", "gates", "is_drawn"), [(0.9, math.nan, True), (0.2, math.nan, False), (0.9, 0.9, False)]
+)
+def test_what_an_activation_at_its_bounds_holds_back_is_drawn_whatever_the_alarm(share, gates, is_drawn):
+    net = _held_back()
+    done = reinitialise(_training(net, _copying(net), history=_saturated(share, gates)), _finding(cause="weight_scale"))
+    assert (done is not None and "2" in done.layers) == is_drawn

@@ -1,6 +1,9 @@
 """What each remedy does to a run."""
 
+import copy
+import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,8 +73,8 @@ def _sampled(ratios, rates=(), every=4):
 def test_steps_that_were_too_large_from_the_start_are_brought_to_the_usual_size(ratio, factor):
     run = _sampled([ratio, 3.0])
     done = treat("rollback", _patient(run))
-    assert done.before == {"lr_factor": 1.0}
-    assert done.after == {"lr_factor": pytest.approx(factor)}
+    assert done.before == {"lr_factor": 1.0, "lr": 1.0}
+    assert done.after == {"lr_factor": pytest.approx(factor), "lr": pytest.approx(factor)}
     assert run.held.rate.factor == pytest.approx(factor)
 
 
@@ -86,7 +89,7 @@ def test_the_next_way_back_is_slower_than_the_slowest_that_was_tried():
     run = _sampled([1.0])
     treat("rollback", _patient(run))
     run.held.rate.factor = 1.0  # it did not help
-    assert treat("rollback", _patient(run)).after == {"lr_factor": pytest.approx(0.001)}
+    assert treat("rollback", _patient(run)).after["lr_factor"] == pytest.approx(0.001)
     assert run.held.slowest == pytest.approx(0.001)
 
 
@@ -102,8 +105,112 @@ def test_a_run_that_went_well_at_this_rate_goes_on_with_it_the_first_time_and_sl
 def test_a_rate_that_has_risen_since_the_run_went_well_is_brought_back():
     run = _sampled([0.001] * 6, rates=[0.1] * 4 + [2.0] * 2)
     done = treat("rollback", _patient(run, BREAKS, has_past=True, good_step=12))
-    assert done.after == {"max_lr": 0.1}
+    assert (done.before, done.after) == ({"lr": 1.0}, {"max_lr": 0.1, "lr": 0.1})
     assert (run.held.rate.factor, run.held.rate.cap) == (1.0, 0.1)
+
+
+def test_a_schedule_that_rose_from_the_start_is_held_at_the_rate_whose_steps_had_the_usual_size():
+    run = _sampled([0.02, 0.4, 9.0], rates=[0.02, 0.4, 1.0])  # the optimizer has 1.0 now
+    done = treat("rollback", _patient(run))
+    assert (run.held.rate.factor, run.held.rate.cap) == (1.0, pytest.approx(0.01))
+    assert done.after == {"max_lr": pytest.approx(0.01), "lr": pytest.approx(0.01)}
+
+
+def test_a_schedule_that_fell_keeps_its_shape():
+    run = _sampled([0.5, 0.4], rates=[2.0, 1.0])
+    treat("rollback", _patient(run))
+    assert (run.held.rate.factor, run.held.rate.cap) == (pytest.approx(0.02), math.inf)
+
+
+def test_of_several_groups_no_rate_is_named_and_none_is_capped():
+    run = _sampled([0.02, 0.4, 9.0], rates=[0.02, 0.4, 1.0])
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.1})
+    done = treat("rollback", _patient(run))
+    assert done is None or set(done.after) == {"lr_factor"}
+    assert run.held.rate.cap == math.inf
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_start_at_the_same_rate_as_before_is_no_cure(groups):
+    run = _sampled([0.001], rates=[1e-3])
+    run.optimizer.param_groups[0]["lr"] = 1e-3
+    for _ in range(groups - 1):
+        run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 1e-3})
+    assert treat("rollback", _patient(run, BREAKS)) is None
+    assert run.held.rollbacks == 0
+
+
+def _paced(run, best):
+    """The same run, in which a trial of learning rates does best with one factor."""
+
+    def pace(factor, steps, scaling=None):
+        return np.linspace(2.0, 1.0 + abs(math.log10(factor / best)) / 10, steps)
+
+    run.training = replace(run.training, pace=pace)
+    return run
+
+
+def test_a_rate_that_was_tried_out_says_more_than_the_size_of_the_first_step():
+    run = _paced(_sampled([0.1, 3.0]), best=1e-3)
+    treat("rollback", _patient(run))
+    assert run.held.rate.factor == pytest.approx(1e-3 / math.sqrt(10))
+
+
+def test_under_a_schedule_that_rises_what_was_tried_out_is_a_limit():
+    run = _paced(_sampled([0.1, 3.0], rates=[0.1, 1.0]), best=1e-3)
+    treat("rollback", _patient(run))
+    assert (run.held.rate.factor, run.held.rate.cap) == (1.0, pytest.approx(1e-3 / math.sqrt(10)))
+
+
+def test_where_the_present_rate_does_best_the_size_of_the_first_step_decides():
+    run = _paced(_sampled([0.1, 3.0]), best=1.0)
+    treat("rollback", _patient(run))
+    assert run.held.rate.factor == pytest.approx(0.1)
+
+
+def test_where_no_rate_gains_anything_the_size_of_the_first_step_decides():
+    run = _sampled([0.1, 3.0])
+    run.training = replace(run.training, pace=lambda factor, steps, scaling=None: [1.0] * steps)
+    treat("rollback", _patient(run))
+    assert run.held.rate.factor == pytest.approx(0.1)
+
+
+def test_where_no_copy_can_be_trained_the_size_of_the_first_step_decides():
+    def fails(factor, steps, scaling=None):
+        raise RehearsalError("no copy")
+
+    run = _sampled([0.1, 3.0])
+    run.training = replace(run.training, pace=fails)
+    treat("rollback", _patient(run))
+    assert run.held.rate.factor == pytest.approx(0.1)
+
+
+def test_a_run_that_went_well_is_slowed_to_what_was_tried_out_where_its_rate_is_far_too_large():
+    run = _paced(_sampled([0.001] * 6, rates=[1.0] * 6), best=1e-2)
+    treat("rollback", _patient(run, has_past=True, good_step=12))
+    assert (run.held.rate.factor, run.held.rate.cap) == (pytest.approx(1e-2 / math.sqrt(10)), math.inf)
+
+
+@pytest.mark.parametrize("best", [1.0, 10**-0.5])
+def test_a_run_that_went_well_at_about_the_rate_that_does_best_is_hardly_slowed(best):
+    run = _paced(_sampled([0.001] * 6, rates=[1.0] * 6), best=best)
+    treat("rollback", _patient(run, has_past=True, good_step=12))
+    assert run.held.rate.factor == 0.5
+
+
+def test_a_schedule_that_has_risen_too_far_is_held_at_what_was_tried_out():
+    run = _paced(_sampled([0.001] * 6, rates=[0.1] * 4 + [1.0] * 2), best=1e-2)
+    treat("rollback", _patient(run, has_past=True, good_step=12))
+    assert (run.held.rate.factor, run.held.rate.cap) == (1.0, pytest.approx(1e-2 / math.sqrt(10)))
+
+
+def test_the_second_time_nothing_is_tried_out_again():
+    run = _paced(_sampled([1.0]), best=1e-2)
+    treat("rollback", _patient(run))
+    run.training = replace(run.training, pace=None)
+    first = run.held.rate.factor
+    treat("rollback", _patient(run))
+    assert run.held.rate.factor == pytest.approx(first / 10)
 
 
 def test_where_no_step_was_measured_the_rate_is_lowered_all_the_same():
@@ -173,3 +280,105 @@ def test_scaled_inputs_are_scaled_and_the_scale_is_held():
     assert done.layers == ("0",)
     assert run.held.scaling.layers == ("0",)
     torch.testing.assert_close(run.net(x), usual, atol=0.05, rtol=0)
+
+
+# -- two faults at once
+
+
+def _allowed(run, found, *allow):
+    return replace(_patient(run, found), allow=allow)
+
+
+@pytest.mark.parametrize(("best", "factor"), [(1e-1, 10**-1.5), (1e-2, 10**-2.5), (10**-0.5, 1.0), (1.0, 1.0)])
+def test_a_rate_that_is_far_too_large_for_the_new_weights_is_lowered_with_them(best, factor):
+    run = _paced(_sampled([0.1]), best)
+    done = treat("reinit", _allowed(run, finding(), "rollback"))
+    assert run.held.rate.factor == pytest.approx(factor)
+    assert ("lr_factor" in done.after) == (factor < 1)
+    assert done.after.get("lr_factor", 1.0) == run.held.rate.factor
+
+
+def test_for_new_weights_a_schedule_that_rises_is_held_at_what_was_tried_out():
+    run = _paced(_sampled([0.1, 0.1], rates=[0.1, 1.0]), best=1e-2)
+    treat("reinit", _allowed(run, finding(), "rollback"))
+    assert (run.held.rate.factor, run.held.rate.cap) == (1.0, pytest.approx(1e-2 / math.sqrt(10)))
+
+
+def test_without_leave_to_lower_the_rate_new_weights_keep_it():
+    run = _paced(_sampled([0.1]), best=1e-3)
+    assert treat("reinit", _allowed(run, finding(), "clip")) is not None
+    assert (run.held.rate.factor, run.held.rate.cap) == (1.0, math.inf)
+
+
+def test_where_there_was_nothing_to_draw_the_rate_is_not_tried_out():
+    run = _paced(_sampled([0.1]), best=1e-3)
+    nothing = replace(finding(), layers=(), kind=FindingKind.SATURATED_ACTIVATION)
+    assert treat("reinit", _allowed(run, nothing, "rollback")) is None
+    assert run.held.rate.factor == 1.0
+
+
+UNSCALED = finding(FindingKind.DEAD_UNITS, "unscaled_inputs")
+
+
+def _raw(hurt, allow=REMEDIES, seed=0):
+    """What is done to a net on inputs around 500, after `hurt` did something to its weights."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24))
+    for layer in net[::2]:
+        nn.init.kaiming_normal_(layer.weight)
+    with torch.no_grad():
+        hurt(net)
+    x = 500.0 + 100.0 * torch.randn(128, 8)
+
+    @contextmanager
+    def rehearse():
+        twin = copy.deepcopy(net)
+        yield twin, lambda: twin(x)
+
+    run = Run(model=net, rehearse=rehearse)
+    before = [p.detach().clone() for p in net.parameters()]
+    done = treat("scale_inputs", replace(_patient(run, UNSCALED), allow=allow))
+    return run, net, x, before, done
+
+
+def _usual(net):
+    pass
+
+
+def _dead(net):
+    for layer in net[::2]:
+        layer.bias.fill_(-20.0)
+
+
+def _large(net):
+    for layer in net[::2]:
+        layer.weight.mul_(20.0)
+
+
+def test_what_is_well_on_scaled_inputs_is_not_drawn_anew():
+    run, net, _, before, done = _raw(_usual)
+    assert (done.layers, done.note) == (("0",), "")
+    assert all(torch.equal(p, q) for p, q in zip(list(net.parameters())[2:], before[2:], strict=True))
+    assert run.held.clipper is None
+
+
+@pytest.mark.parametrize("hurt", [_dead, _large])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_far_off_on_scaled_inputs_too_is_drawn_with_them(hurt, seed):
+    run, net, x, _, done = _raw(hurt, seed=seed)
+    assert done.layers == ("0",)
+    assert done.note.startswith("drawn anew as well: 0, 2")
+    with torch.no_grad():
+        first = net[0](x)
+        hidden = net[:4](x)
+        output = net(x)
+    assert first.std() == pytest.approx(1.0, rel=0.3)
+    assert (hidden > 0).float().mean() > 0.2
+    assert output.std() < 5
+    assert run.held.clipper is not None
+
+
+def test_without_leave_to_draw_the_inputs_are_scaled_alone():
+    _, net, _, before, done = _raw(_dead, allow=("scale_inputs", "clip"))
+    assert (done.layers, done.note) == (("0",), "")
+    assert all(torch.equal(p, q) for p, q in zip(list(net.parameters())[2:], before[2:], strict=True))

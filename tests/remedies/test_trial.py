@@ -292,6 +292,13 @@ def test_an_alarm_that_is_told_at_the_start_alone_proves_nothing_by_its_end(evid
     assert _ends(run, 2.0).outcome == outcome
 
 
+@pytest.mark.parametrize(("end", "outcome"), [(2.0, "rolled_back"), (1.0, "kept")])
+def test_a_plateau_is_over_when_the_loss_falls_and_not_when_nobody_speaks_of_it(end, outcome):
+    run = Run()
+    run.go(2.0, finding(FindingKind.LOSS_PLATEAU, "weight_scale"))
+    assert _ends(run, end).outcome == outcome
+
+
 def test_an_alarm_that_is_told_at_the_start_alone_is_cured_where_the_loss_falls():
     run = Run()
     run.go(2.0, replace(SICK, evidence={"output_growth": 9.0}))

@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import numpy as np
+import pytest
 
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History, Row
 from lightning_gradflow.sinks import summary
 from lightning_gradflow.sinks.base import scalars
 from lightning_gradflow.sinks.report import page
-from lightning_gradflow.sinks.words import effective_depth, shown
+from lightning_gradflow.sinks.words import effective_depth, shown, verdict
 from tests import made_up
 
 PLATEAU, DEAD = FindingKind.LOSS_PLATEAU, FindingKind.DEAD_UNITS
@@ -27,6 +30,19 @@ def test_findings_of_other_kinds_hide_nothing():
     early = Finding(PLATEAU, Severity.INFO, step=10, resolved_step=40)
     other = Finding(DEAD, Severity.INFO, step=40)
     assert shown([early, other]) == [other, early]
+
+
+@pytest.mark.parametrize(
+    ("resolved_step", "said"),
+    [(None, "half of the units are dead."), (50, "No sign of trouble in the gradients any more")],
+)
+def test_what_an_alarm_has_become_is_no_all_clear(resolved_step, said):
+    alarm = Finding(DEAD, Severity.WARNING, step=10, resolved_step=40)
+    left = Finding(
+        DEAD, Severity.INFO, 40, resolved_step=resolved_step, message="half of the units are dead. So it is."
+    )
+    other = Finding(PLATEAU, Severity.INFO, step=40, message="the loss stands still.")
+    assert verdict(replace(made_up.view(), findings=(alarm, left, other))).startswith(said)
 
 
 def test_the_effective_depth_is_said_wherever_a_run_is_shown():

@@ -61,7 +61,7 @@ _FAMILIES = {
     "post_ln": "steps too large",
     "late_onset": "steps, weights or inputs that go wrong in the middle of the run",
     "late_onset_sgd": "steps or weights that go wrong in the middle of the run",
-    "not_a_number": "a missing value in the data, which can be left out",
+    "not_a_number": "a missing value in the data, which can be left out, or in the weights, which can be drawn",
 }
 
 CURABLE: dict[str, str] = {

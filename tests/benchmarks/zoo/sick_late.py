@@ -68,6 +68,21 @@ class Standardise(nn.Module):
         return (x - x.mean(0)) / (x.std(0) + self.eps)
 
 
+class Mixing(nn.Module):
+    """A linear layer without a bias as people write it themselves, the initialisation forgotten or not."""
+
+    def __init__(self, width: int, *, is_forgotten: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width) * (2 / width) ** 0.5)
+        if is_forgotten:  # memory as it is: mostly zeros, and what was once a pointer is no number
+            self.weight.data.zero_()
+            self.weight.data.view(-1)[::97] = torch.nan
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the features."""
+        return x @ self.weight.T
+
+
 class Detached(nn.Module):
     """A trunk and a head between which the gradient is cut."""
 
@@ -114,6 +129,10 @@ def _stable(output: Tensor, target: Tensor) -> Tensor:
 
 def _relu(depth: int = 3) -> nn.Module:
     return he(mlp(depth, nn.ReLU))
+
+
+def _mixing(*, is_forgotten: bool) -> nn.Module:
+    return he(nn.Sequential(*mlp(2, nn.ReLU)[:-1], Mixing(64, is_forgotten=is_forgotten), nn.ReLU(), nn.Linear(64, 10)))
 
 
 def _narrow(cut: Callable[[nn.Module, Tensor], Tensor], activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
@@ -194,6 +213,13 @@ CASES = [
         onset=30,
         causes="forward",
         layers=("net.0",),
+    ),
+    _not_a_number(
+        "weight_never_initialised",
+        sick=partial(_mixing, is_forgotten=True),
+        twin=partial(_mixing, is_forgotten=False),
+        causes="initialisation",
+        layers=("net.4",),
     ),
     _not_a_number(
         "log_of_relu", sick=_relu, twin=_relu, task=partial(Task, loss=_log_of_relu), twin_task=Task, causes="loss"

@@ -1,0 +1,39 @@
+"""Are there layers whose units are all copies of one another, and stay so?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightning_gradflow.detectors.known import holders
+from lightning_gradflow.history import History
+
+_ALIKE = 1e-3  # of their size: far above rounding, and a thousandth of what units that are drawn differ by
+
+
+def copied_layers(history: History) -> tuple[str, ...]:
+    """The hidden layers whose units have the same weights and get the same gradient, in order of execution.
+
+    No step can make them differ then: to whatever comes in, such a layer answers with one number. The last layer is
+    left out, whose units learn what the targets tell, and so is one of which only the weights are alike: those behind
+    it, drawn at random, or dropout make the gradients differ. Where the gradient is zero it is not known.
+
+    Example:
+        >>> from lightning_gradflow.history import Point, Row
+        >>> history = History()
+        >>> history.layer_axis.merge(["fc1", "fc2"])
+        >>> history.add_points([Point("fc1", "fc1"), Point("fc2", "fc2")])
+        >>> copies = {"unit_spread": np.zeros(2), "unit_grad_spread": np.array([0.0, 1.1])}
+        >>> history.append(Row(step=1, values=copies))
+        >>> copied_layers(history)
+        ('fc1',)
+    """
+    if "unit_grad_spread" not in history.rows[-1].values:
+        return ()
+    weights, gradients = history["unit_spread"][-1], history["unit_grad_spread"][-1]
+    called = [point.module for point in history.points if point.is_layer]
+    outer = holders(called)
+    inner = [name for name in called if name not in outer]
+    places = {name: i for i, name in enumerate(history.layers)}
+    with np.errstate(invalid="ignore"):
+        alike = (weights < _ALIKE) & (gradients < _ALIKE)
+    return tuple(dict.fromkeys(name for name in inner[:-1] if name in places and alike[places[name]]))

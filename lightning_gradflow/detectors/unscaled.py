@@ -1,0 +1,135 @@
+"""Does nothing get learnt because the inputs are not of the size that weights are made for?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_gradflow.detectors.base import check_range
+from lightning_gradflow.detectors.inputs import contrast, deviations
+from lightning_gradflow.detectors.known import known_rows, layer_mask, newest_known
+from lightning_gradflow.detectors.progress import has_learnt
+from lightning_gradflow.detectors.standstill import steps_at_full_rate, steps_needed
+from lightning_gradflow.findings import Finding, FindingKind, Severity
+from lightning_gradflow.history import History
+
+_TAKEN_UP = 0.03  # of the usual size; usual networks hand on more than a tenth
+_FALLEN = 0.02  # of the loss, over the second half of the run so far
+_CLEAR = 2.0  # z score of such a fall
+
+
+@dataclass(frozen=True)
+class UnscaledInputs:
+    """Finds inputs that the first layer cannot tell apart, where nothing is learnt.
+
+    A step of gradient descent on `W x + b` changes the output for another input x' by `1 + x . x'` times what it is
+    asked for. With mean m and deviation s of each feature, what all inputs have in common counts `1 + sum m^2` in that,
+    and what tells them apart `sum s^2`. Their ratio is the contrast,
+
+        contrast = sum s^2 / (1 + sum m^2),
+
+    the number of features where they are standardised, 1 for one-hot vectors and about 10 for pixels in [0, 1]. Descent
+    on the common part takes up the step size that it can bear, so that what is to be learnt is slower by the contrast,
+    and with Adam by its root. It is a finding if all of these hold:
+
+    - the contrast is below `min_contrast`, in the first sample and in the newest one;
+    - no layer takes the inputs up: of no output is the part that differs between samples above 3 % of the usual size.
+      A normalisation brings it there, weights that were made for such inputs do, and so does training in time;
+    - there was time to learn: `patience` steps, or 20 % of the planned ones if that is more (300 at most), since the
+      learning rate last rose;
+    - nothing is learnt: not by 5 % of the loss from the start, or nothing more since the middle of the run.
+
+    Not judged: several optimizers, whose losses play against each other; inputs of which the spread is below the
+    rounding of single precision, for nothing can be done about these; inputs that were not measured.
+
+    Args:
+        min_contrast: in [0, 1). The default of 1e-4 is a single feature with a deviation of 0.01, or at 100 deviations
+            from 0: from there on SGD is slower by four decades, Adam by two.
+        patience: steps, in [1, inf). By default 50: by then a network on standardised inputs has learnt something.
+
+    Raises:
+        ValueError: if a limit is out of its range.
+
+    References:
+        LeCun et al. 1998, Efficient BackProp, sections 4.3 and 5.
+
+    Example:
+        >>> from lightning_gradflow.history import Point, Row
+        >>> history = History()
+        >>> history.add_points([Point("fc1", "fc1")])
+        >>> history.add_features(1)
+        >>> values = {"input_rms": [1e-4], "input_deviation": [1e-4], "output_rms": [0.5], "output_spread": [1e-4]}
+        >>> row = {name: np.array(value) for name, value in values.items()}
+        >>> history.append(Row(step=50, values=row, losses=np.full(51, 2.3)))
+        >>> [(str(f.kind), f.cause, f.layers) for f in UnscaledInputs().judge(history)]
+        [('loss_plateau', 'unscaled_inputs', ('fc1',))]
+    """
+
+    min_contrast: float = 1e-4
+    patience: int = 50
+
+    def __post_init__(self) -> None:
+        check_range("min_contrast", self.min_contrast, 0, 1, open_low=False)
+        check_range("patience", self.patience, 1, float("inf"), open_low=False, whole=True)
+
+    def judge(self, history: History) -> list[Finding]:
+        """The finding of the newest row, if there is one."""
+        rows = np.flatnonzero(known_rows(history, "input_deviation"))
+        if not rows.size or history.scalar("optimizers")[-1] > 1:
+            return []
+        if not all(contrast(history, row) < self.min_contrast for row in (rows[0], rows[-1])):
+            return []
+        if not taken_up(history) < _TAKEN_UP or not self._had_time(history) or _gets_on(history):
+            return []
+        mean, deviation = deviations(history, rows[-1])
+        evidence = {
+            "input_deviation": float(np.sqrt(np.mean(np.square(deviation)))),
+            "input_mean": float(np.sqrt(np.mean(np.square(mean)))),
+        }
+        return [self._finding(history, evidence)]
+
+    def _finding(self, history: History, evidence: dict[str, float]) -> Finding:
+        layers = np.flatnonzero(layer_mask(history))
+        return Finding(
+            kind=FindingKind.LOSS_PLATEAU,
+            severity=Severity.WARNING,
+            step=history.rows[-1].step,
+            layers=(history.points[layers[0]].module,) if layers.size else (),
+            cause="unscaled_inputs",
+            evidence={
+                "steps": float(steps_at_full_rate(history)),
+                "loss": float(history.losses[-1]),
+                **evidence,
+            },
+        )
+
+    def _had_time(self, history: History) -> bool:
+        return steps_at_full_rate(history) >= steps_needed(history, self.patience)
+
+
+def taken_up(history: History) -> float:
+    """How much of the usual size differs between samples, in the output of the layer where most does; NaN: not known.
+
+    Of an output it is the part around the batch mean, over the whole; and of one that is small in itself, over 1.
+    """
+    spread, size = (newest_known(history, name) for name in ("output_spread", "output_rms"))
+    if spread is None or size is None:
+        return math.nan
+    parts = (spread * np.minimum(size, 1.0))[layer_mask(history)]
+    return float(parts[~np.isnan(parts)].max(initial=0.0))
+
+
+def _gets_on(history: History) -> bool:
+    """Whether something was learnt, and is still being learnt: to find the best constant is over soon."""
+    losses = history.losses[np.isfinite(history.losses)]
+    quarter = len(losses) // 4
+    if quarter < 4:
+        return True
+    if not has_learnt(history):
+        return False
+    late = losses[-2 * quarter :]
+    before, now = float(np.median(late[:quarter])), float(np.median(late[quarter:]))
+    noise = 1.25 * float(np.median(np.abs(np.diff(late)))) / math.sqrt(quarter)
+    return before - now > max(_FALLEN * abs(before), _CLEAR * noise)

@@ -1,0 +1,172 @@
+"""Which layers do not keep the size of the signal, and may be drawn anew."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from torch import Tensor, nn
+
+from lightning_gradflow.remedies.fresh import looks_fresh
+from lightning_gradflow.remedies.gains import TRANSPOSED, Link
+
+MAX_OFF = 1.25
+"""Factor by which a gain may be off: thirty layers that are off by less lose three decades at most."""
+FAR = 4.0
+"""The same for a layer that no usual initialisation gives."""
+MAX_SPREAD = 4.0
+"""Of a layer's output, before a bounded activation: it is at its bounds for most of it."""
+_MAX_OFF_BRANCH = 4.0  # the same beside a residual connection, past which the signal goes anyway
+_MAX_STRETCH = 10.0
+"""Factor by which the layers of a stretch may change the signal together: a single sigmoid layer takes seven, the
+untrained end of a residual branch more; and with it the outputs of a first layer, and the weights of a last one."""
+_TELLING = 16  # rows and columns: a trained head of 10 units looks as if it had been drawn
+
+
+class Choice:
+    """Chooses layers by what each does to the signal; `make_critical` says by which rules.
+
+    Args:
+        module: the model, or a copy of it.
+        links: what was measured of its layers.
+    """
+
+    def __init__(self, module: nn.Module, links: Mapping[str, Link]) -> None:
+        self._modules = dict(module.named_modules())
+        self.may, self._is_trained = _treatable(module, links)
+
+    def sick(self, links: Mapping[str, Link], broken: Sequence[str], max_off: float, max_spread: float) -> list[str]:
+        """The layers to be drawn anew, in order of execution.
+
+        Args:
+            links: what was measured, in order of execution.
+            broken: layers that were drawn already.
+            max_off: factor by which a gain may be off.
+            max_spread: of a layer's output.
+        """
+        modules, aims, stretches = self._modules, self.aims(links), _stretches(links)
+        limits = _Limits(max_off, max_spread)
+        sick = [
+            name
+            for name in links
+            if name in self.may
+            and (name in broken or _is_sick(modules[name], links[name], aims[name], stretches.get(name, 0.0), limits))
+        ]
+        if not sick or max_off >= FAR or self._is_trained:
+            return sick
+        return [
+            name
+            for name in links
+            if name in sick or (name in self.may and _is_quiet(modules[name], links[name], max_off))
+        ]
+
+    def aims(self, links: Mapping[str, Link]) -> dict[str, float]:
+        """The gain that each layer is to have: less before a last layer that is too large and has to stay as it is."""
+        branches = sum(link.is_known and not link.is_chain for link in links.values())
+        return {
+            name: 1 / self._excess(link.follower, links) if link.is_chain else 1 / math.sqrt(branches)
+            for name, link in links.items()
+        }
+
+    def _excess(self, follower: str, links: Mapping[str, Link]) -> float:
+        """How much too large the weights are of a last layer that may not be drawn, as one that is tied; else 1."""
+        if follower not in links or links[follower].is_known or follower in self.may:
+            return 1.0
+        size = _size(self._modules[follower])
+        return size if FAR < size < math.inf else 1.0
+
+
+def decades(link: Link) -> float:
+    """What a layer gains or loses, as a power of ten."""
+    return math.log10(link.gain) if link.gain > 0 else -math.inf
+
+
+def _treatable(module: nn.Module, links: Mapping[str, Link]) -> tuple[set[str], bool]:
+    """The layers that may be drawn anew, and whether a part of the network looks trained."""
+    owners = Counter(p for m in module.modules() for p in m.parameters(recurse=False))
+    layers = {name: m for name, m in module.named_modules() if name in links and isinstance(m.weight, nn.Parameter)}
+    telling = {name for name, m in layers.items() if min(m.weight.flatten(1).shape) >= _TELLING}
+    # where a part has been trained, what is too small to tell may have been as well
+    is_trained = any(not looks_fresh(layers[name].weight) for name in telling)
+    may = {
+        name
+        for name, layer in layers.items()
+        if layer.weight.requires_grad
+        and all(owners[p] == 1 for p in layer.parameters(recurse=False))
+        # a last layer has to be off by far
+        and (name in telling or not is_trained or not links[name].is_known)
+    }
+    return may, is_trained
+
+
+def _stretches(links: Mapping[str, Link]) -> dict[str, float]:
+    """Layer -> decades that the signal gains or loses, at most, in the layers that it follows or that follow it."""
+    runs: list[list[str]] = []
+    before: dict[str, list[str]] = {}
+    for name, link in links.items():
+        if link.is_known and link.is_chain and not link.is_first:
+            run = before.pop(name, [])
+            if not run:
+                runs.append(run)
+            run.append(name)
+            before[link.follower] = run
+    found: dict[str, float] = {}
+    for run in runs:
+        own = (0.0 if links[name].is_normalised else links[name].calls * decades(links[name]) for name in run)
+        sums = list(accumulate(own, initial=0.0))
+        found |= dict.fromkeys(run, max(sums) - min(sums))
+    return found
+
+
+@dataclass(frozen=True)
+class _Limits:
+    max_off: float
+    max_spread: float
+
+
+def _is_sick(layer: nn.Module, link: Link, aim: float, stretch: float, limits: _Limits) -> bool:
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    by_output = weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight.detach()
+    if link.is_normalised or not looks_fresh(by_output):
+        return False
+    size = _size(layer)
+    if not link.is_known:  # zero is a usual choice for an output layer
+        is_large = size > MAX_SPREAD and link.spread > limits.max_spread
+        return size > 0 and (is_large or _is_off(size, 1.0, _MAX_STRETCH))
+    if link.is_first:  # its gain is that of its weights, which depends on what data are like, times a slope
+        return size == 0 or _is_off(link.spread, 1.0, _MAX_STRETCH) or _is_off(link.gain / size, 1.0, _MAX_STRETCH)
+    if not link.is_chain:  # what follows where branches meet, such as a norm, is the same for all of them
+        return min(link.gain, link.own_gain) > aim * _MAX_OFF_BRANCH
+    if link.spread > limits.max_spread:
+        return True
+    return _is_off(link.gain, aim, limits.max_off) and (link.gain > aim * FAR or stretch > math.log10(_MAX_STRETCH))
+
+
+def _is_quiet(layer: nn.Module, link: Link, max_off: float) -> bool:
+    """Whether a first layer gives those behind it, which are drawn anew, another size than they are made for."""
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    by_output = weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight.detach()
+    return link.is_first and not link.is_normalised and _is_off(link.spread, 1.0, max_off) and looks_fresh(by_output)
+
+
+def _size(layer: nn.Module) -> float:
+    """Of the weights, where 1 is what keeps the size of a signal."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return float(weight.detach().double().square().mean().sqrt()) * math.sqrt(_fan_in(layer, weight))
+
+
+def _fan_in(layer: nn.Module, weight: Tensor) -> float:
+    """Numbers that each output is a sum over, on average."""
+    if not isinstance(layer, TRANSPOSED):
+        return weight[0].numel()
+    return weight[:, 0].numel() / layer.groups / math.prod(layer.stride)
+
+
+def _is_off(value: float, aim: float, factor: float) -> bool:
+    return not aim / factor <= value <= aim * factor

@@ -1,0 +1,134 @@
+"""Has a remedy helped? What is asked of the losses, and what is decided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lightning_gradflow.findings import Finding, FindingKind
+from lightning_gradflow.history import Floats, History
+from lightning_gradflow.remedies.snapshot import Snapshot
+
+_SHARE = 0.1  # of the planned steps that a trial lasts
+_SHORTEST, _LONGEST = 16, 200  # steps of a trial: one that is judged on few losses is judged on noise
+_LONGER = 3  # times as long, while the fault is gone and the loss still falls
+_UNKNOWN_LENGTH = 50  # steps of a trial where nobody knows how long the run will be
+TOLERATED = 0.1  # share of the loss by which it may be higher after a trial that took the fault away
+_FAR = 9.0  # share of the loss by which a trial that is not over yet has failed, if it does not fall from there
+_FEWEST = 5  # losses, to say so
+_CLEAR = 2.0  # standard deviations of a difference that is no chance
+BROKEN = (FindingKind.NONFINITE_GRADIENT,)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done between two optimizer steps.
+
+    Args:
+        what: `act`, `keep` or `roll_back`.
+        remedies: for `act`, those that fit, in the order in which they are tried.
+        finding: for `act`, what is to be cured.
+        loss: where the loss stands.
+    """
+
+    what: str
+    remedies: tuple[str, ...] = ()
+    finding: Finding | None = None
+    loss: float = math.nan
+
+    @property
+    def words(self) -> str:
+        """The same on two ranks that have decided the same."""
+        finding = self.finding
+        about = (str(finding.kind), finding.cause, finding.layers) if finding is not None else ()
+        return repr((self.what, self.remedies, about))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A remedy that is on trial.
+
+    Args:
+        index: of its action.
+        remedy: which it is.
+        finding: what it is to cure.
+        step: when it acted.
+        loss: where the loss stood before.
+        held: the remedies that were in force before.
+        back: what is put back if it does not help.
+    """
+
+    index: int
+    remedy: str
+    finding: Finding
+    step: int
+    loss: float
+    held: Mapping[str, Any]
+    back: Snapshot | None = None
+
+
+def verdict(trial: Trial, alarms: Sequence[Finding], history: History) -> Decision | None:
+    """Whether a remedy has helped: kept or rolled back; None where that is not known yet."""
+    losses = history.losses[history.loss_steps > trial.step]
+    row = history.rows[-1]
+    if row.step <= trial.step:
+        return None
+    before = trial.loss
+    now = level(losses[-max(3, len(losses) // 3) :]) if losses.size else math.nan
+    noise = _noise(losses)
+    is_known = losses.size > 0
+    margin = _CLEAR * 1.25 * noise / math.sqrt(max(1, len(losses) // 3))
+    if any(f.kind in BROKEN for f in alarms) or (is_known and not math.isfinite(now)):
+        return Decision("roll_back", loss=now)
+    third = max(1, len(losses) // 3)
+    is_falling = is_known and level(losses[:third]) - now > margin
+    if len(losses) >= _FEWEST and now > before + _FAR * abs(before) and not is_falling:
+        return Decision("roll_back", loss=now)
+    if row.step - trial.step < length(history):
+        return None
+    is_gone = all(f.kind is not trial.finding.kind for f in alarms)
+    has_fallen = is_known and not now >= before - margin  # also where it was not finite
+    is_higher = is_known and now > before + TOLERATED * abs(before) + margin
+    # of what is told at the start of a run alone it says nothing that it is not told any more
+    is_gone &= "output_growth" not in trial.finding.evidence and trial.finding.kind is not FindingKind.LOSS_PLATEAU
+    # what gets worse and worse has not got there yet
+    is_rising = is_known and now > max(before, level(losses[:third])) + margin
+    helped = (is_gone and not is_higher and not is_rising) or has_fallen
+    # new weights may start above what a constant gives, which is where a blocked network stood
+    if not helped and is_gone and is_falling and row.step - trial.step < _LONGER * length(history):
+        return None
+    return Decision("keep" if helped else "roll_back", loss=now)
+
+
+def loss_at(history: History, step: int) -> float:
+    """Where the loss stood when `step` was over."""
+    losses = history.losses[history.loss_steps <= step]
+    losses = losses[np.isfinite(losses)]
+    if step < 0 or not losses.size:
+        losses = history.losses[np.isfinite(history.losses)]
+        first = level(losses[: max(3, min(10, len(losses) // 10))])
+        diverged = losses.size > 0 and first > losses[0] + _CLEAR * _noise(losses) and first > 2 * abs(losses[0])
+        return float(losses[0]) if diverged else first
+    return level(losses[-max(3, min(20, len(losses) // 3)) :])
+
+
+def level(losses: Floats) -> float:
+    """The median; not finite where one of them is not."""
+    return float(np.median(losses)) if losses.size and np.isfinite(losses).all() else math.nan
+
+
+def _noise(losses: Floats) -> float:
+    finite = losses[np.isfinite(losses)]
+    return float(np.median(np.abs(np.diff(finite)))) if len(finite) > 1 else 0.0
+
+
+def length(history: History) -> int:
+    """Steps that a trial lasts: a tenth of the planned ones, 16 to 200."""
+    planned = history.rows[-1].scalars.get("planned_steps", math.nan)
+    if not math.isfinite(planned):
+        return _UNKNOWN_LENGTH
+    return int(min(max(_SHORTEST, _SHARE * planned), _LONGEST))

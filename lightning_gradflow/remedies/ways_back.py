@@ -1,0 +1,104 @@
+"""What a run can go back to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lightning_gradflow.detectors.inputs import inputs_jumped, offending_features
+from lightning_gradflow.detectors.progress import has_learnt
+from lightning_gradflow.findings import Finding
+from lightning_gradflow.history import History
+from lightning_gradflow.remedies.snapshot import Snapshot
+from lightning_gradflow.remedies.training import Training
+from lightning_gradflow.remedies.treatments import LARGEST_FACTOR, start_factor
+from lightning_gradflow.remedies.verdict import BROKEN, TOLERATED, length, level, loss_at
+
+LEARNT = 0.1
+"""Share of the loss: less is what the outputs of a blocked network gain by becoming a constant."""
+
+
+class WaysBack:
+    """Keeps the weights that a run started from, those with which it went well last, and those of the newest sample."""
+
+    def __init__(self) -> None:
+        self.learnt = False
+        """Whether the run has learnt something."""
+        self.good_step = -1
+        """The step of the last good weights; -1 for those that it started from."""
+        self.good: Snapshot | None = None
+        """The last good weights."""
+        self._start: Snapshot | None = None  # until something has been learnt
+        self._newest: Snapshot | None = None
+        self._newest_step = -1
+
+    def begin(self, training: Training) -> None:
+        """The fit starts."""
+        self.good = Snapshot.take(training.model, training.optimizers)
+        self._start, self._newest = None if self.learnt else self.good, None
+        rows = training.history.rows
+        self.good_step = rows[-1].step if self.learnt and rows else -1
+
+    def end(self) -> None:
+        """Lets go of all."""
+        self._start = self.good = self._newest = None
+
+    def drop_newest(self) -> None:
+        """The newest weights are not good."""
+        self._newest = None
+
+    def stand_by(self, now: Snapshot, step: int) -> None:
+        """The present weights are good."""
+        self.good, self.good_step = now, step
+
+    def stay(self, training: Training) -> None:
+        """Nothing goes back behind what has helped."""
+        self.good = Snapshot.take(training.model, training.optimizers)
+        self._start = None if self.learnt else self.good
+        self.good_step = training.history.rows[-1].step if self.learnt else -1
+
+    def is_young(self, history: History) -> bool:
+        """Whether the run had gone well for no more steps than a trial that fails and the pause after it cost."""
+        return self.good_step <= length(history) + length(history) // 2
+
+    def target(self, finding: Finding, remedy: str, history: History) -> tuple[Snapshot | None, bool]:
+        """What a run that broke goes back to, and whether that is a state in which it went well.
+
+        One that has learnt nothing starts anew: what a fault has left of its weights is no better than what they were.
+        So does one whose inputs were unscaled from the start: its weights fit no others. And so does one that is young
+        and made large steps from the start: they have done harm before it showed.
+        """
+        is_accident = finding.kind in BROKEN and finding.cause != "learning_rate_too_large"
+        if self._start is not None:
+            if remedy == "scale_inputs" and not inputs_jumped(history):
+                return self._start, False
+            is_fast = not is_accident and self.is_young(history) and start_factor(history) <= LARGEST_FACTOR
+            if remedy == "rollback" and is_fast:
+                return self._start, False
+        if self.learnt or (is_accident and self.good_step >= 0):
+            return self.good, True
+        return self._start, False
+
+    def keep(self, said: Sequence[Finding], training: Training) -> None:
+        """Remembers the present weights of a run that is well; they count as good when the next sample is well too."""
+        history = training.history
+        if any(f.severity.is_alarm for f in said) or not self._is_well(history):
+            self._newest = None
+            return
+        if self._newest is not None:
+            self.good, self.good_step = self._newest, self._newest_step
+            if self.learnt and not self.is_young(history) and not offending_features(history):
+                self._start = None
+        self._newest = Snapshot.take(training.model, training.optimizers)
+        self._newest_step = history.rows[-1].step
+
+    def _is_well(self, history: History) -> bool:
+        """Whether the run has learnt, or has at least gone on for as long as a trial lasts without getting worse."""
+        if has_learnt(history, LEARNT):
+            return True
+        if self.learnt or history.rows[-1].step < length(history):
+            return False
+        losses = history.losses[np.isfinite(history.losses)]
+        start, now = loss_at(history, -1), level(losses[-max(3, min(20, len(losses) // 3)) :])
+        return now <= start + TOLERATED * abs(start)

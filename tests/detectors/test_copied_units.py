@@ -1,0 +1,113 @@
+"""Layers of units that are copies of one another, in made-up histories and in real runs."""
+
+import math
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradflow import GradFlow
+from lightning_gradflow.detectors.copied_units import copied_layers
+from lightning_gradflow.detectors.dead_units import DeadUnits
+from lightning_gradflow.history import History, Point, Row
+from tests.detectors.runs import verdict
+
+nan, inf = math.nan, math.inf
+
+
+def run(weights, gradients, names=("fc0", "fc1", "fc2")):
+    history = History()
+    history.layer_axis.merge(names)
+    history.add_points([Point(name, name) for name in names])
+    values = {"unit_spread": np.array(weights, dtype=float), "unit_grad_spread": np.array(gradients, dtype=float)}
+    history.append(Row(0, values))
+    return history
+
+
+@pytest.mark.parametrize(
+    ("weights", "gradients", "expected"),
+    [
+        ([0, 0, 0], [0, 0, 0], ("fc0", "fc1")),  # the last layer learns what the targets tell
+        ([0, 1.2, 0], [1e-7, 0, 1.3], ("fc0",)),
+        ([9e-4, 1.2, 1.2], [9e-4, 1.1, 1.3], ("fc0",)),
+        ([1.1e-3, 1.2, 1.2], [0, 1.1, 1.3], ()),
+        ([0, 0, 0], [1.1e-3, 0.7, 1.3], ()),  # what is behind it makes its units differ
+        ([0, 0, 0], [inf, inf, 1.3], ()),  # no gradient, no finding
+        ([nan, nan, nan], [nan, nan, nan], ()),
+    ],
+)
+def test_weights_and_gradients_have_to_be_alike(weights, gradients, expected):
+    history = run(weights, gradients)
+    assert copied_layers(history) == expected
+    assert verdict(DeadUnits().judge(history)) == ([("critical", "symmetry", expected)] if expected else [])
+
+
+def test_a_module_that_holds_the_others_does_not_stand_behind_them():
+    assert copied_layers(run([0, 0, 0], [0, 0, 0], names=("net.0", "net.2", "net"))) == ("net.0",)
+
+
+def test_a_row_in_which_nothing_was_compared_tells_nothing():
+    history = run([0, 0, 0], [0, 0, 0])
+    history.append(Row(1, {"unit_spread": np.zeros(3)}))
+    assert copied_layers(history) == ()
+
+
+class Run(L.LightningModule):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch, _):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+
+
+def _fit(net, mitigate, steps=60):
+    torch.manual_seed(0)
+    x = torch.randn(256, 12)
+    y = (x[:, 0] * x[:, 1] > 0).long()  # no single direction tells
+    flow = GradFlow(every_n_steps=10, report=False, console=False, mitigate=mitigate)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=64)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    L.Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", callbacks=[flow], **quiet).fit(Run(net), loader)
+    return flow
+
+
+def _net(dropout=0.0):
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(12, 24), nn.Tanh(), nn.Dropout(dropout), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 2)
+    )
+
+
+def _constant(net, layers=(0, 3, 5)):
+    for i in layers:
+        nn.init.constant_(net[i].weight, 0.1)
+        nn.init.zeros_(net[i].bias)
+    return net
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")
+def test_a_net_of_constants_is_found_and_its_units_made_to_differ():
+    flow = _fit(_constant(_net()), "suggest")
+    assert [f.layers for f in flow.findings if f.cause == "symmetry"] == [("net.0", "net.3")]
+    net = _constant(_net())
+    flow = _fit(net, "apply")
+    assert [(a.kind, a.outcome) for a in flow.actions if "symmetry" in a.reason] == [("reinit", "kept")]
+    assert all(torch.linalg.matrix_rank(net[i].weight.detach()) == 12 + 12 * (i > 0) for i in (0, 3))
+    found = [f for f in flow.findings if f.cause == "symmetry"]
+    assert [f.resolved_step is not None for f in found] == [True]
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")  # of what stands behind the dropout
+@pytest.mark.parametrize(
+    "net",
+    [lambda: _net(), lambda: _constant(_net(), [0]), lambda: _constant(_net(dropout=0.5), [0, 3, 5])],
+    ids=["drawn", "one layer of constants before others that are drawn", "dropout"],
+)
+def test_units_that_will_differ_are_left_alone(net):
+    assert not [f for f in _fit(net(), "suggest", steps=20).findings if f.cause == "symmetry" and "net.0" in f.layers]

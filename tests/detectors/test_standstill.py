@@ -1,0 +1,186 @@
+"""Runs that stand still with weights that were unusual from the start: each condition from both sides."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lightning_gradflow.detectors.plateau import LossPlateau
+from lightning_gradflow.detectors.standstill import stands_still, starts_with_embedding, unusual_start
+from lightning_gradflow.history import History, Point, Row
+from tests.detectors.runs import stack, verdict
+
+nan = math.nan
+STILL = np.full(101, 2.3)
+EMBEDDED = [Point("emb", "emb"), Point("fc", "fc"), Point("out", "out")]
+
+
+def run(points=None, losses=STILL, values=None, interval=10, lr=None, later=None, features=0, **scalars):
+    """A run that stands still, of which `values` were measured at first, and `later` from then on."""
+    history = History()
+    points = points or stack(4)
+    history.layer_axis.merge([point.module for point in points if point.is_layer])
+    history.add_points(points)
+    history.add_features(features)
+    last = -1
+    for step in range(0, len(losses), interval):
+        seen = (values if step == 0 or later is None else later) or {}
+        rates = {} if lr is None else {"lr": lr(step)}
+        measured = {name: np.array(column, dtype=float) for name, column in seen.items()}
+        history.append(Row(step, measured, {**scalars, **rates}, losses=np.array(losses[last + 1 : step + 1])))
+        last = step
+    return history
+
+
+def judged(**changes):
+    return verdict(unusual_start(run(**changes)))
+
+
+def radii(*values):
+    return {"recurrent_radius": values}
+
+
+def deltas(*values):
+    return {"delta_norm": values}
+
+
+def embedding(size=15.0, behind=(6.0, 1.0), spread=0.9, norms=(nan, 1.0, 1.0)):
+    return {"output_rms": (size, *behind), "output_spread": (1.0, spread, spread), "spectral_norm": norms}
+
+
+CHAOS = radii(nan, 8.0, nan, nan)
+SICK = [("warning", "recurrence", ("fc1",))]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (radii(nan, 4.01, nan, nan), SICK),
+        (radii(nan, 3.99, nan, nan), []),
+        (radii(nan, nan, nan, nan), []),
+        (radii(5.0, 0.6, 9.0, nan), [("warning", "recurrence", ("fc2", "fc0"))]),
+        # what an overwriting first step made of it is not what it started with
+        ({**CHAOS, "update_ratio": (0.01, 0.31, 0.01, 0.01)}, []),
+        ({**CHAOS, "update_ratio": (0.31, 0.29, 0.31, 0.31)}, SICK),
+    ],
+)
+def test_a_recurrence_is_judged_by_its_spectral_radius(values, expected):
+    assert judged(values=values) == expected
+
+
+def test_the_numbers_behind_it_are_told():
+    (finding,) = unusual_start(run(values=CHAOS, losses=STILL[:61]))
+    assert (finding.kind, finding.step) == ("loss_plateau", 60)
+    assert finding.evidence == {"steps": 60.0, "loss": 2.3, "recurrent_radius": 8.0}
+
+
+def test_weights_that_became_so_in_training_are_another_matter():
+    assert judged(values=radii(nan, 1.0, nan, nan), later=CHAOS) == []
+    assert judged(values=CHAOS, later=radii(nan, 1.0, nan, nan)) == SICK
+
+
+def test_the_gain_of_the_gradient_does_not_count_for_it_may_have_been_learnt():
+    assert judged(values=deltas(65.0, 16.2, 4.02, 1.0)) == []
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_the_unit_of_the_loss_does_not_matter(factor):
+    for gain, losses in ((4.1, STILL), (3.9, STILL), (4.1, np.linspace(2.3, 1.3, 101))):
+        norms = [gain**3, gain**2, gain, 1.0]
+        expected = judged(values=deltas(*norms), losses=losses)
+        assert judged(values=deltas(*(factor * norm for norm in norms)), losses=losses * factor) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "is_found"),
+    [
+        (embedding(), True),
+        (embedding(size=10.1), True),
+        (embedding(size=9.9), False),
+        (embedding(behind=(3.4, 1.0)), True),
+        (embedding(behind=(3.3, 1.0)), False),  # 2.97 differ between samples
+        (embedding(behind=(1.0, 9.0)), False),  # a normalisation takes it up
+        (embedding(behind=(nan, 6.0)), True),  # what was not measured hides nothing
+        (embedding(norms=(1.0, 1.0, 1.0)), False),  # a matrix: its inputs may be as large
+        (embedding(norms=(nan, nan, nan)), False),  # nobody looked
+    ],
+)
+def test_an_embedding_is_judged_by_its_outputs(values, is_found):
+    assert judged(points=EMBEDDED, values=values) == ([("warning", "weight_scale", ("emb",))] if is_found else [])
+
+
+def test_what_takes_numbers_is_no_embedding():
+    values = embedding()
+    assert starts_with_embedding(run(points=EMBEDDED, values=values))
+    with_inputs = run(points=EMBEDDED, values={**values, "input_rms": (1.0,)}, features=1)
+    assert not starts_with_embedding(with_inputs)
+    assert not starts_with_embedding(History())
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        (np.linspace(2.3, 2.2, 101), SICK),
+        (np.linspace(2.3, 1.3, 101), []),  # many a network learns with such weights
+        (np.concatenate([[9.0], np.full(100, 2.3)]), []),
+        (np.linspace(2.3, 9.0, 101), SICK),
+        (np.full(101, nan), []),
+    ],
+)
+def test_a_run_that_learns_is_left_alone(losses, expected):
+    assert judged(values=CHAOS, losses=losses) == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "planned", "expected"),
+    [
+        (41, nan, []),
+        (51, nan, SICK),
+        (101, nan, SICK),
+        (111, nan, []),  # what has stopped it by now is none of its birth
+        (51, 300.0, []),
+        (61, 300.0, SICK),
+        (121, 300.0, SICK),
+        (131, 300.0, []),
+        (291, 1e6, []),
+        (301, 1e6, SICK),
+    ],
+)
+def test_it_is_asked_of_a_young_run_that_had_time_to_learn(length, planned, expected):
+    assert judged(values=CHAOS, losses=np.full(length, 2.3), planned_steps=planned) == expected
+
+
+def test_a_warm_up_does_not_count():
+    assert judged(values=CHAOS, lr=lambda step: 1e-3 * min(step, 60)) == []
+    assert judged(values=CHAOS, lr=lambda step: 1e-3 * min(step, 40)) == SICK
+
+
+def test_several_optimizers_are_not_judged():
+    assert judged(values=CHAOS, optimizers=1.0) == SICK
+    assert judged(values=CHAOS, optimizers=2.0) == []
+
+
+def test_nothing_is_said_of_nothing():
+    assert unusual_start(History()) == []
+    assert not stands_still(History())
+    assert judged() == []
+
+
+def test_trained_weights_with_little_left_to_learn_are_left_alone():
+    """Their outputs and singular values are large, and the loss stands where it stood."""
+    trained = {
+        "output_rms": (8.0, 8.0, 8.0, 8.0),
+        "output_spread": (1.0, 1.0, 1.0, 1.0),
+        "spectral_norm": (40.0, 60.0, 30.0, 25.0),
+        "delta_norm": (6.0, 4.0, 2.0, 1.0),
+        "recurrent_radius": (nan, 1.6, nan, nan),
+    }
+    assert judged(values=trained, losses=np.full(101, 0.1)) == []
+
+
+def test_the_plateau_detector_tells_it():
+    assert verdict(LossPlateau().judge(run(values=CHAOS))) == SICK
+
+
+def test_more_layers_that_are_well_change_nothing():
+    assert judged(points=stack(6), values=radii(nan, 8.0, nan, nan, 1.0, nan)) == SICK

@@ -1,0 +1,214 @@
+"""Inputs that a first layer cannot tell apart: each condition from both sides."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lightning_gradflow.detectors.unscaled import UnscaledInputs, taken_up
+from lightning_gradflow.history import History, Point, Row
+from tests.detectors.runs import stack, verdict
+
+nan, inf = math.nan, math.inf
+
+STILL = np.full(200, 2.3)
+SICK = [("warning", "unscaled_inputs", ("fc0",))]
+
+
+def run(
+    mean=(0.0, 0.0),
+    deviation=(1e-4, 1e-4),
+    spreads=(1e-3, 1e-3),
+    sizes=(0.5, 0.5),
+    losses=STILL,
+    interval=10,
+    lr=None,
+    points=None,
+    first_deviation=None,
+    **scalars,
+):
+    """A run that stands still with inputs of 1e-4, unless something else is asked for."""
+    history = History()
+    history.add_points(points or stack(2))
+    history.add_features(len(deviation))
+    mean, deviation = np.array(mean), np.array(deviation)
+    last = -1
+    for step in range(0, len(losses), interval):
+        s = np.array(first_deviation) if step == 0 and first_deviation is not None else deviation
+        values = {
+            "input_rms": np.sqrt(mean**2 + s**2),
+            "input_deviation": s,
+            "output_spread": np.array(spreads),
+            "output_rms": np.array(sizes),
+        }
+        rates = {} if lr is None else {"lr": lr(step)}
+        history.append(Row(step, values, {**scalars, **rates}, losses=np.array(losses[last + 1 : step + 1])))
+        last = step
+    return history
+
+
+def judged(**changes):
+    return verdict(UnscaledInputs().judge(run(**changes)))
+
+
+def test_a_run_that_stands_still_with_tiny_inputs_is_found_with_its_numbers():
+    (finding,) = UnscaledInputs().judge(run(mean=(3e-4, 0.0), deviation=(1e-4, 7e-4)))
+    assert (finding.kind, finding.step) == ("loss_plateau", 190)
+    assert finding.evidence == {
+        "steps": 190.0,
+        "loss": 2.3,
+        "input_deviation": pytest.approx(5e-4),
+        "input_mean": pytest.approx(math.sqrt(4.5e-8)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "expected"),
+    [
+        ([0.0], [0.0099], SICK),
+        ([0.0], [0.0101], []),
+        ([101.0], [1.0], SICK),
+        ([99.0], [1.0], []),
+        ([0.0] * 100, [0.00099] * 100, SICK),  # the features add up
+        ([0.0] * 100, [0.00101] * 100, []),
+        ([0.0, 0.0], [1e-4, 1.0], []),  # one feature that tells is enough
+        ([1e5, 0.0], [0.1, 1.0], SICK),  # unless another one outweighs it
+        ([1.0, 1.0, 0.0], [0.0, 0.0, 1.0], []),  # constant features
+        ([0.001] * 500, [math.sqrt(0.001 - 1e-6)] * 500, []),  # one-hot vectors
+        ([0.13] * 500, [0.31] * 500, []),  # pixels in [0, 1]
+        ([3.0], [0.0], []),  # nothing in them that could be scaled
+        ([1e3], [0.9e-3], []),  # nor here, but rounding
+        ([1e3], [1.1e-3], SICK),
+        ([nan], [nan], []),
+        ([inf, 0.0], [inf, 1e-4], SICK),
+    ],
+)
+def test_the_contrast_decides(mean, deviation, expected):
+    assert judged(mean=mean, deviation=deviation) == expected
+
+
+def test_inputs_that_became_so_later_are_another_matter():
+    assert judged(first_deviation=[1.0, 1.0]) == []
+    assert judged(first_deviation=[2e-4, 2e-4]) == SICK
+
+
+@pytest.mark.parametrize(
+    ("spreads", "sizes", "expected"),
+    [
+        ([0.029, 0.01], [1.0, 1.0], SICK),
+        ([0.031, 0.01], [1.0, 1.0], []),
+        ([0.01, 0.031], [1.0, 1.0], []),  # a normalisation further back
+        ([1.0, 1.0], [0.029, 1e-3], SICK),  # all of it differs, and there is little of it
+        ([1.0, 1.0], [0.031, 1e-3], []),
+        ([1e-3, 1e-3], [500.0, 500.0], SICK),  # a large offset is no size
+        ([nan, 1e-3], [1.0, 1.0], SICK),
+        ([nan, nan], [1.0, 1.0], []),  # not known
+    ],
+)
+def test_a_layer_that_takes_the_inputs_up_makes_them_harmless(spreads, sizes, expected):
+    assert judged(spreads=spreads, sizes=sizes) == expected
+
+
+def test_what_an_activation_gives_is_not_asked():
+    points = [Point("fc0", "fc0"), Point("act0", "act0", "tanh"), Point("fc1", "fc1")]
+    assert taken_up(run(points=points, spreads=[0.1, 1.0, 0.2], sizes=[0.5, 1.0, 0.5])) == pytest.approx(0.1)
+
+
+def test_without_outputs_nothing_is_known():
+    history = History()
+    history.add_points(stack(2))
+    history.add_features(1)
+    values = {"input_rms": np.array([1e-4]), "input_deviation": np.array([1e-4])}
+    for step in range(0, 200, 10):
+        history.append(Row(step, values, losses=np.full(10, 2.3)))
+    assert math.isnan(taken_up(history))
+    assert UnscaledInputs().judge(history) == []
+
+
+def test_an_input_that_was_never_measured_is_not_judged():
+    history = History()
+    history.append(Row(190, losses=STILL))
+    assert UnscaledInputs().judge(history) == []
+    assert UnscaledInputs().judge(History()) == []
+
+
+@pytest.mark.parametrize(
+    ("length", "planned", "expected"),
+    [
+        (41, nan, []),
+        (51, nan, SICK),
+        (51, 250.0, SICK),
+        (51, 300.0, []),
+        (61, 300.0, SICK),
+        (291, 1e6, []),
+        (301, 1e6, SICK),
+    ],
+)
+def test_a_run_has_time_to_learn(length, planned, expected):
+    assert judged(losses=np.full(length, 2.3), planned_steps=planned) == expected
+
+
+@pytest.mark.parametrize(
+    ("lr", "expected"),
+    [
+        (lambda step: 0.1, SICK),
+        (lambda step: 0.001 * (step + 1), []),  # it rises still
+        (lambda step: 0.001 * min(step, 140), SICK),
+        (lambda step: 0.001 * min(step, 150), []),  # 40 steps since
+        (lambda step: 0.1 if step < 190 else 0.009, []),  # the tail of a schedule
+        (lambda step: 0.1 if step < 190 else 0.011, SICK),
+    ],
+)
+def test_steps_count_from_where_the_learning_rate_is_what_it_is_going_to_be(lr, expected):
+    assert judged(lr=lr) == expected
+
+
+def _steps(*levels):
+    return np.repeat(levels, 200 // len(levels)).astype(float)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        (np.linspace(2.3, 2.25, 200), SICK),
+        (np.linspace(2.3, 1.3, 200), []),
+        (_steps(30.0, 1.0, 1.0, 1.0), SICK),  # the best constant was found, and no more
+        (_steps(30.0, 1.0, 1.0, 0.97), []),  # it goes on
+        (_steps(30.0, 1.0, 1.0, 0.985), SICK),
+        (1 + 0.3 * np.sin(np.arange(200)), SICK),
+        (np.full(200, nan), []),
+    ],
+)
+def test_a_run_that_learns_is_left_alone(losses, expected):
+    assert judged(losses=losses) == expected
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_the_unit_of_the_loss_does_not_matter(factor):
+    for losses in (_steps(30.0, 1.0, 1.0, 0.97), _steps(30.0, 1.0, 1.0, 0.985), STILL):
+        assert judged(losses=losses * factor) == judged(losses=losses)
+
+
+def test_inputs_that_are_only_too_large_are_the_business_of_others():
+    """A network that has little left to learn stands still as well."""
+    # of standard deviation 3: the first layer can tell them apart
+    large = {"mean": [30.0, 0.0], "deviation": [3.0, 3.0], "sizes": [50.0, 0.5]}
+    assert judged(**large, spreads=[0.3, 0.5], losses=STILL[:101]) == []
+
+
+def test_several_optimizers_are_not_judged():
+    assert judged(optimizers=1.0) == SICK
+    assert judged(optimizers=2.0) == []
+
+
+def test_more_layers_that_are_as_blind_change_nothing():
+    assert judged(points=stack(4), spreads=[1e-3] * 4, sizes=[0.5] * 4) == SICK
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("min_contrast", 1.0), ("min_contrast", -0.1), ("patience", 0), ("patience", 1.5)]
+)
+def test_limits_have_ranges(argument, value):
+    with pytest.raises(ValueError, match=f"{argument} must be"):
+        replace(UnscaledInputs(), **{argument: value})
