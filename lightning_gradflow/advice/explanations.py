@@ -164,11 +164,9 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.LOSS_PLATEAU, "unscaled_inputs"): (
         "The inputs are not of the size that the weights of {first} are made for",
         "they are all but the same: their deviation is {input_deviation} and their mean {input_mean} (rms)",
-        _FEATURES,
     ),
     (FindingKind.LOSS_PLATEAU, "weight_scale"): (
         "Nothing is learnt with weights as large as those that {layers} started from",
-        "from layer to layer they multiply the gradient by {gain}",
         "the outputs of the embedding are {output_rms} (rms), where 1 is usual",
     ),
     (FindingKind.LOSS_PLATEAU, "recurrence"): (

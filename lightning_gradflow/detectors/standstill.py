@@ -65,11 +65,6 @@ def stands_still(history: History, patience: int = PATIENCE, min_learnt: float =
         >>> stands_still(history)
         True
     """
-    key = ("stands still", patience, min_learnt)
-    return history.facts.of_now(key, lambda: _stands_still(history, patience, min_learnt))
-
-
-def _stands_still(history: History, patience: int, min_learnt: float) -> bool:
     if not history.rows or history.scalar("optimizers")[-1] > 1:
         return False
     needed = steps_needed(history, patience)
@@ -94,7 +89,7 @@ def unusual_start(history: History) -> list[Finding]:
         history: where to read.
 
     Returns:
-        One finding, of cause `recurrence` in the first case and `weight_scale` in the others, or none.
+        One finding, of cause `recurrence` in the first case and `weight_scale` in the second, or none.
 
     References:
         Glorot and Bengio 2010, Understanding the difficulty of training deep feedforward neural networks; Sompolinsky
