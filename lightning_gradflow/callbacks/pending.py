@@ -52,11 +52,11 @@ class PendingLosses:
             values: what `stack` gave, summed over the ranks.
             ranks: how many ranks these are.
         """
-        steps = np.array([step for step, _, _ in self._losses], dtype=np.int64)
-        factors = np.array([factor for _, _, factor in self._losses], dtype=np.float64)
-        values = values[: len(steps)] * factors / ranks
+        of_step: dict[int, list[float]] = {}
+        for (step, _, factor), value in zip(self._losses, values.tolist(), strict=False):
+            of_step.setdefault(step, []).append(value * factor / ranks)
         self._losses.clear()
-        return np.array([values[steps == step].mean() for step in np.unique(steps)], dtype=np.float64)
+        return np.array([sum(found) / len(found) for _, found in sorted(of_step.items())], dtype=np.float64)
 
     def state_dict(self) -> list[list[Any]]:
         """Step, loss and factor of each."""

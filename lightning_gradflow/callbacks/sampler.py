@@ -290,7 +290,8 @@ class Sampler:
         self.step = None
         meetings = self._transfer.meetings
         try:
-            self._signals.finish()
+            if not self.gradients_only:
+                self._signals.finish()
             self._gradients.finish()
             if self._measures_gradients and not self.gradients_only:
                 self._spectra.measure()

@@ -37,7 +37,7 @@ class Grown(Generic[Scalar]):
         self._number = len(start)
         self._buffer = np.empty((max(room, len(start)), *start.shape[1:]), dtype=start.dtype)
         self._buffer[: len(start)] = start
-        self._show()
+        self._rows: npt.NDArray[Scalar] | None = None
 
     def __len__(self) -> int:
         return self._number
@@ -50,26 +50,37 @@ class Grown(Generic[Scalar]):
     @property
     def rows(self) -> npt.NDArray[Scalar]:
         """(n, ...) all rows, read-only; the same array until a row is added."""
+        if self._rows is None:
+            self._rows = self._buffer[: self._number]
+            self._rows.setflags(write=False)
         return self._rows
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row that is a list of them."""
+        return self._buffer.shape[1]
 
     def append(self, row: Any) -> None:
         """Adds a row, or a number to a list of them."""
-        self.extend(np.asarray(row, dtype=self._buffer.dtype)[None])
+        if self._number == len(self._buffer):
+            self._make_room(self._number + 1)
+        self._buffer[self._number] = row
+        self._number += 1
+        self._rows = None
 
     def extend(self, rows: npt.NDArray[Scalar]) -> None:
         """Adds rows (m, ...)."""
         number = self._number + len(rows)
         if number > len(self._buffer):
-            larger = np.empty((max(number, 2 * len(self._buffer)), *self._buffer.shape[1:]), dtype=self._buffer.dtype)
-            larger[: self._number] = self._buffer[: self._number]
-            self._buffer = larger
+            self._make_room(number)
         self._buffer[self._number : number] = rows
         self._number = number
-        self._show()
+        self._rows = None
 
-    def _show(self) -> None:
-        self._rows = self._buffer[: self._number]
-        self._rows.setflags(write=False)
+    def _make_room(self, number: int) -> None:
+        larger = np.empty((max(number, 2 * len(self._buffer)), *self._buffer.shape[1:]), dtype=self._buffer.dtype)
+        larger[: self._number] = self._buffer[: self._number]
+        self._buffer = larger
 
 
 class Tables:
@@ -108,9 +119,13 @@ class Tables:
                 self._values[metric] = Grown(np.empty((0, 0)))
                 self._lengths[metric] = Grown(np.empty(0, dtype=np.int64))
                 self._at[metric] = Grown(np.full(self._number, -1, dtype=np.int64))
-            row = np.full(max(self._values[metric].rows.shape[1], len(found)), np.nan)
-            row[: len(found)] = found
-            self._widened(metric, len(row)).append(row)
+            table = self._widened(metric, len(found))
+            if len(found) < table.width:
+                row = np.full(table.width, np.nan)
+                row[: len(found)] = found
+                table.append(row)
+            else:
+                table.append(found)
             self._lengths[metric].append(len(found))
         for metric, at in self._at.items():
             at.append(len(self._values[metric]) - 1 if metric in values else -1)
@@ -188,9 +203,9 @@ class Tables:
 
     def _widened(self, metric: str, width: int) -> Grown[np.float64]:
         table = self._values[metric]
-        if table.rows.shape[1] < width:
+        if table.width < width:
             wider = np.full((len(table), width), np.nan)
-            wider[:, : table.rows.shape[1]] = table.rows
+            wider[:, : table.width] = table.rows
             table = self._values[metric] = Grown(wider, table.room)
         return table
 

@@ -97,9 +97,7 @@ class GradientColumns:
         n = len(layers)
 
         def total(name: str) -> Floats:
-            column = self._columns.get(name)
-            if column is None:
-                return np.full(n, np.nan)
+            column = self._columns[name]
             if name == "update" and scaled:
                 column = np.where(self._is_skipped(), np.nan, column)
             values = column[self._has]
@@ -107,21 +105,25 @@ class GradientColumns:
 
         entries = _summed(at, self._numel[self._has], n)
         missing = _summed([number[owner] for owner, _ in without], [float(size) for _, size in without], n)
-        norm, weight, update = (np.sqrt(total(name)) for name in ("norm", "weight", "update"))
-        largest = np.zeros(n)
-        np.maximum.at(largest, at, self._columns["max"][self._has] if "max" in self._columns else np.nan)
-        ratio = np.where(weight > 0, update / weight, np.nan)
+        norm = np.sqrt(total("norm"))
         found = {
             "grad_norm": norm,
             "grad_rms": norm / np.sqrt(entries),
-            "grad_max_abs": largest,
             "grad_nonfinite_fraction": total("nonfinite") / entries,
-            "weight_norm": weight,
-            "grad_mean_abs": total("sum") / entries,
-            "grad_zero_fraction": 1.0 - total("nonzero") / entries,
-            "update_norm": update,
-            "update_ratio": np.where(np.isinf(update) & np.isinf(weight), np.inf, ratio),
         }
+        if "max" in self._columns:  # and with it all the others
+            weight, update = np.sqrt(total("weight")), np.sqrt(total("update"))
+            largest = np.zeros(n)
+            np.maximum.at(largest, at, self._columns["max"][self._has])
+            ratio = np.where(weight > 0, update / weight, np.nan)
+            found |= {
+                "grad_max_abs": largest,
+                "weight_norm": weight,
+                "grad_mean_abs": total("sum") / entries,
+                "grad_zero_fraction": 1.0 - total("nonzero") / entries,
+                "update_norm": update,
+                "update_ratio": np.where(np.isinf(update) & np.isinf(weight), np.inf, ratio),
+            }
         for values in found.values():
             values[entries == 0] = np.nan
         found["grad_missing_fraction"] = np.where(entries + missing > 0, missing / (entries + missing), np.nan)

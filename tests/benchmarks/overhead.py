@@ -28,7 +28,7 @@ from tests.made_up import Hours
 
 from .cost_models import MODELS, SMALL, Model
 from .detection import environment
-from .overhead_fits import ARMS, PLANNED, WARM_UP, Arm, Fit, fit, floor
+from .overhead_fits import ARMS, PLANNED, STEPS, WARM_UP, Arm, Fit, fit, floor
 from .overhead_report import markdown
 from .report import write
 
@@ -54,7 +54,7 @@ def paired(rounds: Sequence[Round], arm: Arm, of: Callable[[Fit], float]) -> dic
 def sample_costs(rounds: Sequence[Round], arm: Arm) -> list[float]:
     """Seconds that a sample adds to a step, round by round: the steps of the arm less those of its twin."""
     return [
-        (one[arm.name].mean_step - one[arm.twin].mean_step) * len(one[arm.name].steps[WARM_UP:]) / one[arm.name].counted
+        (one[arm.name].mean_step - one[arm.twin].mean_step) * len(one[arm.name].counted_steps) / one[arm.name].counted
         for one in rounds
     ]
 
@@ -80,7 +80,7 @@ def of_arm(rounds: Sequence[Round], arm: Arm) -> dict[str, Any]:
         return found
     found["wall"] = paired(rounds, arm, lambda one: one.wall)
     found["step"] = paired(rounds, arm, lambda one: one.mean_step)
-    found["between"] = paired(rounds, arm, lambda one: float(np.median(one.steps[WARM_UP:])))
+    found["between"] = paired(rounds, arm, lambda one: float(np.median(one.counted_steps)))
     found["samples"] = len(fits[0].sampled)
     if arm.is_long:
         found["sample_ms"] = quartiles(1e3 * one.own_sample for one in fits)
@@ -134,7 +134,7 @@ def measure(
     model: Model,
     arms: Sequence[Arm],
     rounds: int,
-    steps: Mapping[bool, int],
+    steps: Mapping[str, int],
     now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """All of one network.
@@ -143,7 +143,7 @@ def measure(
         model: what is trained.
         arms: how, with the plain twin of each.
         rounds: how often.
-        steps: how many steps a fit has that is long (True), or short.
+        steps: how many steps a fit has, by its length.
         now: tells the time in seconds.
     """
     parameters = list(model.build().parameters())
@@ -158,7 +158,7 @@ def measure(
         one: dict[str, Fit] = {}
         for arm in turned([arm for arm in arms if not arm.is_long or i % 2 == 0], i):
             then = look if arm.is_long and not arm.is_plain else None
-            one[arm.name] = fit(model, arm, steps[arm.is_long], then, now)
+            one[arm.name] = fit(model, arm, steps[arm.length], then, now)
             taken = f"{one[arm.name].wall:.2f} s, {1e3 * one[arm.name].mean_step:.1f} ms a step"
             print(f"  round {i + 1}/{rounds} {arm.name}: {taken}", flush=True)
         made.append(one)
@@ -205,14 +205,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     watched = [arm.name for arm in ARMS.values() if not arm.is_plain]
     parser.add_argument("--arms", nargs="+", default=watched, choices=watched, help="all of them by default")
-    parser.add_argument("--long", type=int, default=300, help="steps of a fit at the default cadence")
-    parser.add_argument("--short", type=int, default=24, help="steps of a fit that is watched at every step")
+    what = {
+        "long": "at the default cadence",
+        "steady": "whose gradients are watched at every step",
+        "short": "that is watched at every step",
+    }
+    for length, steps in STEPS.items():
+        parser.add_argument(f"--{length}", type=int, default=steps, help=f"steps of a fit {what[length]}")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count seconds of the CPU, to try it where others use the machine too"
     )
     parser.add_argument("--out", type=Path, help=f"where the results are written, such as {RESULTS.name}")
     arguments = parser.parse_args(argv)
-    for name, least in (("rounds", 1), ("long", 2 * WARM_UP), ("short", 2 * WARM_UP)):
+    for name, least in {"rounds": 1, **{length: warm_up + 3 for length, warm_up in WARM_UP.items()}}.items():
         if getattr(arguments, name) < least:
             parser.error(f"--{name} must be in [{least}, inf), got {getattr(arguments, name)}")
     return arguments
@@ -225,17 +230,17 @@ def main(argv: list[str]) -> int:
     wanted = {name for chosen in arguments.arms for name in (chosen, ARMS[chosen].twin)}
     arms = [arm for name, arm in ARMS.items() if name in wanted]
     for arm in arms:  # imports, and what W&B and torch do once
-        fit(SMALL, arm, 2 * WARM_UP)
+        fit(SMALL, arm, WARM_UP["long"] + 3)
     models = {}
     for name in arguments.models:
         print(f"{name}:", flush=True)
-        steps = {True: arguments.long, False: arguments.short}
+        steps = {length: getattr(arguments, length) for length in STEPS}
         now = time.process_time if arguments.cpu_time else time.perf_counter
         models[name] = measure(MODELS[name], arms, arguments.rounds, steps, now)
     found = {
         "environment": environment() | {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]},
         "rounds": arguments.rounds,
-        "steps": {"long": arguments.long, "short": arguments.short},
+        "steps": {length: getattr(arguments, length) for length in STEPS},
         "planned": PLANNED,
         "clock": "CPU" if arguments.cpu_time else "wall",
         "models": models,

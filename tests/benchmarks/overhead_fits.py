@@ -28,8 +28,14 @@ from tests.wandb_reader import read_run
 
 from .cost_models import LoggingNorms, Model, Network
 
-WARM_UP = 3
-"""Steps at the beginning of a fit that are not counted as steps: torch takes its memory in them."""
+WARM_UP = {"long": 3, "steady": 33, "short": 17}
+"""Steps at the beginning of a fit that are not counted as steps: torch takes its memory in the first ones.
+
+Samples of everything are taken at steps 0, 1, 2, 4, 8, 16, 32, 50, 100, ...: of a steady fit the steps are counted in
+which two of a hundred are such samples, as in the middle of a long run, and of a short one those without any.
+"""
+STEPS = {"long": 300, "steady": 133, "short": 32}
+"""Steps of a fit."""
 PLANNED = 1_000_000
 """Steps that a short fit is said to have before it: it stands for a piece out of the middle of a long run, in which
 the picture of the run is drawn rarely."""
@@ -47,7 +53,7 @@ class Arm:
         callbacks: makes what watches.
         watch: what `wandb.watch` is to log, if it is called.
         kind: the module that is trained.
-        is_long: whether the fit is long and logs every 50 steps, or short and logs at every step.
+        length: `"long"`, which logs every 50 steps, or `"steady"` or `"short"`, which log at every step.
         to_wandb: whether its logger is W&B's, offline; else it writes CSV.
     """
 
@@ -56,12 +62,16 @@ class Arm:
     callbacks: Callable[[], list[Monitor]] = list
     watch: str | None = None
     kind: type[Network] = Network
-    is_long: bool = False
+    length: str = "short"
     to_wandb: bool = False
 
     @property
     def is_plain(self) -> bool:
         return self.name == self.twin
+
+    @property
+    def is_long(self) -> bool:
+        return self.length == "long"
 
 
 def _everything() -> list[Monitor]:
@@ -74,13 +84,15 @@ def _gradients() -> list[Monitor]:
 
 
 LONG, SHORT, WANDB = "plain", "plain, logged at every step", "plain, logged at every step to W&B"
+STEADY = "plain, logged at every step, steady"
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm(LONG, LONG, is_long=True),
-        Arm("default", LONG, lambda: [GradFlow()], is_long=True),
+        Arm(LONG, LONG, length="long"),
+        Arm("default", LONG, lambda: [GradFlow()], length="long"),
+        Arm(STEADY, STEADY, length="steady"),
+        Arm("gradients", STEADY, _gradients, length="steady"),
         Arm(SHORT, SHORT),
-        Arm("gradients", SHORT, _gradients),
         Arm("every step", SHORT, _everything),
         Arm("grad_norm", SHORT, kind=LoggingNorms),
         Arm(WANDB, WANDB, to_wandb=True),
@@ -101,6 +113,7 @@ class Fit:
         wall: seconds of the call of `fit`.
         steps: seconds of each step.
         sampled: the steps that were watched.
+        warm_up: steps at the beginning that are not counted.
         flush: bytes of history that a step gave to W&B for what was watched, over the steps that gave any; NaN where
             none did.
         findings: what was found, as `kind` and `cause`.
@@ -109,18 +122,24 @@ class Fit:
     wall: float
     steps: tuple[float, ...]
     sampled: tuple[int, ...] = ()
+    warm_up: int = WARM_UP["long"]
     flush: float = float("nan")
     findings: tuple[str, ...] = ()
 
     @property
     def mean_step(self) -> float:
         """Mean over the steps after the warm-up, sampled or not."""
-        return float(np.mean(self.steps[WARM_UP:]))
+        return float(np.mean(self.counted_steps))
+
+    @property
+    def counted_steps(self) -> tuple[float, ...]:
+        """Seconds of the steps after the warm-up."""
+        return self.steps[self.warm_up :]
 
     @property
     def counted(self) -> int:
         """Samples after the warm-up."""
-        return sum(step >= WARM_UP for step in self.sampled)
+        return sum(step >= self.warm_up for step in self.sampled)
 
     @property
     def own_sample(self) -> float:
@@ -135,13 +154,13 @@ class Fit:
     def own_overhead(self) -> float:
         """What the samples of this fit add to it, over as many steps without one; NaN if all were sampled."""
         extra, usual = self._extra()
-        return float(np.sum(extra)) / (usual * len(self.steps[WARM_UP:]))
+        return float(np.sum(extra)) / (usual * len(self.counted_steps))
 
     def _extra(self) -> tuple[np.ndarray, float]:
         """(n,) what each sampled step took more than an unsampled one usually does, and what that is."""
         taken, sampled = np.array(self.steps), np.zeros(len(self.steps), dtype=bool)
         sampled[list(self.sampled)] = True
-        taken, sampled = taken[WARM_UP:], sampled[WARM_UP:]
+        taken, sampled = taken[self.warm_up :], sampled[self.warm_up :]
         usual = float(np.median(taken[~sampled])) if not sampled.all() else float("nan")
         return taken[sampled] - usual, usual
 
@@ -255,7 +274,7 @@ def fit(
             then(monitors, folder)
     seen = monitors[0].history.steps.tolist() if monitors else range(0 if arm.is_plain else steps)
     found = [f"{finding.kind}: {finding.cause}" for monitor in monitors for finding in monitor.findings]
-    return Fit(wall, clock.steps, tuple(seen), flush, tuple(found))
+    return Fit(wall, clock.steps, tuple(seen), WARM_UP[arm.length], flush, tuple(found))
 
 
 def bytes_per_flush(folder: Path) -> float:

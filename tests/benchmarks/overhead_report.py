@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .overhead_fits import WARM_UP
 from .report import row
 
 BEGIN, END = "<!-- overhead:begin -->", "<!-- overhead:end -->"
@@ -34,8 +35,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     models = list(found["models"].values())
     parts = [
         _setting(found),
-        "\n".join(_table("time of a fit / of a plain one", models, _fit)),
-        "\n".join(_table("ms that a sample adds (a step is so many times as long)", models, _sample)),
+        "\n".join(_table("time of a fit, or of its counted steps, / of a plain one", models, _fit)),
+        "\n".join(_table("ms that a sample adds", models, _sample)),
         "\n".join(_facts(models)),
         " ".join(_said(found, models)),
         _origin(found),
@@ -49,9 +50,10 @@ def _setting(found: Mapping[str, Any]) -> str:
         f"Whole fits on the CPU, in one process and in turn, {rounds} of each kind, and {(rounds + 1) // 2} of those "
         "at the default cadence. Each is held against the plain fit "
         f"of its round that has as many steps and the same logger: {steps['long']} steps at the default cadence, which "
-        f"samples every 50 and more often in the beginning, and {steps['short']} where every step is watched, as out "
-        "of the middle of a long run. Numbers are medians, in brackets the middle half. All log the loss as often as "
-        "they are watched, to CSV, or to W&B offline."
+        f"samples every 50 and more often in the beginning, {steps['steady']} where the gradients are watched at every "
+        f"step, of which the last {steps['steady'] - WARM_UP['steady']} are counted, and {steps['short']} where "
+        f"everything is, of which the last {steps['short'] - WARM_UP['short']} are. Numbers are medians, in brackets "
+        "the middle half. All log the loss as often as they are watched, to CSV, or to W&B offline."
         + (" Counted are seconds of the CPU and not of the clock on the wall." if found["clock"] == "CPU" else "")
     )
 
@@ -66,14 +68,13 @@ def _table(title: str, models: list[Mapping[str, Any]], cell: Any) -> list[str]:
 
 
 def _fit(arm: Mapping[str, Any]) -> str:
-    ratio = arm["wall"]
+    ratio = arm["wall" if "own" in arm else "step"]
     places = 3 if "own" in arm else 2
     return f"{ratio['median']:.{places}f} ({ratio['low']:.{places}f}-{ratio['high']:.{places}f})"
 
 
 def _sample(arm: Mapping[str, Any]) -> str:
-    cost = f"{arm['sample_ms']['median']:.1f}"
-    return cost if "own" in arm else f"{cost} ({arm['step']['median']:.2f})"
+    return f"{arm['sample_ms']['median']:.1f}"
 
 
 def _facts(models: list[Mapping[str, Any]]) -> list[str]:

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 
-from tests.benchmarks import overhead
+from tests.benchmarks import overhead, overhead_fits
 from tests.benchmarks.cost_models import MODELS, SMALL, LoggingNorms
 from tests.benchmarks.overhead import RESULTS, bars, main, measure, parse, quartiles, times_cheaper, turned
-from tests.benchmarks.overhead_fits import ARMS, LONG, SHORT, WANDB, WARM_UP, Fit, fit, floor
+from tests.benchmarks.overhead_fits import ARMS, LONG, SHORT, STEADY, WANDB, Fit, fit, floor
 from tests.benchmarks.overhead_report import NAMES, markdown
 
+WARM_UP = overhead_fits.WARM_UP["long"]
 STEPS = WARM_UP + 4
 
 
@@ -30,14 +31,14 @@ def test_quartiles_of_five_numbers_are_the_second_third_and_fourth():
 
 def test_fits_are_compared_within_a_round():
     """One round is ten times as slow as the other; a ratio of medians would not be 2."""
-    rounds = [{SHORT: made_up(1.0), "gradients": made_up(2.0)}, {SHORT: made_up(10.0), "gradients": made_up(20.0)}]
+    rounds = [{STEADY: made_up(1.0), "gradients": made_up(2.0)}, {STEADY: made_up(10.0), "gradients": made_up(20.0)}]
     ratio = overhead.paired(rounds, ARMS["gradients"], lambda one: one.wall)
     assert ratio == {"median": 2, "low": 2, "high": 2}
 
 
 def test_a_sample_costs_what_the_steps_take_more_over_the_number_of_samples():
     every = tuple(range(STEPS))
-    rounds = [{SHORT: made_up(1.0), "gradients": made_up(1.0, every, slow=0.5)}]
+    rounds = [{STEADY: made_up(1.0), "gradients": made_up(1.0, every, slow=0.5)}]
     assert overhead.sample_costs(rounds, ARMS["gradients"]) == pytest.approx([0.5])
 
 
@@ -79,9 +80,9 @@ def test_what_seems_to_cost_nothing_is_far_cheaper():
 
 
 def test_each_arm_begins_a_round_as_often_as_its_twins():
-    arms = [ARMS[name] for name in (SHORT, "gradients", "every step", WANDB, "watch all")]
+    arms = [ARMS[name] for name in (SHORT, "every step", "grad_norm", WANDB, "watch all")]
     orders = [[arm.name for arm in turned(arms, i)] for i in range(3)]
-    assert [order[0] for order in orders] == [SHORT, "gradients", "every step"]
+    assert [order[0] for order in orders] == [SHORT, "every step", "grad_norm"]
     assert all(sorted(order) == sorted(orders[0]) for order in orders)
     assert all({WANDB, "watch all"} == set(order[3:]) for order in orders)
 
@@ -91,7 +92,7 @@ def test_every_arm_stands_in_the_tables_and_has_a_plain_twin_of_its_length_and_l
     for arm in ARMS.values():
         twin = ARMS[arm.twin]
         assert twin.is_plain
-        assert (twin.is_long, twin.to_wandb) == (arm.is_long, arm.to_wandb)
+        assert (twin.length, twin.to_wandb) == (arm.length, arm.to_wandb)
 
 
 # -- real fits --------------------------------------------------------------------------------------------------------
@@ -156,15 +157,15 @@ def found(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "lstm", SMALL)
         arms = ["default", "gradients", "every step, to W&B", "watch all"]
-        assert main(["--models", "lstm", "--rounds", "1", "--long", "12", "--short", "7", "--arms", *arms,
-                     "--out", str(out)]) == 0  # fmt: skip
+        lengths = ["--long", "12", "--steady", "40", "--short", "21"]
+        assert main(["--models", "lstm", "--rounds", "1", *lengths, "--arms", *arms, "--out", str(out)]) == 0
     return json.loads(out.read_text(encoding="utf-8"))
 
 
 def test_the_results_hold_each_arm_with_its_twin(found):
     arms = found["models"]["lstm"]["arms"]
-    assert list(arms) == [LONG, "default", SHORT, "gradients", WANDB, "every step, to W&B", "watch all"]
-    assert arms["gradients"]["samples"] == arms["gradients"]["steps"] == 7
+    assert list(arms) == [LONG, "default", STEADY, "gradients", WANDB, "every step, to W&B", "watch all"]
+    assert arms["gradients"]["samples"] == arms["gradients"]["steps"] == 40
     assert arms["default"]["own"]["median"] > 1
     assert "wall" not in arms[LONG]
 
@@ -200,12 +201,12 @@ def test_a_bar_is_met_at_its_value():
 
 
 def test_long_fits_are_made_in_every_second_round(capsys):
-    measure(SMALL, [ARMS[LONG], ARMS[SHORT]], 3, {True: 6, False: 6})
+    measure(SMALL, [ARMS[LONG], ARMS[SHORT]], 3, {"long": 6, "short": 20})
     made = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "plain:" in line]
     assert made == ["1/3", "3/3"]
 
 
-@pytest.mark.parametrize("argument", ["--rounds", "--long", "--short"])
+@pytest.mark.parametrize("argument", ["--rounds", "--long", "--steady", "--short"])
 def test_too_few_of_something_is_an_error(argument, capsys):
     with pytest.raises(SystemExit):
         parse([argument, "0"])
