@@ -103,6 +103,29 @@ LOSS_LINE: tuple[str, ...] = (
 PAIRING: tuple[str, ...] = ("line_shuffled", "line_shuffled_z", "pairing_agreement")
 """Scalars of the same row: whether the targets follow from the inputs."""
 
+SCALARS: dict[str, str] = {
+    "loss": "mean training loss of the steps since the row before, or since the start",
+    "val_loss": "mean of the validation losses since the row before",
+    "lr": "largest learning rate of all parameter groups",
+    "grad_norm_total": "L2 norm of the gradients of all layers together, before clipping",
+    "clip_factor": "total norm after clipping / before, in [0, 1]",
+    "clipped_fraction": "share of the last 50 samples in which the gradients were clipped",
+    "loss_scale": "factor of the gradient scaler",
+    "step_skipped": "1 if the scaler skipped the step of an optimizer, else 0",
+    "delta_floor": "log2 of the smallest positive number that the narrowest of the deltas can hold",
+    "normalised_updates": "1 if the size of a step does not follow that of the gradient, as in Adam, else 0",
+    "optimizers": "number of optimizers",
+    "epoch": "number of the epoch, from 0",
+    "steps_per_epoch": "optimizer steps of an epoch",
+    "planned_steps": "optimizer steps of the whole run",
+    "lr_scheduled": "1 if there is a learning rate schedule, else 0",
+    "input_layer": "identity on the layer axis of the layer that the measured inputs go into",
+    "loss_line": "1 in a row in which a standstill was looked into",
+    **dict.fromkeys(LOSS_LINE, "of the loss along the update, in a row in which a standstill was looked into"),
+    **dict.fromkeys(PAIRING, "of the same row: whether the targets follow from the inputs"),
+}
+"""Every scalar that a row of a run may hold, by name."""
+
 
 def measured(value: float) -> float:
     """A number that was measured: NaN would say that it was not, so what is not finite becomes infinite.

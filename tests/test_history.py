@@ -357,3 +357,14 @@ def test_a_saved_state_does_not_change_with_the_history():
     loaded.load_state_dict(state)
     assert loaded.steps.tolist() == [0, 7]
     assert loaded.losses.size == 2
+
+
+def test_a_scalar_that_nobody_knows_is_refused_and_one_of_a_row_is_not():
+    history = History()
+    assert history.scalar("loss").shape == (0,)
+    with pytest.raises(KeyError, match=r"scalar must be one of .*, got 'los'"):
+        history.scalar("los")
+    with pytest.raises(KeyError, match=r"got 'grad_norm' \(a metric: history\[name\]\)"):
+        history.scalar("grad_norm")
+    history.append(Row(0, scalars={"of_my_own": 3.0}))
+    assert history.scalar("of_my_own").tolist() == [3.0]

@@ -48,6 +48,7 @@ SEEN: dict[FindingKind, Text] = {
     FindingKind.UPDATE_RATIO: (
         "The updates are out of proportion to the weights in {layers}",
         "one step changes them by {update_ratio} times their norm",
+        "the largest was step {largest_step}",
         "all {planned_steps} planned steps together by {reach} at most",
         "clipping leaves {clip_factor} of the gradient",
         "the loss is {growth} times what it was",
@@ -114,11 +115,11 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     ),
     (FindingKind.NONFINITE_GRADIENT, "forward"): (
         "It began in the forward pass: {first} is the first layer whose output is not finite",
-        "weights that are not finite by now: in {spoilt_layers} layers, so a step between two samples may have made it",
+        "weights that are not finite by now: in {spoilt_layers}, so a step between two samples may have made it",
     ),
     (FindingKind.NONFINITE_GRADIENT, "initialisation"): (
         "Weights or biases of {first} were NaN or infinite before the first step: never initialised, or loaded so",
-        "in {spoilt_layers} layers",
+        "in {spoilt_layers}",
     ),
     (FindingKind.NONFINITE_GRADIENT, "loss"): (
         "It began behind the last layer: the outputs of all layers are finite and the loss is not",
@@ -215,8 +216,8 @@ _PERCENT = frozenset(
     {"dead_fraction", "lost_share", "saturated_fraction", "progress", "line_gain_far", "line_shuffled"}
 )
 _COUNT = frozenset(
-    {"points", "layers", "underflowed_points", "nonfinite_layers", "spoilt_layers", "activations", "features"}
-    | {"planned_steps", "steps", "time_steps", "wait_steps"}
+    {"points", "layers", "underflowed_points", "nonfinite_layers", "activations", "features"}
+    | {"largest_step", "planned_steps", "steps", "time_steps", "wait_steps"}
 )
 _MOST_NAMES = 3
 
@@ -303,7 +304,9 @@ def _fields(finding: Finding) -> dict[str, str]:
     for key, value in evidence.items():
         if (math.isnan(value) and key != "loss") or (key == "nonfinite_layers" and value == 0):
             continue  # a NaN loss is news, any other NaN was not measured
-        if key in _PERCENT:
+        if key == "spoilt_layers":
+            fields[key] = "1 layer" if value == 1 else f"{value:.0f} layers"
+        elif key in _PERCENT:
             fields[key] = (f"{value:.1%}" if abs(value) < 0.1 else f"{value:.0%}").replace("-0.0%", "0.0%")
         elif key in _COUNT:
             fields[key] = f"{value:.0f}"

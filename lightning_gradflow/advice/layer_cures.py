@@ -19,8 +19,12 @@ def initialise(site: Site) -> list[Suggestion]:
         found.append(_tanh(layers))
     if layers := site.feeding(*RECTIFIERS):
         found.append(_he(layers))
-    layers = site.feeding_named()
-    return found or ([_orthogonal(layers)] if layers else [])
+    fed = site.feeding(*BOUNDED, *RECTIFIERS)
+    others = tuple(name for name in site.feeding_named() if name not in fed)
+    # too large or too small, a layer behind the last activation is as much to blame as those before it
+    if not others or (found and site.finding.cause != "weight_scale"):
+        return found
+    return [*found, _orthogonal(others)]
 
 
 def initialise_named(site: Site) -> list[Suggestion]:
@@ -96,8 +100,9 @@ def _orthogonal(layers: tuple[str, ...]) -> Suggestion:
         "from torch import nn",
         "",
         f"for name in {literal(layers)}:",
-        "    for parameter in model.get_submodule(name).parameters(recurse=False):",
-        "        if parameter.ndim > 1:",
+        "    layer = model.get_submodule(name)",
+        "    for parameter in layer.parameters(recurse=False):",
+        "        if parameter.ndim > 1 and not isinstance(layer, nn.Embedding):",
         "            nn.init.orthogonal_(parameter)",
     ]
     return Suggestion(
@@ -199,7 +204,7 @@ def normalise(site: Site) -> list[Suggestion]:
 
 def scale_inputs(site: Site) -> list[Suggestion]:
     """Standardised inputs for the first layer, with the features that are too large by index."""
-    layer = (*site.layers, *site.feeding_named(), "")[0]
+    layer = site.input_layer or (*site.layers, *site.feeding_named(), "")[0]
     if layer in ("", "(root)"):
         return []
     large = [key.removeprefix("feature_") for key in site.finding.evidence if key.startswith("feature_")]

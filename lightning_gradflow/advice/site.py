@@ -56,6 +56,7 @@ class Site:
         lr: the newest learning rate, or NaN.
         grad_norm: the median of the total gradient norms that were finite, or NaN where they are fewer than five.
         clipped: share of the recent steps in which the Trainer clipped the gradients, or NaN.
+        input_layer: the layer that the measured inputs go into; empty where that is not known.
     """
 
     finding: Finding
@@ -64,6 +65,7 @@ class Site:
     lr: float
     grad_norm: float = math.nan
     clipped: float = math.nan
+    input_layer: str = ""
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -122,7 +124,17 @@ def survey(finding: Finding, history: History) -> Site:
         lr=float(rates[-1]) if rates.size else math.nan,
         grad_norm=float(np.median(norms)) if norms.size >= _MIN_NORMS else math.nan,
         clipped=float(clipped[-1]) if clipped.size else math.nan,
+        input_layer=_input_layer(history),
     )
+
+
+def _input_layer(history: History) -> str:
+    told = history.scalar("input_layer")
+    told = told[~np.isnan(told)]
+    if not told.size:
+        return ""
+    names: dict[int, str] = dict(zip(history.layer_axis.order.tolist(), history.layers, strict=True))
+    return names[int(told[-1])]
 
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # torch's own, within names

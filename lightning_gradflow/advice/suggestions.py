@@ -43,7 +43,7 @@ from lightning_gradflow.advice.run_cures import (
     watch_weights,
     wider_format,
 )
-from lightning_gradflow.advice.site import Site, survey
+from lightning_gradflow.advice.site import PASTE, Site, survey
 from lightning_gradflow.findings import Finding, FindingKind, Suggestion
 from lightning_gradflow.history import History
 
@@ -136,7 +136,8 @@ def suggest(finding: Finding, history: History) -> tuple[Suggestion, ...]:
         history: tells which layers and activations the model has, and the learning rate.
 
     Returns:
-        The suggestions; those that do not apply to the model are left out. The code is Python to paste.
+        The suggestions; those that do not apply to the model are left out, and those whose code only says what to
+        change by hand come last. The code is Python to paste.
 
     Example:
         >>> from lightning_gradflow.findings import Severity
@@ -147,7 +148,14 @@ def suggest(finding: Finding, history: History) -> tuple[Suggestion, ...]:
     """
     cures = CURES.get((finding.kind, finding.cause), CURES[finding.kind, "unknown"])
     site = survey(finding, history)
-    return tuple(_with_hint(cure, suggestion, finding) for cure in cures for suggestion in cure(site))
+    found = [_with_hint(cure, suggestion, finding) for cure in cures for suggestion in cure(site)]
+    return tuple(sorted(found, key=lambda suggestion: _is_left_to_do(suggestion.code)))
+
+
+def _is_left_to_do(code: str) -> bool:
+    """Whether what is to be pasted changes nothing by itself: activations that are calls can be told of only."""
+    lines = (line.strip() for line in code.removeprefix(PASTE).splitlines())
+    return code.startswith(PASTE) and all(not line or line.startswith(("#", "import ", "from ")) for line in lines)
 
 
 def _with_hint(cure: Cure, suggestion: Suggestion, finding: Finding) -> Suggestion:

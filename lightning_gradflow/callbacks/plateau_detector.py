@@ -6,6 +6,7 @@ from lightning_gradflow.callbacks.base import Monitor
 from lightning_gradflow.detectors.base import Detector
 from lightning_gradflow.detectors.plateau import LossPlateau
 from lightning_gradflow.detectors.unscaled import UnscaledInputs
+from lightning_gradflow.detectors.unusual_start import UnusualStart
 
 
 class PlateauDetector(Monitor):
@@ -44,8 +45,8 @@ class PlateauDetector(Monitor):
         super().__init__(every_n_steps)
         self.train_loss = train_loss
         self.val_loss = val_loss
-        self._detectors: list[Detector] = [UnscaledInputs(), LossPlateau(window, min_progress)]
+        self._detectors: list[Detector] = [UnscaledInputs(), UnusualStart(), LossPlateau(window, min_progress)]
 
     def detectors(self, alone: bool) -> list[Detector]:
-        """Inputs that nothing is learnt from, and the plateau; of two findings of a kind the first counts."""
+        """What nothing is learnt from, and the plateau; of two findings of a kind the first counts."""
         return self._detectors

@@ -324,6 +324,8 @@ class Sampler:
         clip_factor = gradients.clip_factor(self._multiplier) if sees_clipping else math.nan
         found = {**scalars, **totals(of_layers, clip_factor, self._history.scalar("clip_factor"), scale)}
         found |= unpack(host["loss line"]) if "loss line" in host else {}
+        if signals.input_layer is not None:
+            found["input_layer"] = float(self._history.layer_axis.identity(signals.input_layer))
         found |= {"loss": mean_loss(losses), "val_loss": _validation(host), "delta_floor": signals.floor}
         return Row(
             step=step,

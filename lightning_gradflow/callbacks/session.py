@@ -22,20 +22,18 @@ from lightning_gradflow.callbacks.treating import PART as MITIGATOR
 from lightning_gradflow.callbacks.treating import Treating
 from lightning_gradflow.callbacks.validation import ValidationLoss
 from lightning_gradflow.callbacks.why import Why, is_able
-from lightning_gradflow.detectors.base import Detector
+from lightning_gradflow.callbacks.wishes import Wishes
 from lightning_gradflow.detectors.plateau import LossPlateau
 from lightning_gradflow.probes.ranks import anyone_failed
 from lightning_gradflow.probes.shards import is_sharded as is_spread
 from lightning_gradflow.recorder import Recorder
 from lightning_gradflow.remedies.held import is_in_force
-from lightning_gradflow.sinks import ConsoleSink, ReportSink, make_sinks
+from lightning_gradflow.sinks import ReportSink
 
 if TYPE_CHECKING:
     from lightning_gradflow.callbacks.base import Monitor
 
 MONITOR = "the monitor"
-_SIGNAL_INTERVAL = 50  # steps at least, as Lightning logs by default
-_DEAD_WINDOW = 3  # samples, as SaturationMonitor has it, where none is among the monitors
 
 
 class Session:
@@ -49,11 +47,9 @@ class Session:
     def __init__(self, trainer: Trainer, monitors: Sequence[Monitor]) -> None:
         self._trainer = weakref.ref(trainer)
         self.monitors = list(monitors)
-        self._parts = [part for monitor in monitors for part in monitor.parts()]
-        alone = len(self._parts) == 1
-        self._detectors: list[Detector] = []
-        for part in self._parts:
-            self._detectors += [detector for detector in part.detectors(alone) if detector not in self._detectors]
+        self._wishes = Wishes(monitors)
+        self._parts = self._wishes.parts
+        self._detectors = self._wishes.detectors()
         self._border = Border()
         self._treating: Treating | None = None
         self._steps: Steps | None = None
@@ -154,7 +150,7 @@ class Session:
         step = trainer_facts.logged_step(trainer)
         if len(self.recorder.history) and step < self.recorder.history.steps[-1]:
             self._start_anew()
-        interval, gradients_interval = self._intervals(trainer_facts.logging_interval(trainer))
+        interval, gradients_interval = self._wishes.intervals(trainer_facts.logging_interval(trainer))
         if without is not None:  # else each row would cost a meeting of the ranks, for nothing
             gradients_interval = interval
         if gradients_interval < interval:
@@ -164,7 +160,7 @@ class Session:
             self.recorder.history,
             gradients=without is None and any(part.measures_gradients for part in self._parts),
             activations=any(part.measures_activations for part in self._parts),
-            window=next((part.dead_window for part in self._parts if part.dead_window is not None), _DEAD_WINDOW),
+            window=self._wishes.dead_window,
             topology=topology,
             device=trainer.strategy.root_device,
         )
@@ -183,8 +179,8 @@ class Session:
             gradients_interval,
             self._validation,
             why,
-            train_loss=self._named("train_loss"),
-            val_loss=self._named("val_loss"),
+            train_loss=self._wishes.loss_name("train_loss"),
+            val_loss=self._wishes.loss_name("val_loss"),
             run=self.run,
             tell=self._border.tell,
         )
@@ -194,26 +190,11 @@ class Session:
             self._begin_treating(self._treating, trainer, module, is_sharded)
         self.recorder.tells = trainer.is_global_zero
         self.recorder.model = type(module).__name__
-        self.recorder.sinks = self._sinks(trainer) if trainer.is_global_zero else []
+        self.recorder.sinks = self._wishes.sinks(trainer) if trainer.is_global_zero else []
         if not any(p.requires_grad for p in module.parameters()):
             self._border.tell(
                 "lightning_gradflow: the model has no trainable parameters, so there is nothing to watch."
             )
-
-    def _intervals(self, of_logger: int) -> tuple[int, int]:
-        """Steps between two samples, and between two readings of the gradients alone."""
-        monitors = [*self._parts, *self.monitors]
-        # a monitor that says how often it wants everything, and nothing else, reads the rest as often as is usual
-        said = [
-            monitor for monitor in monitors if (monitor.every_n_steps, monitor.signal_every_n_steps) != (None, None)
-        ]
-        asked = [of_logger if monitor.every_n_steps is None else monitor.every_n_steps for monitor in said]
-        of_signal = [n for monitor in monitors if (n := monitor.signal_every_n_steps) is not None]
-        if not asked and not of_signal:
-            return of_logger, of_logger
-        finest = min(asked + of_signal)
-        # where nobody says: a sample costs up to a third of a step, which is then below one in a hundred
-        return min(of_signal, default=finest * -(-_SIGNAL_INTERVAL // finest)), finest
 
     def _begin_treating(self, treating: Treating, trainer: Trainer, module: LightningModule, is_sharded: bool) -> None:
         def begin() -> None:
@@ -225,21 +206,6 @@ class Session:
         self._border.run(MITIGATOR, begin, default=None)
         if self._border.is_off(MITIGATOR):
             self._end_treating()
-
-    def _named(self, which: str) -> str | None:
-        return next((getattr(part, which) for part in self._parts if getattr(part, which, None)), None)
-
-    def _sinks(self, trainer: Trainer) -> list[Any]:
-        if trainer_facts.is_dry_run(trainer):
-            return []
-        sinks: list[Any] = list(make_sinks(trainer.loggers))
-        report = None
-        if any(monitor.report for monitor in self.monitors):
-            report = ReportSink(lambda: trainer_facts.run_directory(trainer))
-            sinks.append(report)
-        if any(monitor.console for monitor in self.monitors):
-            sinks.append(ConsoleSink(report))
-        return sinks
 
     @property
     def report_path(self) -> Path | None:

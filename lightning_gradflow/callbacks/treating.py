@@ -143,11 +143,16 @@ class Treating:
         step = trainer_facts.logged_step(trainer)
         self._mitigation.keep_good(said, self._training(trainer, module))
         self._decision = self._mitigation.decide(said, history, trainer_facts.progress(trainer, step))
-        is_remedy = any(action.kind == "clip" for action in self._mitigation.actions)
-        for said_once in (self._mitigation.clipping_advice if is_remedy else "", self._mitigation.forbidden):
-            if said_once and said_once not in self._told:
-                self._told.add(said_once)
-                self._border.tell(f"lightning_gradflow: {said_once}")
+        forbidden = self._mitigation.forbidden
+        self._tell_once(forbidden, forbidden)
+        clips = any(action.kind == "clip" for action in self._mitigation.actions)
+        if clips and "clipping" not in self._told:  # its numbers change, the advice does not
+            self._tell_once("clipping", self._mitigation.clipping_advice)
+
+    def _tell_once(self, what: str, text: str) -> None:
+        if text and what not in self._told:
+            self._told.add(what)
+            self._border.tell(f"lightning_gradflow: {text}")
 
     def end(self) -> None:
         """The fit is over, or died."""

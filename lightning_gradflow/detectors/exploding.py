@@ -11,7 +11,7 @@ import numpy as np
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.decay import is_evened_out
 from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped, offending_features
-from lightning_gradflow.detectors.known import skipped_rows
+from lightning_gradflow.detectors.known import input_point, skipped_rows
 from lightning_gradflow.detectors.profile import depth_profile, in_order, is_skipped, recent_profiles
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.standstill import starts_with_embedding
@@ -144,7 +144,9 @@ class ExplodingGradient:
         known = inputs[np.isfinite(inputs)]
         if len(layers) < 2:
             return []
-        before = float(np.sqrt(np.mean(np.square(known)))) if known.size else sizes[layers[0].name]
+        goes_in = input_point(history)
+        is_first = goes_in is not None and goes_in <= history.points.index(layers[0])
+        before = float(np.sqrt(np.mean(np.square(known)))) if known.size and is_first else sizes[layers[0].name]
         if starts_with_embedding(history):
             before = min(before, 1.0)  # an embedding is drawn with 1
         steps = {p.module: sizes[p.name] / max(sizes[b.name], _TINY) for b, p in pairwise(layers)}

@@ -6,7 +6,12 @@ import math
 
 import numpy as np
 
-from lightning_gradflow.detectors.known import first_values, known_rows, layer_mask, newest_known
+from lightning_gradflow.detectors.known import (
+    first_values,
+    input_point,
+    known_rows,
+    newest_known,
+)
 from lightning_gradflow.history import Floats, History
 
 _MAX_RMS = 10.0  # initialisations are made for 1; up to about 10 the first steps of the training make up for it
@@ -147,12 +152,15 @@ def _sizes(history: History) -> Floats:
 
 
 def _is_absorbed(history: History) -> bool:
-    """Whether the first layer's output is of the usual size in the first sample; a recurrence's is, whatever comes."""
-    layers = np.flatnonzero(layer_mask(history))
-    if not layers.size:
+    """Whether the output of the layer that takes them is of the usual size in the first sample.
+
+    That of a recurrence is, whatever comes: there the share of its gates tells that the inputs shut.
+    """
+    at = input_point(history)
+    if at is None:
         return False
-    shut = float(first_values(history, "saturated_fraction")[layers[0]])
+    shut = float(first_values(history, "saturated_fraction")[at])
     if not math.isnan(shut):
         return shut <= _OPEN
     # NaN where it was not measured
-    return bool(first_values(history, "output_rms")[layers[0]] <= _NORMALISED)
+    return bool(first_values(history, "output_rms")[at] <= _NORMALISED)

@@ -90,6 +90,30 @@ def layer_mask(history: History) -> Bools:
     )
 
 
+def input_point(history: History) -> int | None:
+    """Which point is the output of the layer that takes the inputs: the first layer, where it is not told otherwise.
+
+    Behind an embedding it is the first layer to which raw numbers go.
+
+    Example:
+        >>> from lightning_gradflow.history import Point, Row
+        >>> history = History()
+        >>> history.layer_axis.merge(["emb", "fc"])
+        >>> history.add_points([Point("emb", "emb"), Point("fc", "fc")])
+        >>> history.append(Row(0, scalars={"input_layer": 1.0}))
+        >>> input_point(history)
+        1
+    """
+    layers = np.flatnonzero(layer_mask(history))
+    told = history.scalar("input_layer")
+    told = told[~np.isnan(told)]
+    if told.size:
+        names = dict(zip(history.layer_axis.order.tolist(), history.layers, strict=True))
+        name = names[int(told[-1])]
+        layers = np.array([i for i in layers if history.points[i].module == name], dtype=np.int64)
+    return int(layers[0]) if layers.size else None
+
+
 def columns_of_layers(history: History) -> Ints:
     """(P,) for each point the place of its layer among the layers; -1 at activations, and where it is none of them."""
     return history.facts.of_names("columns of layers", lambda: _columns_of_layers(history))

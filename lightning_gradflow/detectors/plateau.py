@@ -11,7 +11,6 @@ import numpy.typing as npt
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.plateau_causes import AGREE, cause_of, is_unpaired, line_of
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.detectors.standstill import unusual_start
 from lightning_gradflow.detectors.trend import mann_kendall, steepest_fall, theil_sen
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
@@ -62,9 +61,6 @@ class LossPlateau:
     has clearly fallen by more, and stands, may have a large constant in it or little to learn from: that is info, and
     so is one of unknown cause on whose gradients the batches agree.
 
-    A run that stands still with weights that were unusual from its start is found sooner, with `weight_scale` or
-    `recurrence` for a cause (see `unusual_start`).
-
     Not judged: while the learning rate rises or is below a tenth of its maximum, while the validation loss falls or the
     training loss clearly rises, and with several optimizers, whose losses play against each other. A run that has
     learnt, and then stands, has converged: that is no finding. Blind where the loss has both signs, for progress has no
@@ -104,8 +100,6 @@ class LossPlateau:
         """The finding of the newest row, if there is one."""
         if not history.rows or history.scalar("optimizers")[-1] > 1:
             return []
-        if found := unusual_start(history):
-            return found
         steps, losses = self._at_full_rate(history)
         if not steps.size or self._validation_falls(history):
             return []

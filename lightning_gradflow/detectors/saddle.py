@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_gradflow.detectors.known import holders
+from lightning_gradflow.detectors.known import holders, input_point, layer_mask
 from lightning_gradflow.detectors.profile import depth_profile, in_order
 from lightning_gradflow.detectors.standstill import steps_at_full_rate
 from lightning_gradflow.history import Floats, History
@@ -114,6 +114,9 @@ def _sizes(history: History, row: int) -> dict[str, float]:
 
 
 def _inputs(history: History, row: int) -> float:
+    layers = np.flatnonzero(layer_mask(history))
+    if not layers.size or input_point(history) != layers[0]:
+        return math.nan
     sizes = history["input_rms"][row]
     known = sizes[np.isfinite(sizes)]
     return float(np.sqrt(np.mean(np.square(known)))) if known.size else math.nan

@@ -9,7 +9,7 @@ import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import contrast, deviations
-from lightning_gradflow.detectors.known import known_rows, layer_mask, newest_known
+from lightning_gradflow.detectors.known import input_point, known_rows, layer_mask, newest_known
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.standstill import steps_at_full_rate, steps_needed
 from lightning_gradflow.findings import Finding, FindingKind, Severity
@@ -91,16 +91,16 @@ class UnscaledInputs:
         return [self._finding(history, evidence)]
 
     def _finding(self, history: History, evidence: dict[str, float]) -> Finding:
-        layers = np.flatnonzero(layer_mask(history))
+        at = input_point(history)
         return Finding(
             kind=FindingKind.LOSS_PLATEAU,
             severity=Severity.WARNING,
             step=history.rows[-1].step,
-            layers=(history.points[layers[0]].module,) if layers.size else (),
+            layers=(history.points[at].module,) if at is not None else (),
             cause="unscaled_inputs",
             evidence={
                 "steps": float(steps_at_full_rate(history)),
-                "loss": float(history.losses[-1]),
+                "loss": float(history.losses[np.isfinite(history.losses)][-1]),
                 **evidence,
             },
         )

@@ -151,7 +151,7 @@ class UpdateRatio:
         if not now >= limit * start:
             return []
         evidence = {"update_ratio": float(medians[peak]), "growth": now / start if start > 0 else math.inf, "loss": now}
-        return [_too_large(history, -ratios[peak], evidence)]
+        return [_too_large(history, -ratios[peak], evidence | _when(history, peak))]
 
     def _all_together(self, history: History, ratios: Floats, medians: Floats, losses: Floats) -> list[Finding]:
         """Steps that have left next to nothing of the weights that the run started from, and led nowhere."""
@@ -174,7 +174,7 @@ class UpdateRatio:
         if not now >= first - _GAINED * abs(first):
             return []
         evidence = {"update_ratio": float(medians[peak]), "weight_growth": float(np.median(known)), "loss": now}
-        return [_too_large(history, -ratios[start + peak], evidence)]
+        return [_too_large(history, -ratios[start + peak], evidence | _when(history, start + peak))]
 
     def _from_now_on(
         self, history: History, ratios: Floats, medians: Floats, steps: Floats, losses: Floats
@@ -197,6 +197,11 @@ class UpdateRatio:
                 row = ratios[len(ratios) - back + int(np.nanargmax(last))]
                 return [_too_large(history, -row, evidence)]
         return []
+
+
+def _when(history: History, row: int) -> dict[str, float]:
+    """The step of a row that is not the newest."""
+    return {} if row == len(history) - 1 else {"largest_step": float(history.steps[row])}
 
 
 def _start_of_steps(history: History) -> int:

@@ -14,7 +14,7 @@ from lightning_gradflow.history.facts import Facts
 from lightning_gradflow.history.losses import LossTrace
 from lightning_gradflow.history.rows import Floats, Ints, Point, Row
 from lightning_gradflow.history.tables import Grown, Tables, pack, unpack
-from lightning_gradflow.metrics import HISTOGRAM_BINS, METRICS
+from lightning_gradflow.metrics import HISTOGRAM_BINS, METRICS, SCALARS
 
 
 class History:
@@ -99,8 +99,15 @@ class History:
         return table
 
     def scalar(self, name: str) -> Floats:
-        """(R,) values of a scalar; NaN where a row has none."""
+        """(R,) values of a scalar; NaN where a row has none.
+
+        Raises:
+            KeyError: if it is none of `lightning_gradflow.metrics.SCALARS`, and no row has it.
+        """
         if name not in self._scalars:
+            if name not in SCALARS and not any(name in row.scalars for row in self._rows):
+                hint = " (a metric: history[name])" if name in METRICS else ""
+                raise KeyError(f"scalar must be one of {sorted(SCALARS)}, got {name!r}{hint}")
             self._scalars[name] = Grown(np.array([row.scalars.get(name, np.nan) for row in self._rows], np.float64))
         return self._scalars[name].rows
 

@@ -58,7 +58,7 @@ class Grown(Generic[Scalar]):
     @property
     def width(self) -> int:
         """Numbers of a row that is a list of them."""
-        return self._buffer.shape[1]
+        return int(self._buffer.shape[1])
 
     def append(self, row: Any) -> None:
         """Adds a row, or a number to a list of them."""

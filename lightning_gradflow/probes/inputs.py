@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_gradflow.history import Floats
 from lightning_gradflow.probes.observer import first_tensor
+from lightning_gradflow.probes.raw_columns import raw_columns
 from lightning_gradflow.probes.shards import is_cut, is_sharded, local
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
@@ -34,12 +35,13 @@ class InputScale:
     """Root mean square and standard deviation of each feature of what goes into the first layer of a sampled step.
 
     Taken from the layer's first positional floating-point tensor. The features are its last dimension; of what goes
-    into a convolution, or into a normalisation of channels, the channels. Whole numbers (tokens), keyword arguments,
-    single vectors, more than `MAX_FEATURES` features and an input that is cut up over ranks are not measured.
+    into a convolution, or into a normalisation of channels, the channels. Columns that other layers have made, such as
+    embeddings beside raw numbers, are not measured. Neither are whole numbers (tokens), keyword arguments, single
+    vectors, more than `MAX_FEATURES` features and an input that is cut up over ranks.
 
     Example:
         >>> scale, transfer = InputScale(), Transfer()
-        >>> scale.take(nn.Linear(2, 1), (torch.tensor([[3.0, 1000.0], [4.0, 1000.0]]),))
+        >>> _ = scale.take(nn.Linear(2, 1), (torch.tensor([[3.0, 1000.0], [4.0, 1000.0]]),))
         >>> scale.pack(transfer)
         >>> rms, deviation = InputScale.unpack(transfer.fetch())
         >>> (rms**2).round(6).tolist(), deviation.round(6).tolist()
@@ -50,32 +52,44 @@ class InputScale:
         self._sums: Tensor | None = None  # (2, F) squares and values, summed over the batches so far
         self._counts: Floats = np.zeros(0)  # (F,)
 
-    def take(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        """Adds the input of one batch.
+    def take(self, module: nn.Module, arguments: tuple[Any, ...], *, is_first: bool = True) -> bool:
+        """Adds the input of one batch, if it is one.
 
         Args:
             module: the layer that it went into.
             arguments: the positional arguments of the call.
+            is_first: whether no layer has run before, so that whatever comes is an input.
+
+        Returns:
+            Whether it was.
         """
         tensor = first_tensor(arguments)
         values = local(tensor.detach()) if tensor is not None and not is_cut(tensor) else None
-        if values is None or values.dim() < 2 or not values.numel():
-            return
+        if tensor is None or values is None or values.dim() < 2 or not values.numel():
+            return False
         at = _feature_dim(module, values)
         features = values.shape[at]
         if features > MAX_FEATURES:
-            return
+            return False
+        is_raw = raw_columns(tensor, at)
+        if is_raw is None or not is_raw.any():
+            if not is_first:
+                return False
+            is_raw = np.ones(features, dtype=bool)
         others = [dim for dim in range(values.dim()) if dim != at]
         # six times as fast on a CPU as the norm over these dimensions
         wide = values.to(wide_dtype(values.device), copy=True)
         total = wide.sum(others)
         sums = torch.stack([wide.square_().sum(others), total])
-        counts = np.full(features, values.numel() / features)
+        counts = np.where(is_raw, values.numel() / features, 0.0)
+        if not is_raw.all():
+            sums.masked_fill_(torch.from_numpy(~is_raw).to(sums.device, non_blocking=True), 0.0)
         if self._sums is not None:
             longest = max(features, len(self._counts))
             sums = _padded(sums, longest) + _padded(self._sums, longest)
             counts = np.pad(counts, (0, longest - features)) + np.pad(self._counts, (0, longest - len(self._counts)))
         self._sums, self._counts = sums, counts
+        return True
 
     def pack(self, transfer: Transfer) -> None:
         """Hands what was seen to the transfer."""
@@ -91,6 +105,8 @@ class InputScale:
     def unpack(host: Mapping[Hashable, Floats]) -> tuple[Floats, Floats]:
         """(F,) root mean square and (F,) standard deviation out of what was fetched; empty where nothing was measured.
 
+        Columns at the end that were not measured are left out, others are NaN.
+
         A deviation below 1e-8 of the mean is lost in the rounding of sums and comes out as about 0.
         """
         lengths = [name[1] for name in host if isinstance(name, tuple) and name[0] == _SUMS]
@@ -98,11 +114,12 @@ class InputScale:
         for length in lengths:
             sums[:, :length] += host[_SUMS, length].reshape(2, length)
             counts[:length] += host[_COUNTS, length]
-        features = int(np.count_nonzero(counts))  # the columns that ranks were padded with have no count
-        with np.errstate(invalid="ignore", over="ignore"):  # infinity minus infinity
+        features = int(np.flatnonzero(counts)[-1]) + 1 if counts.any() else 0  # those of the padding have no count
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):  # infinity minus infinity
             square, mean = sums[:, :features] / counts[:features]
             rms, deviation = np.sqrt(square), np.sqrt(np.maximum(square - mean**2, 0.0))
-        return np.where(np.isfinite(rms), rms, math.inf), np.where(np.isfinite(deviation), deviation, math.inf)
+        is_told = np.isfinite([rms, deviation]) | (counts[:features] == 0)
+        return np.where(is_told[0], rms, math.inf), np.where(is_told[1], deviation, math.inf)
 
 
 def _feature_dim(module: nn.Module, values: Tensor) -> int:

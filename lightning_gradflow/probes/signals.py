@@ -83,6 +83,7 @@ class SignalProbe:
         self._input = InputScale()
         self._before: dict[Point, Seen] = {}  # as it was when the batch began
         self._input_before = self._input
+        self._input_layer: str | None = None
         self._shut: dict[str, tuple[Tensor, int]] = {}  # gates of the first layer, until it is reported
         self._segment.clear()
         self._scales: dict[int, Tensor] = {}  # by backward pass
@@ -111,7 +112,7 @@ class SignalProbe:
         self._gathering.flush()
         self._before = {point: copy.copy(seen) for point, seen in self._seen.items()}
         self._input_before = copy.copy(self._input)
-        self._awaits_input = True
+        self._awaits_input = self._is_first = True
         self._start_forward()
 
     def _start_forward(self) -> None:
@@ -171,11 +172,20 @@ class SignalProbe:
         self._error = self._error or error
 
     def _on_input(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if self._awaits_input:
-            self._awaits_input = False
-            self._input.take(module, arguments)
-            name, shut = self._layers.name_of(module), shut_gates(module, arguments) if self._activations else None
-            self._shut = {name: shut} if name is not None and shut is not None else {}
+        if not self._awaits_input:
+            return
+        is_first, self._is_first = self._is_first, False
+        # behind an embedding another layer may be the first to take numbers; what a frozen one makes looks like them
+        may_follow = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters(recurse=False))
+        is_input = is_first or (may_follow and not self._observer.input_is_detached)
+        is_input = is_input and self._input.take(module, arguments, is_first=is_first)
+        self._awaits_input = may_follow and not is_input
+        name = self._layers.name_of(module)
+        if is_input:
+            self._input_layer = name
+        if name is not None and (is_first or is_input) and self._activations:
+            shut = shut_gates(module, arguments)
+            self._shut = {name: shut} if shut is not None else {}
 
     def _on_layer(self, name: str, output: Tensor) -> None:
         point = self._names.layer(name)
@@ -304,10 +314,11 @@ class SignalProbe:
             host: what was fetched.
             multiplier: turns the gradients as they were into those of the mean loss.
         """
+        layer = self._input_layer
         self._reset()
         signals = unpack(host, self._transfer.topology, self.silent, multiplier)
         rms, deviation = InputScale.unpack(host)
-        return replace(signals, input_rms=rms, input_deviation=deviation)
+        return replace(signals, input_rms=rms, input_deviation=deviation, input_layer=layer)
 
     def state_dict(self) -> dict[str, Any]:
         """Names and silent units, so that a resumed run, or one with new layers, goes on with the same columns."""

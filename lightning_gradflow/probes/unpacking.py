@@ -40,8 +40,10 @@ class Signals:
         calls: name of a point that ran more than once in a forward pass -> (K,) delta norm of each call; of an RNN,
             LSTM or GRU -> (T,) norm of the gradient at its input by time step, the end last.
         floor: log2 of the smallest positive number that the narrowest of the deltas can hold; NaN without deltas.
-        input_rms: (F,) root mean square of each feature of the input; empty where it was not measured.
+        input_rms: (F,) root mean square of each feature of the input, NaN for columns that other layers have made;
+            empty where it was not measured.
         input_deviation: (F,) standard deviation of each.
+        input_layer: the layer that it went into.
     """
 
     order: Sequence[Point] = ()
@@ -50,6 +52,7 @@ class Signals:
     floor: float = math.nan
     input_rms: Floats = field(default_factory=lambda: np.empty(0))
     input_deviation: Floats = field(default_factory=lambda: np.empty(0))
+    input_layer: str | None = None
 
     @property
     def points(self) -> dict[Point, dict[str, float]]:

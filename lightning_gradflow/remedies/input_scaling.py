@@ -111,13 +111,13 @@ class InputScaling:
     ) -> Folded | None:
         """Folds the scale of the inputs into the layers that take them, and holds it from then on.
 
-        Treated are the layers that get raw input and nothing else, with a root mean square above 10, and hand it on
-        with one above 2; and those whose inputs differ too little from each other (see `UnscaledInputs`). With
-        `keep_function=False` their weights are taken as made for standardised inputs: what follows is the network as it
-        was initialised, on such inputs. So it is for weights that have learnt nothing, and the optimizer's state of
-        them is removed; where one looks trained, nothing is done. With `keep_function=True` the inputs have lately
-        changed their size: each feature is brought back to that from before, and what was learnt, state included,
-        stays in force.
+        Treated are the layers that get raw input, alone or in columns beside embeddings, with a root mean square above
+        10, and hand it on with one above 2; and those whose inputs differ too little from each other (see
+        `UnscaledInputs`). With `keep_function=False` their weights are taken as made for standardised inputs: what
+        follows is the network as it was initialised, on such inputs. So it is for weights that have learnt nothing, and
+        the optimizer's state of them is removed; where one looks trained, nothing is done. With `keep_function=True`
+        the inputs have lately changed their size: each feature is brought back to that from before, and what was
+        learnt, state included, stays in force.
 
         Args:
             training: the run, between two optimizer steps.
@@ -305,16 +305,18 @@ def _map(training: Training, module: nn.Module, found: Moments, past: Floats | N
     if past is None:
         shiftable = can_shift(training, module)
         return standardising(found, shiftable=shiftable, padded=pads_with_zeros(module))
-    if len(past) != features_of(module):
+    features = features_of(module)
+    if len(past) > features:
         return None
-    before = torch.from_numpy(past).to(found.rms)
+    before = torch.from_numpy(np.pad(past, (0, features - len(past)), constant_values=np.nan)).to(found.rms)
     ratio = found.rms / before
     sure = ratio.isfinite() & (ratio > 0)
     if not bool(sure.any()):
         return None
     usual = ratio[sure].median()
     sure &= (ratio > usual * _SAME_UNIT) | (ratio < usual / _SAME_UNIT)
-    return torch.where(sure, ratio, usual), torch.zeros_like(ratio)
+    ratio = torch.where(sure, ratio, usual)
+    return torch.where(found.mean.isfinite(), ratio, 1.0), torch.zeros_like(ratio)
 
 
 def _before_jump(history: History) -> Floats | None:

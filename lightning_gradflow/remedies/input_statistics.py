@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_gradflow.probes.raw_columns import raw_columns
 from lightning_gradflow.probes.transfer import wide_dtype
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -35,8 +36,9 @@ def features_of(module: nn.Module) -> int:
 class RawInput:
     """What goes into one layer in a forward pass, as long as nothing that trains has made it.
 
-    An input is raw where autograd is on and has no history of it. Calls under `no_grad` are passed over. A layer that
-    also gets what other layers made is no first layer.
+    An input is raw where autograd is on and has no history of it, or in the columns of which that is so: numbers beside
+    embeddings. The other columns are not looked at. Calls under `no_grad` are passed over. A layer that also gets what
+    other layers made is no first layer.
 
     Args:
         module: a Linear, a convolution, a recurrence or a cell of one.
@@ -79,18 +81,22 @@ class RawInput:
         x = given.data if isinstance(given, PackedSequence) else given
         if not isinstance(x, Tensor) or not torch.is_grad_enabled():
             return None
-        if x.grad_fn is not None or isinstance(x, nn.Parameter) or not x.is_floating_point():
+        at = -1 - len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else -1
+        is_raw = raw_columns(x, at) if x.is_floating_point() and not isinstance(x, nn.Parameter) else None
+        if is_raw is None or not is_raw.any():
             self._is_first = False
             return None
-        at = -1 - len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else -1
+        if self._map is None:
+            rows = x.detach().movedim(at, -1).reshape(-1, x.shape[at])
+            if not is_raw.all():
+                rows = rows.masked_fill(torch.from_numpy(~is_raw).to(rows.device), torch.nan)
+            self._rows.append(rows)
+            self._eps = torch.finfo(_computed_in(x)).eps
+        else:  # what has made the other columns is to have its gradient
+            scale, shift = self._map
+            x = ((x.movedim(at, -1).to(scale) - shift) / scale).movedim(-1, at).to(x.dtype)
+            given = given._replace(data=x) if isinstance(given, PackedSequence) else x
         with torch.no_grad():
-            if self._map is None:
-                self._rows.append(x.detach().movedim(at, -1).reshape(-1, x.shape[at]))
-                self._eps = torch.finfo(_computed_in(x)).eps
-            else:
-                scale, shift = self._map
-                x = ((x.movedim(at, -1).to(scale) - shift) / scale).movedim(-1, at).to(x.dtype)
-                given = given._replace(data=x) if isinstance(given, PackedSequence) else x
             self._note(_gates(module, x))
         return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "input": given})
 
@@ -121,7 +127,9 @@ def _gates(module: nn.Module, x: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean, spread and size of each feature over the batch and all ranks. What is not finite is left out.
+    """Mean, spread and size of each feature over the batch and all ranks.
+
+    What is not finite is left out, and so are columns that other layers have made.
 
     Args:
         mean: (F,); NaN where nothing came.
@@ -204,6 +212,7 @@ def standardising(found: Moments, *, shiftable: bool, padded: bool) -> tuple[Ten
     - Without a bias that can take the shift up, it is 0 and the scale the root mean square.
     - A convolution pads with the 0 of its raw inputs. To standardise them puts that border at `-mean / deviation`,
       which is right for pixels and absurd for 1000 +- 1. So the scale is at least a third of the mean there.
+    - Columns that are not raw stay as they are.
     - A feature is not known from this batch where fewer than two samples make its spread, as in a column that is
       nearly always 0, or where the spread is lost in the rounding of its mean. It is not shifted, and its scale
       covers what was seen of it and the median of the other scales: too large a scale only makes it slow.
@@ -234,6 +243,6 @@ def standardising(found: Moments, *, shiftable: bool, padded: bool) -> tuple[Ten
         scale = torch.maximum(scale, mean.abs() / _MAX_BORDER)
     typical = scale[known].median() if bool(known.any()) else rms.square().mean().sqrt()
     scale = torch.where(known, scale, torch.maximum(mean.abs() + found.peak, typical))
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where((scale > 0) & found.mean.isfinite(), scale, 1.0)
     shift = torch.where(known, mean, 0.0) if shiftable else torch.zeros_like(mean)
     return scale.log2().round().exp2(), shift

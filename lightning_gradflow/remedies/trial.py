@@ -14,10 +14,11 @@ from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Action, Finding
 from lightning_gradflow.history import History
 from lightning_gradflow.remedies.held import Held
+from lightning_gradflow.remedies.patient import Patient, Treatment
 from lightning_gradflow.remedies.plan import DESTRUCTIVE, UNTOUCHED, remedies_for
 from lightning_gradflow.remedies.snapshot import Snapshot, is_finite
 from lightning_gradflow.remedies.training import Training
-from lightning_gradflow.remedies.treatments import Patient, Treatment, treat
+from lightning_gradflow.remedies.treatments import treat
 from lightning_gradflow.remedies.verdict import Decision, Trial, length, loss_at, verdict
 from lightning_gradflow.remedies.ways_back import LEARNT, WaysBack
 

@@ -10,9 +10,9 @@ from lightning_gradflow.detectors.inputs import inputs_jumped, offending_feature
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
+from lightning_gradflow.remedies.slowing import LARGEST_FACTOR, start_factor
 from lightning_gradflow.remedies.snapshot import Snapshot
 from lightning_gradflow.remedies.training import Training
-from lightning_gradflow.remedies.treatments import LARGEST_FACTOR, start_factor
 from lightning_gradflow.remedies.verdict import BROKEN, TOLERATED, length, level, loss_at
 
 LEARNT = 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -171,9 +172,15 @@ def changes(action: Action) -> str:
 
 def _split(action: Action) -> tuple[str, str]:
     """What the action changed at once, and what the loss did in the trial."""
-    names = list(dict.fromkeys([*action.before, *action.after]))
-    first = [_change(name, action.before, action.after) for name in names if not _is_loss(name)]
-    return "; ".join(first), "; ".join(_change(name, action.before, action.after) for name in names if _is_loss(name))
+    before, after = (_known(numbers) for numbers in (action.before, action.after))
+    names = list(dict.fromkeys([*before, *after]))
+    first = [_change(name, before, after) for name in names if not _is_loss(name)]
+    return "; ".join(first), "; ".join(_change(name, before, after) for name in names if _is_loss(name))
+
+
+def _known(numbers: Mapping[str, float]) -> dict[str, float]:
+    # a loss that is NaN was measured
+    return {name: value for name, value in numbers.items() if _is_loss(name) or not math.isnan(value)}
 
 
 def _is_loss(name: str) -> bool:

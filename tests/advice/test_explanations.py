@@ -6,6 +6,7 @@ import pytest
 
 from lightning_gradflow.advice import explain
 from lightning_gradflow.advice.explanations import UNKNOWN
+from lightning_gradflow.findings import Finding, FindingKind, Severity
 from tests.advice.cases import EVIDENCE, PAIRS, finding
 
 
@@ -50,3 +51,11 @@ def test_the_text_of_an_underflow_tells_how_near_the_smallest_number_the_loss_is
 def test_a_loss_that_is_not_a_number_is_told():
     text = explain(finding("nonfinite_gradient", "loss", evidence={"nonfinite_layers": 3.0, "loss": nan}))
     assert "the loss is nan" in text
+
+
+@pytest.mark.parametrize(("layers", "text"), [(1.0, "in 1 layer."), (3.0, "in 3 layers.")])
+def test_layers_are_counted_as_people_do(layers, text):
+    found = Finding(
+        FindingKind.NONFINITE_GRADIENT, Severity.CRITICAL, 0, ("fc",), "initialisation", "", {"spoilt_layers": layers}
+    )
+    assert explain(found).endswith(text)

@@ -226,3 +226,42 @@ def test_a_detached_trunk_is_checked_where_lightning_has_a_hook_for_it():
         exec(cure.code, {"model": model})
     model(torch.rand(8, 32)).sum().backward()
     exec(cure.code, {"model": model})
+
+
+def functional(*ops):
+    """The history of Linear layers with activations that are calls."""
+    history = History()
+    history.layer_axis.merge([f"fc{i}" for i in range(len(ops) + 1)])
+    points = [[Point(f"fc{i}", f"fc{i}"), Point(f"fc{i}/{op}", f"fc{i}", op)] for i, op in enumerate(ops)]
+    history.add_points([*(point for pair in points for point in pair), Point(f"fc{len(ops)}", f"fc{len(ops)}")])
+    return history
+
+
+def test_code_that_changes_nothing_by_itself_comes_last():
+    cures = suggest(finding("vanishing_gradient", "saturation", layers=("fc0",)), functional("tanh", "tanh"))
+    lines = [[line for line in cure.code.splitlines() if line] for cure in cures]
+    by_hand = [all(line.startswith(("#", "from", "import")) for line in code) for code in lines]
+    assert by_hand == sorted(by_hand)
+    assert [cure.title.startswith("Add residual") for cure in cures][-1]
+    named = suggest(finding("vanishing_gradient", "saturation", layers=("net.0",)), history_of(Net()))
+    assert named[0].title.startswith("Add residual")
+
+
+def test_weights_of_a_wrong_size_are_drawn_anew_behind_the_last_activation_too():
+    history = functional("relu", "relu")
+    found = finding("exploding_gradient", "weight_scale", layers=("fc2", "fc1", "fc0"))
+    first, second = suggest(found, history)[:2]
+    assert '("fc0", "fc1")' in first.code
+    assert '("fc2",)' in second.code
+    assert "orthogonal" in second.title
+    others = suggest(replace(found, layers=("fc1", "fc0")), history)
+    assert not any('("fc2",)' in cure.code for cure in others)
+    vanishing = finding("vanishing_gradient", "depth", layers=("fc2", "fc1", "fc0"))
+    assert not any("orthogonal" in cure.title for cure in suggest(vanishing, history))
+
+
+def test_inputs_are_scaled_where_they_go_in():
+    history = functional("relu", "relu")
+    history.append(Row(0, scalars={"input_layer": 1.0}))
+    code = suggest(finding("dead_units", "unscaled_inputs"), history)[0].code
+    assert 'first = model.get_submodule("fc1")' in code

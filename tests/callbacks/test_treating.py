@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gradflow import GradFlowWarning
 from lightning_gradflow.border import RAISE_VARIABLE
 from lightning_gradflow.findings import FindingKind
-from lightning_gradflow.remedies import treatments
+from lightning_gradflow.remedies import slowing, treatments
 from lightning_gradflow.remedies.clip import Clipper
 from lightning_gradflow.remedies.learning_rate import RateFactor
 from lightning_gradflow.sinks.base import Sink
@@ -65,7 +65,7 @@ def seen(monkeypatch):
 @pytest.fixture
 def any_step_is_too_large(monkeypatch):
     """What is made up is that the rate is too large: the real steps are small ones."""
-    monkeypatch.setattr(treatments, "_USUAL_RATIO", 1e-6)
+    monkeypatch.setattr(slowing, "USUAL_RATIO", 1e-6)
 
 
 def _unscaled():

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradflow.findings import FindingKind
-from lightning_gradflow.remedies import treatments
+from lightning_gradflow.remedies import slowing
 from tests.benchmarks.zoo import quiet_trainer
 from tests.benchmarks.zoo.exact import EXACT, EXACT_DATA
 from tests.callbacks.treated import Doctor, Says, weights
@@ -200,7 +200,7 @@ def _go(remedy, folder, **kwargs):
     says, scale, shrink = REMEDIES[remedy]
     doctor, model = Doctor(says, allow=(remedy,)), Fixed(scale, shrink)
     keeps = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)
-    with mock.patch.object(treatments, "_USUAL_RATIO", 1e-4):  # what is made up is that the first step was too large
+    with mock.patch.object(slowing, "USUAL_RATIO", 1e-4):  # what is made up is that the first step was too large
         fit([doctor, keeps], model, max_epochs=-1, max_steps=STEPS, enable_checkpointing=True, **kwargs)
     return doctor, weights(model)
 

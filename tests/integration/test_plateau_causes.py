@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 
 from lightning_gradflow import FindingKind, GradFlow, GradFlowWarning
 from lightning_gradflow.callbacks.why import _dealt, _of_one_epoch
+from lightning_gradflow.metrics import SCALARS
 from tests.benchmarks.zoo import quiet_trainer
 
 PIXELS, DIGITS = (torch.tensor(part) for part in load_digits(return_X_y=True))
@@ -75,6 +76,7 @@ def test_too_small_steps_are_told_from_the_loss_along_them():
     assert found.evidence["line_gain_far"] > 0.01
     assert found.step <= 350
     assert (flow.history.scalar("loss_line") == 1).sum() == 1
+    assert {name for row in flow.history.rows for name in row.scalars} <= set(SCALARS)
 
 
 def test_targets_without_a_relation_to_the_inputs_are_told_from_gradients_without_a_direction():

@@ -28,6 +28,26 @@ class Sequences(nn.Module):
         return self.out(self.rnn(x)[0][:, -1])
 
 
+class Table(nn.Module):
+    """Embeddings beside numbers, or added to what a layer of their own makes of these."""
+
+    def __init__(self, apart=False):
+        super().__init__()
+        self.lookup = nn.Embedding(7, 8)
+        self.numbers = nn.Linear(4, 8) if apart else nn.Identity()
+        self.rest = nn.Sequential(nn.Linear(8 if apart else 12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+        self.out = nn.Linear(32, 1)
+
+    def forward(self, x):
+        found, numbers = self.lookup(torch.arange(len(x)) % 7), self.numbers(x)
+        both = found + numbers if numbers.shape == found.shape else torch.cat([found, numbers], 1)
+        return self.out(self.rest(both))
+
+
+def _incomes(x):
+    return x * torch.tensor([1.0, 2e4, 1.0, 5e3]) + torch.tensor([0.0, 5e4, 0.0, 0.0])
+
+
 def _stack(*before):
     return nn.Sequential(*before, nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
 
@@ -82,6 +102,8 @@ SICK = {
     "inputs far off 0": (_stack, lambda x: 0.01 * x + 4, _adam, "loss_plateau", 50),
     "tiny inputs of a recurrence": (lambda: Sequences(nn.GRU), lambda x: 1e-4 * x, _adam, "loss_plateau", 50),
     "a recurrence far off 0": (lambda: Sequences(nn.GRU), lambda x: 100 * x + 300, _adam, "saturated_activation", 2),
+    "raw columns beside embeddings": (Table, _incomes, _adam, "exploding_gradient", 0),
+    "raw columns behind an embedding": (lambda: Table(apart=True), _incomes, _adam, "exploding_gradient", 0),
     "a recurrence of large inputs": (lambda: Sequences(nn.LSTM), lambda x: 500 * x, _adam, "saturated_activation", 2),
 }
 
@@ -111,6 +133,7 @@ HEALTHY = {
         lambda x: 1e-4 * x,
         _adam,
     ),
+    "columns beside embeddings": (Table, lambda x: 3 * x + 1, _adam),
     "a recurrence of inputs that are not small": (lambda: Sequences(nn.LSTM), lambda x: 8 * x, _adam),
 }
 

@@ -378,3 +378,62 @@ def test_the_history_holds_the_input_of_each_sampled_step(tmp_path):
     np.testing.assert_allclose(flow.history["input_rms"], expected)
     np.testing.assert_allclose(flow.history["input_deviation"], x.double().numpy().reshape(2, 8, 3).std(1), rtol=1e-6)
     assert flow.history.names("input_rms") == ("0", "1", "2")
+
+
+class Table(nn.Module):
+    """Embeddings beside raw numbers, as nets for tables have them."""
+
+    def __init__(self, apart=False):
+        super().__init__()
+        self.lookup = nn.Embedding(5, 3)
+        self.apart = nn.Linear(2, 3) if apart else None
+        self.mixed = nn.Linear(3 if apart else 5, 4)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, keys, numbers):
+        found = self.lookup(keys)
+        found = torch.cat([found, numbers], 1) if self.apart is None else found + self.apart(numbers)
+        return self.head(self.mixed(found))
+
+
+def _of_table(model, numbers):
+    transfer = Transfer()
+    probe = SignalProbe(LayerMap(model), transfer)
+    probe.start_batch()
+    loss = model(torch.arange(len(numbers)) % 5, numbers).sum()
+    probe.before_backward()
+    loss.backward()
+    probe.after_backward()
+    probe.finish()
+    return probe.collect(transfer.fetch())
+
+
+@pytest.mark.parametrize(
+    ("apart", "layer", "expected"), [(False, "mixed", [math.nan] * 3 + [1.0, 1000.0]), (True, "apart", [1.0, 1000.0])]
+)
+def test_raw_numbers_behind_an_embedding_are_measured_where_they_go_in(apart, layer, expected):
+    found = _of_table(Table(apart), torch.tensor([[1.0, 1000.0]] * 6))
+    assert found.input_layer == layer
+    np.testing.assert_allclose(found.input_rms, expected)
+    np.testing.assert_allclose(found.input_deviation, [0 * x for x in expected], atol=1e-4)
+
+
+def test_columns_that_are_not_measured_at_the_end_are_left_out():
+    class Ahead(Table):
+        def forward(self, keys, numbers):
+            return self.head(self.mixed(torch.cat([numbers, self.lookup(keys)], 1)))
+
+    np.testing.assert_allclose(_of_table(Ahead(), torch.full((4, 2), 7.0)).input_rms, [7.0, 7.0])
+
+
+def test_what_a_frozen_layer_makes_is_no_input():
+    model = Table()
+    model.lookup.requires_grad_(requires_grad=False)
+    assert not _of_table(model, torch.full((4, 2), 7.0)).input_rms.size
+
+
+def test_a_nan_in_a_column_of_an_embedding_leaves_the_raw_ones():
+    model = Table()
+    with torch.no_grad():
+        model.lookup.weight.fill_(math.nan)
+    np.testing.assert_allclose(_of_table(model, torch.full((4, 2), 7.0)).input_rms, [math.nan] * 3 + [7.0, 7.0])

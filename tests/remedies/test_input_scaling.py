@@ -460,6 +460,44 @@ def test_a_layer_that_also_takes_what_others_made_is_no_first_layer():
     assert InputScaling().start(_training(Again().double(), _data(32))) is None
 
 
+class Table(nn.Module):
+    """Embeddings beside raw numbers."""
+
+    def __init__(self, scale=None, shift=None):
+        super().__init__()
+        self.lookup = nn.Embedding(7, 4)
+        self.first = nn.Linear(7, 16)
+        self.head = nn.Linear(16, 1)
+        self.scale, self.shift = scale, shift
+
+    def forward(self, numbers):
+        if self.scale is not None:
+            numbers = (numbers - self.shift) / self.scale
+        keys = torch.arange(len(numbers)) % 7
+        return self.head(torch.tanh(self.first(torch.cat([self.lookup(keys), numbers], 1))))
+
+
+@pytest.mark.parametrize("name", ["momentum and decay", "adamw"])
+def test_raw_columns_beside_embeddings_train_as_standardised_ones(name):
+    torch.manual_seed(0)
+    net, x = Table().double(), _data(64)
+    twin = copy.deepcopy(net)
+    optimizer, scaling = OPTIMIZERS[name](net.parameters()), InputScaling()
+    assert scaling.start(_training(net, x, [optimizer])).layers == ("first",)
+    scale, shift = _map_of(scaling, "first")
+    assert scale[:4].tolist() == [1.0] * 4
+    assert shift[:4].tolist() == [0.0] * 4
+    torch.testing.assert_close(scale[4:], x.std(0), rtol=0.5, atol=0.0)
+    twin.scale, twin.shift = scale[4:], shift[4:]
+    torch.testing.assert_close(net(x), twin(x), atol=1e-11, rtol=1e-11)
+    before = twin.lookup.weight.clone()
+    _steps(net, x, optimizer, scaling)
+    _steps(twin, x, OPTIMIZERS[name](twin.parameters()))
+    assert (twin.lookup.weight - before).abs().max() > 0.01  # it did train
+    _assert_same_run(net(x), twin(x))
+    torch.testing.assert_close(net.lookup.weight, twin.lookup.weight, atol=1e-10, rtol=1e-10)
+
+
 def test_a_layer_whose_weights_were_made_for_such_inputs_is_left_alone():
     net = nn.Sequential(nn.Linear(3, 4)).double()
     with torch.no_grad():

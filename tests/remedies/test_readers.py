@@ -9,9 +9,10 @@ from torch import nn
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History, Point
 from lightning_gradflow.remedies.held import Held
+from lightning_gradflow.remedies.patient import Patient
 from lightning_gradflow.remedies.readers import centres_behind
 from lightning_gradflow.remedies.training import RehearsalError, Training
-from lightning_gradflow.remedies.treatments import Patient, treat
+from lightning_gradflow.remedies.treatments import treat
 
 SIZE = 8
 

@@ -13,9 +13,10 @@ from torch import nn
 from lightning_gradflow.findings import FindingKind
 from lightning_gradflow.history import Row
 from lightning_gradflow.remedies.held import Held
+from lightning_gradflow.remedies.patient import Patient
 from lightning_gradflow.remedies.plan import REMEDIES
 from lightning_gradflow.remedies.training import RehearsalError
-from lightning_gradflow.remedies.treatments import _TREATMENTS, Patient, treat
+from lightning_gradflow.remedies.treatments import _TREATMENTS, treat
 from tests.remedies.made_up_run import Run, finding
 
 RATE = finding(FindingKind.UPDATE_RATIO, "learning_rate_too_large")

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from lightning_gradflow.detectors.plateau import LossPlateau
-from lightning_gradflow.detectors.standstill import stands_still, starts_with_embedding, unusual_start
+from lightning_gradflow.callbacks.plateau_detector import PlateauDetector
+from lightning_gradflow.detectors.standstill import stands_still, starts_with_embedding
+from lightning_gradflow.detectors.unusual_start import UnusualStart
+from lightning_gradflow.findings import Ledger
 from lightning_gradflow.history import History, Point, Row
 from tests.detectors.runs import stack, verdict
 
@@ -33,7 +35,7 @@ def run(points=None, losses=STILL, values=None, interval=10, lr=None, later=None
 
 
 def judged(**changes):
-    return verdict(unusual_start(run(**changes)))
+    return verdict(UnusualStart().judge(run(**changes)))
 
 
 def radii(*values):
@@ -69,7 +71,7 @@ def test_a_recurrence_is_judged_by_its_spectral_radius(values, expected):
 
 
 def test_the_numbers_behind_it_are_told():
-    (finding,) = unusual_start(run(values=CHAOS, losses=STILL[:61]))
+    (finding,) = UnusualStart().judge(run(values=CHAOS, losses=STILL[:61]))
     assert (finding.kind, finding.step) == ("loss_plateau", 60)
     assert finding.evidence == {"steps": 60.0, "loss": 2.3, "recurrent_radius": 8.0}
 
@@ -161,7 +163,7 @@ def test_several_optimizers_are_not_judged():
 
 
 def test_nothing_is_said_of_nothing():
-    assert unusual_start(History()) == []
+    assert UnusualStart().judge(History()) == []
     assert not stands_still(History())
     assert judged() == []
 
@@ -179,8 +181,24 @@ def test_trained_weights_with_little_left_to_learn_are_left_alone():
 
 
 def test_the_plateau_detector_tells_it():
-    assert verdict(LossPlateau().judge(run(values=CHAOS))) == SICK
+    history = run(values=CHAOS)
+    said = [finding for detector in PlateauDetector().detectors(alone=True) for finding in detector.judge(history)]
+    assert verdict(said[:1]) == SICK
+    opened = Ledger().update(100, said)
+    assert [finding.cause for finding in opened] == ["recurrence"]  # of two of a kind the first counts
 
 
 def test_more_layers_that_are_well_change_nothing():
     assert judged(points=stack(6), values=radii(nan, 8.0, nan, nan, 1.0, nan)) == SICK
+
+
+@pytest.mark.parametrize("argument", ["max_radius", "max_embedding"])
+@pytest.mark.parametrize("value", [0.0, -1.0, nan, math.inf])
+def test_limits_out_of_range_are_refused(argument, value):
+    with pytest.raises(ValueError, match=rf"{argument} must be .*, got"):
+        UnusualStart(**{argument: value})
+
+
+def test_limits_are_the_callers():
+    assert verdict(UnusualStart(max_radius=9.0).judge(run(values=CHAOS))) == []
+    assert verdict(UnusualStart(max_embedding=20.0).judge(run(points=EMBEDDED, values=embedding()))) == []

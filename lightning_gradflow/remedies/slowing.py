@@ -1,0 +1,176 @@
+"""By how much the learning rate is to be lowered: after a rollback, and for weights that are new."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+
+import numpy as np
+from torch import Tensor
+
+from lightning_gradflow.history import History
+from lightning_gradflow.remedies.held import Held
+from lightning_gradflow.remedies.learning_rate import RateFactor
+from lightning_gradflow.remedies.patient import Patient
+from lightning_gradflow.remedies.rate_test import fitting_factor
+from lightning_gradflow.remedies.training import RehearsalError, Training
+
+USUAL_RATIO = 0.01
+"""||step|| / ||weights|| that is usual at the start of a run: ten times what it is later on."""
+
+LARGEST_FACTOR = 0.5
+"""For the learning rate: less of a change would not be one."""
+
+_UNKNOWN_FACTOR = 0.1  # for the learning rate, where nothing tells by how much it is too large
+_SMALLEST_FACTOR = 1e-6
+_FAR_TOO_LARGE = 0.1  # what a trial has to say of the rate of a run that went well with it, not to be chance
+_RISEN = 1.5  # times the learning rate of when the run went well
+
+Numbers = dict[str, float]
+
+
+def slow_down(patient: Patient) -> tuple[Numbers, Numbers] | None:
+    """Lowers the learning rate after a rollback, where it is to blame; what changed, the old and the new.
+
+    Returns:
+        None where there is nothing to do, or nothing that can be done. Nothing has changed then.
+    """
+    held, now = patient.held, _own_rate(patient.training)
+    before = _rate_facts(held, now)
+    factor, cap = _slower(patient)
+    # the rate of several groups is not known, and neither is a cap on it
+    if not patient.has_past and factor > LARGEST_FACTOR and not cap < LARGEST_FACTOR * before["lr"]:
+        return None  # to start once more as before would end as before
+    if (factor < 1 or cap < held.rate.cap) and not RateFactor.can_treat(patient.training.optimizers):
+        return None
+    held.rate.factor = max(min(factor, held.rate.factor), _SMALLEST_FACTOR)
+    held.rate.cap = min(held.rate.cap, cap)
+    held.slowest = min(held.slowest, held.rate.factor)
+    held.rollbacks += 1
+    return _changed(before, _rate_facts(held, now))
+
+
+def slow_down_anew(patient: Patient) -> tuple[Numbers, Numbers]:
+    """Lowers the learning rate where a trial says that it is far too large for the new weights; the old, the new.
+
+    Clipping is no help there for optimizers that divide by the size of the gradients.
+    """
+    held, training = patient.held, patient.training
+    if "rollback" not in patient.allow or not RateFactor.can_treat(training.optimizers):
+        return {}, {}
+    tried, rate = _tried(training, held), _own_rate(training)
+    if not tried < _FAR_TOO_LARGE:
+        return {}, {}
+    before = _rate_facts(held, rate)
+    if _rises(training, rate):
+        held.rate.cap = min(held.rate.cap, tried * rate)
+    else:
+        held.rate.factor = max(min(tried, held.rate.factor), _SMALLEST_FACTOR)
+    return _changed(before, _rate_facts(held, rate))
+
+
+def _rate_facts(held: Held, rate: float) -> Numbers:
+    return {"lr_factor": held.rate.factor, "max_lr": held.rate.cap, "lr": _in_force(held, rate)}
+
+
+def _changed(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[Numbers, Numbers]:
+    changed = [name for name in before if before[name] != after[name]]
+    return {n: before[n] for n in changed if math.isfinite(before[n])}, {n: after[n] for n in changed}
+
+
+def _own_rate(training: Training) -> float:
+    """The learning rate that the schedule has set; infinite where there are several, or none that is a number."""
+    groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
+    rate = groups[0].get("lr") if len(groups) == 1 else None
+    return float(rate) if isinstance(rate, (Real, Tensor)) else math.inf
+
+
+def _in_force(held: Held, rate: float) -> float:
+    return min(rate * held.rate.factor, held.rate.cap) if math.isfinite(rate) else math.inf
+
+
+def _slower(patient: Patient) -> tuple[float, float]:
+    """The factor of the learning rate, and what it must not exceed."""
+    history, held = patient.training.history, patient.held
+    slower = _UNKNOWN_FACTOR * held.slowest
+    if not patient.has_past:
+        return (slower, math.inf) if held.rollbacks else _from_the_start(patient.training, held)
+    rates = history.scalar("lr")
+    before, after = (
+        rates[where & np.isfinite(rates)]
+        for where in (history.steps <= patient.good_step, history.steps > patient.good_step)
+    )
+    # one group's rate is what is known: of several it would be the cap of others
+    rate = _own_rate(patient.training)
+    cap = math.inf
+    if math.isfinite(rate) and before.size and after.size and after.max() > _RISEN * before[-1] > 0:
+        cap = float(before[-1])
+    tried = _tried(patient.training, held)
+    if tried < _FAR_TOO_LARGE:
+        return (1.0, min(tried * rate, cap)) if _rises(patient.training, rate) else (tried, cap)
+    if cap < math.inf:
+        return 1.0, cap
+    if held.rollbacks:
+        return slower, math.inf
+    # what broke a run that went well at this rate may have been a batch: it is slowed down for good the next time
+    return (LARGEST_FACTOR if patient.finding.cause == "learning_rate_too_large" else 1.0), math.inf
+
+
+def _from_the_start(training: Training, held: Held) -> tuple[float, float]:
+    """The same for a run that starts once more, from where it began."""
+    history, rate = training.history, _own_rate(training)
+    rises, tried = _rises(training, rate), _tried(training, held)
+    if tried < 1:
+        # a schedule that rises would leave behind what was found
+        return (1.0, tried * rate) if rises else (tried, math.inf)
+    factor, at = start_factor(history), first_rate(history)
+    if rises and factor < 1 and rate > _RISEN * at > 0:
+        return 1.0, factor * at
+    return factor, math.inf
+
+
+def _rises(training: Training, rate: float) -> bool:
+    """Whether the schedule has raised the learning rate since the start."""
+    rates = training.history.scalar("lr")
+    rates = rates[np.isfinite(rates)]
+    return math.isfinite(rate) and rates.size > 0 and max(rate, float(rates[-1])) > rates[0]
+
+
+def _tried(training: Training, held: Held) -> float:
+    """The factor that does best on batches of the run; 1 where that is not known."""
+    train = training.pace
+    if train is None:
+        return 1.0
+    scaling = held.scaling.state_dict() if held.scaling.layers else None
+    try:
+        return fitting_factor(lambda factor, steps: train(factor, steps, scaling)) or 1.0
+    except RehearsalError:
+        return 1.0
+
+
+def start_factor(history: History) -> float:
+    """What brings the first step to the size that first steps usually have, at most 1.
+
+    Example:
+        >>> history = History()
+        >>> start_factor(history)
+        0.1
+    """
+    first = _first_sized(history)
+    # the first step that was too large: those that came of it are larger still
+    return _UNKNOWN_FACTOR if first is None else min(USUAL_RATIO / first[1], 1.0)
+
+
+def first_rate(history: History) -> float:
+    """The learning rate of the step that `start_factor` goes by; NaN where that is not known."""
+    first = _first_sized(history)
+    return math.nan if first is None else float(history.scalar("lr")[first[0]])
+
+
+def _first_sized(history: History) -> tuple[int, float] | None:
+    """The first row that tells how large its step was, and the median over its layers."""
+    ratios = history["update_ratio"]
+    finite = np.where(np.isfinite(ratios) & (ratios > 0), ratios, np.nan)
+    known = np.flatnonzero(~np.isnan(finite).all(axis=1)) if finite.size else np.array([], dtype=int)
+    return (int(known[0]), float(np.nanmedian(finite[known[0]]))) if known.size else None
