@@ -45,6 +45,9 @@ METRICS: dict[str, Metric] = {
         "layers", "norm", "how far the weights of four units differ / their norm; at first, and as long as it is 0"
     ),
     "unit_grad_spread": Metric("layers", "norm", "the same of their gradients"),
+    "zero_weights": Metric(
+        "layers", "index", "weights that are all zero, and so is their gradient; at first, and as long as it is so"
+    ),
     "recurrent_radius": Metric("layers", "norm", "spectral radius of the hidden-to-hidden weights of a recurrence"),
     "hh_to_ih": Metric("layers", "norm", "gradient norm of a recurrence's weights of the state / of the input"),
     "delta_norm": Metric("points", "norm", "L2 norm of the loss gradient at the output, over all calls"),

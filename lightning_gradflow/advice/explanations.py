@@ -58,6 +58,9 @@ SEEN: dict[FindingKind, Text] = {
 """What is seen, for each kind."""
 
 SEEN_SO: dict[tuple[FindingKind, str], Text] = {
+    (FindingKind.NO_GRADIENT, "initialisation"): (
+        "The weights of {layers} are zero, and so is the gradient that would change them",
+    ),
     (FindingKind.DEAD_UNITS, "symmetry"): ("All units of a layer are copies of one another, in {layers}",),
     (FindingKind.UPDATE_RATIO, "overwritten"): (
         "The weights of {layers} were changed by far more than the optimizer's steps can do",
@@ -191,6 +194,9 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     ),
     (FindingKind.NO_GRADIENT, "detached"): (
         "The graph is cut behind them: the next layer takes their output detached, as data or through numpy",
+    ),
+    (FindingKind.NO_GRADIENT, "initialisation"): (
+        "One factor gets the others times what comes back, and all of them started from zero: no step will ever help",
     ),
     (FindingKind.NO_GRADIENT, "unused"): ("They take no part in the loss",),
     (FindingKind.UPDATE_RATIO, "learning_rate_too_small"): (

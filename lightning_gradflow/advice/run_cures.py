@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_gradflow.advice.site import Site, get, literal
+from lightning_gradflow.advice.site import PASTE, Site, get, literal
 from lightning_gradflow.findings import Suggestion
 
 
@@ -134,6 +134,33 @@ def fill_missing(site: Site) -> list[Suggestion]:
             "`torch.empty` takes memory as it is: what stands in it by chance is often zero, and sometimes NaN. A "
             "parameter made of it needs an initialisation; one that was loaded needs another checkpoint.",
             "He et al. 2015, Delving deep into rectifiers",
+        )
+    ]
+
+
+def draw_zeros(site: Site) -> list[Suggestion]:
+    """Values other than zero for weights that are factors of each other."""
+    return [
+        Suggestion(
+            "Start no more than one factor of a product from zero",
+            "\n".join(
+                [
+                    PASTE,
+                    "from torch import nn",
+                    "",
+                    f"for name in {literal(site.named)}:",
+                    "    for key, parameter in model.get_submodule(name).named_parameters(recurse=False):",
+                    '        if not parameter.requires_grad or parameter.any() or "bias" in key:',
+                    "            continue",
+                    "        if parameter.dim() > 1:",
+                    "            nn.init.normal_(parameter, std=(len(parameter) / parameter.numel()) ** 0.5)",
+                    "        else:",
+                    "            nn.init.ones_(parameter)  # the scale of a norm layer",
+                ]
+            ),
+            "The gradient of a factor is the others times what comes back. With one of them at zero, as in an adapter "
+            "or at the end of a residual branch, that one moves with the first step; with two at zero none ever does.",
+            "Hu et al. 2021, LoRA: low-rank adaptation of large language models",
         )
     ]
 

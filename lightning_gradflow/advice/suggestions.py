@@ -31,6 +31,7 @@ from lightning_gradflow.advice.recurrent_cures import (
 )
 from lightning_gradflow.advice.run_cures import (
     detect_anomaly,
+    draw_zeros,
     fill_missing,
     larger_eps,
     overfit_batch,
@@ -102,6 +103,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.LOSS_PLATEAU, "dead_units"): (initialise, leak, lower_rate),
     (FindingKind.LOSS_PLATEAU, "no_signal_in_data"): (overfit_batch,),
     (FindingKind.LOSS_PLATEAU, "unknown"): (overfit_batch, find_rate),
+    (FindingKind.NO_GRADIENT, "initialisation"): (draw_zeros,),
     (FindingKind.NO_GRADIENT, "detached"): (reconnect,),
     (FindingKind.NO_GRADIENT, "unused"): (use_or_freeze,),
     (FindingKind.NO_GRADIENT, "unknown"): (use_or_freeze,),
@@ -118,6 +120,7 @@ IN_THE_RUN: dict[Cure, frozenset[str]] = {
     initialise: frozenset(),
     initialise_named: frozenset(),
     fill_missing: frozenset(),
+    draw_zeros: frozenset(),
     initialise_recurrence: frozenset(),
     scale_inputs: frozenset({"unscaled_inputs"}),
     clip: frozenset(),

@@ -31,7 +31,7 @@ class AutoMitigator(Monitor):
       while nothing has been learnt. Recurrences get orthogonal weights and gate biases for the length of the sequence.
     - `"recycle"`: dead units get new incoming weights, and nothing else changes.
     - `"rollback"`: the run goes back to its last good weights, and on at a smaller learning rate, or none above the one
-      that was good, whatever the scheduler says.
+      that was good, whatever the scheduler says. If it went well and broke, it clips from then on too, where it may.
     - `"scale_inputs"`: layers that take unscaled inputs train as if these were standardised.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_gradflow.callbacks import trainer_facts
 from lightning_gradflow.callbacks.copies import apart, check_memory, clip_of, loss_of, quiet_copy, step_of
@@ -24,6 +24,7 @@ from lightning_gradflow.remedies.training import CopiesTrained, Rehearsal, Rehea
 
 _COPIES = 3  # of a model that is put together: itself, the copy that is rehearsed, what is measured of it
 _TRAINED = 5  # copies of a model that trains: itself, a gradient, what an optimizer remembers, a spare one
+_STANDS_OUT = 10.0  # times the loss of another batch at the same weights
 
 
 def shared(trainer: Trainer, given: tuple[Any, int]) -> tuple[Any, int] | None:
@@ -127,7 +128,7 @@ def _losses(
         group["lr"] = group["lr"] * factor
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     scale, clip = trainer_facts.loss_scale(trainer, module.device), clip_of(trainer, optimizer)
-    losses = [loss_of(trainer, twin, *batch) for batch in batches]
+    losses = _usual([loss_of(trainer, twin, *batch) for batch in batches])
     found: list[float] = []
     for step in range(steps):
         loss = losses[step % len(losses)]()
@@ -144,6 +145,20 @@ def _losses(
             clip()
         optimizer.step()
     return found
+
+
+def _usual(losses: Sequence[Callable[[], Tensor]]) -> Sequence[Callable[[], Tensor]]:
+    """Those of batches that have no part in what is wrong with a run, if it is a batch that is.
+
+    Left out are those whose loss, before any step, is not finite or more than ten times as far from 0 as the smallest.
+    Which rate suits the others is the question: no rate suits a batch that is a mistake.
+    """
+    if len(losses) == 1:
+        return losses
+    with torch.no_grad():
+        sizes = [abs(float(loss())) for loss in losses]
+    most = _STANDS_OUT * min((size for size in sizes if math.isfinite(size)), default=math.inf)
+    return [loss for loss, size in zip(losses, sizes, strict=True) if size <= most] or losses
 
 
 @contextmanager

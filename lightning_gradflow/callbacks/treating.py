@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -158,7 +159,15 @@ class Treating:
         """The fit is over, or died."""
         self._batch = self._decision = None
         self._batches.clear()
+        number = steps = 0
+        with contextlib.suppress(RuntimeError):  # a device that has failed can't be read any more
+            number, steps = self._mitigation.left_out
         self._mitigation.end()
+        if number:
+            self._border.tell(
+                f"lightning_gradflow: {number} of {steps} steps were left out: their gradients were NaN or infinite. "
+                "Look for values that are missing or infinite in the batches."
+            )
 
     def _training(self, trainer: Trainer, module: LightningModule) -> Training:
         """The run as it is now."""

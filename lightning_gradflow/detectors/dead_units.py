@@ -10,7 +10,7 @@ import numpy.typing as npt
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.copied_units import copied_layers
 from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped, offending_features
-from lightning_gradflow.detectors.known import newest_known
+from lightning_gradflow.detectors.known import columns_of_layers, newest_known
 from lightning_gradflow.detectors.onset import has_moved, loss_rose, weight_growth
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
@@ -20,6 +20,7 @@ Bools = npt.NDArray[np.bool_]
 
 _CUT_SAMPLES = 3  # at the edge of death a unit fires in one batch and not in the next
 _MAX_PASSED = 0.01  # of the gradient: a smooth rectifier passes a little on where it is flat
+_EXACT = ("relu", "relu6")  # nothing at all passes where they are flat
 _PATIENCE = 50  # steps: units that are dead at the start often come to life as the layers around them learn
 _MIN_ALIVE = 0.4  # of the units fire in a layer that is well: half of them at a usual initialisation
 _WINDOW = 3  # samples after a death until `dead_fraction` tells of it
@@ -98,7 +99,11 @@ class DeadUnits:
         last = _last_alive(history)
         alive = {int(i): int(last[i]) if last[i] >= 0 else None for i in np.flatnonzero(dead >= self.max_dead)}
         stops = _cuts(history) | _nothing_lives(history)
-        alarms = [i for i, row in alive.items() if self._is_alarm(history, bool(stops[i]), row)]
+        alarms = [
+            i
+            for i, row in alive.items()
+            if self._is_alarm(history, bool(stops[i]), row) and not _still_trains(history, i)
+        ]
         limit = self.max_dead if alive else self.noted_dead
         over = [int(i) for i in np.argsort(-dead, kind="stable") if dead[i] >= limit]
         first = alarms[0] if alarms else over[0]
@@ -133,6 +138,21 @@ class DeadUnits:
         if alive is not None and history.steps[alive] < _EARLY and step < _PATIENCE:
             return True
         return not has_learnt(history) and (step >= _PATIENCE or stops)
+
+
+def _still_trains(history: History, at: int) -> bool:
+    """Whether the layer before a smooth rectifier gets a gradient like the others.
+
+    What is all but flat is no dead end where the loss is steep: the variance of a Gaussian is small because it was
+    learnt, and a softplus that gives it stands where it has to.
+    """
+    newest = newest_known(history, "grad_norm")
+    if history.points[at].op in _EXACT or newest is None or not has_learnt(history):
+        return False
+    column = columns_of_layers(history)
+    before = [int(column[i]) for i in range(at) if column[i] >= 0]
+    known = newest[np.isfinite(newest)]
+    return bool(before and known.size and newest[before[-1]] > _MAX_PASSED * np.median(known))
 
 
 def _copies(history: History) -> list[Finding]:

@@ -15,6 +15,7 @@ from lightning_gradflow.detectors.known import input_point, skipped_rows
 from lightning_gradflow.detectors.profile import depth_profile, in_order, is_skipped, recent_profiles
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.standstill import starts_with_embedding
+from lightning_gradflow.detectors.zero_weights import may_be_blocked
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
 
@@ -85,7 +86,7 @@ class ExplodingGradient:
         return sorted(found, key=lambda finding: -finding.severity.rank)[:1]
 
     def _with_depth(self, history: History) -> list[Finding]:
-        profiles = recent_profiles(history, 2)
+        profiles = recent_profiles(history, 2) if not may_be_blocked(history) else []
         if not profiles or profiles[0].step != history.rows[-1].step:
             return []
         if not all(profile.span >= self.max_growth for profile in profiles):

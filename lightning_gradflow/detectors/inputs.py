@@ -80,6 +80,21 @@ def feature_evidence(history: History) -> dict[str, float]:
     return {"features": float(len(offending)), **worst}
 
 
+def large_from_start(history: History) -> bool:
+    """Whether the rms of the inputs over all columns was above 10 when they were first measured.
+
+    Example:
+        >>> from lightning_gradflow.history import Row
+        >>> history = History()
+        >>> history.add_features(2)
+        >>> history.append(Row(step=0, values={"input_rms": np.array([1.0, 750.0])}))
+        >>> large_from_start(history)
+        True
+    """
+    rows = np.flatnonzero(known_rows(history, "input_rms"))
+    return bool(rows.size and np.sqrt(np.nanmean(np.square(history["input_rms"][rows[0]]))) > _MAX_RMS)
+
+
 def inputs_jumped(history: History) -> bool:
     """Whether the inputs have lately become ten times as large as they were before.
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from lightning_gradflow.detectors.known import how_often_known, is_always, known_rows, layer_mask, newest_values
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.underflow import recent_underflow
+from lightning_gradflow.detectors.zero_weights import zero_weights
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
@@ -25,11 +26,14 @@ _PATIENCE = 50  # steps: a gradient may be exactly zero as long as a layer behin
 class NoGradient:
     """Finds layers that an optimizer holds and that got no gradient in any sample so far.
 
+    Initialisation, a warning: the weights are zero, and so is all that could change them (see
+    `zero_weights.zero_weights`).
+
     Detached, a warning: the layer ran as part of the autograd graph, nothing came back to it, and the first layer that
     the gradient does reach takes its input from the layers before it without their graph: `.detach()`, `.data`,
     `argmax`, a round trip through numpy. So is a trunk that gets exact zeros in each of three samples, while the layers
-    behind it are trained: rounding and signs have no slope. Dead units, saturation and gradients below the smallest
-    number of their format make such zeros too, and are left to their own detectors. Features are extracted under
+    behind it are trained: rounding and signs have no slope. Dead units, saturation, weights of zero and gradients below
+    the smallest number of their format make such zeros too, and are left to others. Features are extracted under
     `no_grad` on purpose; such a trunk is detached only if 50 steps have passed and nothing was learnt.
 
     Unused, an info: everything else. Heads that the loss does not use, layers that never ran, teachers, branches beside
@@ -62,6 +66,9 @@ class NoGradient:
         """The finding of the newest row, if there is one: the detached layers, else the unused ones."""
         if not history["grad_missing_fraction"].size:
             return []
+        zero = zero_weights(history)
+        if zero.layers:
+            return [_finding(history, Severity.WARNING, "initialisation", np.array(zero.layers))]
         held = how_often_known(history, "grad_missing_fraction")
         never = (held >= _MIN_SAMPLES) & is_always(history, "grad_missing_fraction", 1)
         zeros = _held_zeros(history)
@@ -104,7 +111,8 @@ def _before_what_is_reached(history: History) -> list[str]:
     first = int(np.argmax(_ever_alive(history)))
     if not (deltas[known, first] > 0).all() or _moved(history)[:-1].sum() < _MIN_ZEROS - 1:
         return []
-    if recent_underflow(history) is not None:
+    has_zeros = bool((history["zero_weights"][-1:] > 0).any())
+    if has_zeros or recent_underflow(history) is not None:
         return []
     flat = np.fmax(history["dead_fraction"][-1], history["saturated_fraction"][-1])[: first + 1]
     if (np.nan_to_num(flat) >= _FLAT).any():

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
-from lightning_gradflow.detectors.inputs import contrast, deviations
+from lightning_gradflow.detectors.inputs import (
+    contrast,
+    deviations,
+    feature_evidence,
+    large_from_start,
+    offending_features,
+)
 from lightning_gradflow.detectors.known import input_point, known_rows, layer_mask, newest_known
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.standstill import steps_at_full_rate, steps_needed
@@ -18,6 +24,10 @@ from lightning_gradflow.history import History
 _TAKEN_UP = 0.03  # of the usual size; usual networks hand on more than a tenth
 _FALLEN = 0.02  # of the loss, over the second half of the run so far
 _CLEAR = 2.0  # z score of such a fall
+_LARGE_STEP = 0.1  # share of its weights that one step changes: ten times what is usual at the start of a run
+_OVERGROWN = 3.0  # times the norm of the first weights: a ninth of the square is left of them
+_USUAL_GAIN = 0.5  # largest singular value; most initialisations give 0.6 to 3
+_RESIDUAL = 0.5  # of the first gradient at the output: a constant leaves 0.6 of it or more
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,17 @@ class UnscaledInputs:
     - there was time to learn: `patience` steps, or 20 % of the planned ones if that is more (300 at most), since the
       learning rate last rose;
     - nothing is learnt: not by 5 % of the loss from the start, or nothing more since the middle of the run.
+
+    Inputs that are too large (see `offending_features`) do harm in another way: the first steps are so large that they
+    overwrite the weights, and those that come out of it are too large for any later step to change. The loss says
+    little there, for it starts as far above what a constant gives as the inputs are too large. It is a finding if all
+    of these hold:
+
+    - the inputs are unscaled, and have been so from the start;
+    - a step has changed a tenth of a layer's weights or more, and those of the median layer have three times the norm
+      that they started with, which was no unusually small one;
+    - the gradient at the output is at least half of the first one: a constant leaves as much, whatever the labels;
+    - there was time to learn, and the loss has not fallen by 2 % since the middle of the run.
 
     Not judged: several optimizers, whose losses play against each other; inputs of which the spread is below the
     rounding of single precision, for nothing can be done about these; inputs that were not measured.
@@ -76,8 +97,14 @@ class UnscaledInputs:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
+        if not history.rows or history.scalar("optimizers")[-1] > 1:
+            return []
+        return self._alike(history) or self._overgrown(history)
+
+    def _alike(self, history: History) -> list[Finding]:
+        """Inputs that differ too little."""
         rows = np.flatnonzero(known_rows(history, "input_deviation"))
-        if not rows.size or history.scalar("optimizers")[-1] > 1:
+        if not rows.size:
             return []
         if not all(contrast(history, row) < self.min_contrast for row in (rows[0], rows[-1])):
             return []
@@ -89,6 +116,14 @@ class UnscaledInputs:
             "input_mean": float(np.sqrt(np.mean(np.square(mean)))),
         }
         return [self._finding(history, evidence)]
+
+    def _overgrown(self, history: History) -> list[Finding]:
+        """Inputs so large that the first steps have overwritten the weights, and nothing can make up for that."""
+        if not self._had_time(history) or not large_from_start(history) or not offending_features(history):
+            return []
+        if not _weights_grew(history) or _residual(history) < _RESIDUAL or _gets_on(history, whatever=True):
+            return []
+        return [self._finding(history, feature_evidence(history))]
 
     def _finding(self, history: History, evidence: dict[str, float]) -> Finding:
         at = input_point(history)
@@ -121,13 +156,45 @@ def taken_up(history: History) -> float:
     return float(parts[~np.isnan(parts)].max(initial=0.0))
 
 
-def _gets_on(history: History) -> bool:
-    """Whether something was learnt, and is still being learnt: to find the best constant is over soon."""
+def _weights_grew(history: History) -> bool:
+    """Whether steps have left next to nothing of the weights that the median layer started from.
+
+    The usual steps at the start of a run change a hundredth of them. To grow is the way out for weights that started
+    too small: these do not count.
+    """
+    first = known_rows(history, "weight_norm").argmax()
+    norms, ratios, usual = history["weight_norm"], history["update_ratio"], history["spectral_norm"][first]
+    with np.errstate(all="ignore"):
+        growth = norms[-1] / norms[first]
+    growth = growth[np.isfinite(growth) & (usual >= _USUAL_GAIN)]
+    was_large = bool((np.nan_to_num(ratios) >= _LARGE_STEP).any())
+    return was_large and growth.size > 0 and bool(np.median(growth) >= _OVERGROWN)
+
+
+def _residual(history: History) -> float:
+    """How large the gradient at the network's output still is, over what it was in the first sample.
+
+    Where inputs are unscaled a loss starts far above what a constant gives, and says nothing of what was learnt when
+    it comes down to that. This does: of a cross-entropy it is how far the probabilities are off, which is at most 1;
+    of squares the distance itself. 0 where it is not known.
+    """
+    deltas = history["delta_norm"]
+    known = np.flatnonzero(layer_mask(history) & np.isfinite(deltas[[0, -1]]).all(axis=0) & (deltas[0] > 0))
+    return float(deltas[-1, known[-1]] / deltas[0, known[-1]]) if known.size else 0.0
+
+
+def _gets_on(history: History, *, whatever: bool = False) -> bool:
+    """Whether something was learnt, and is still being learnt: to find the best constant is over soon.
+
+    Args:
+        history: where to read.
+        whatever: whether to leave out the first, where the loss does not tell.
+    """
     losses = history.losses[np.isfinite(history.losses)]
     quarter = len(losses) // 4
     if quarter < 4:
         return True
-    if not has_learnt(history):
+    if not whatever and not has_learnt(history):
         return False
     late = losses[-2 * quarter :]
     before, now = float(np.median(late[:quarter])), float(np.median(late[quarter:]))

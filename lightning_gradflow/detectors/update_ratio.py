@@ -34,6 +34,8 @@ _LARGE = 0.1  # share of the weights that one step changes: a hundred times what
 _USUAL_GAIN = 0.5  # largest singular value; most initialisations give 0.6 to 3
 _OVERGROWN = 3.0  # times the norm of the first weights, in the median layer: a ninth of the square is left of them
 _GAINED = 0.1  # of the very first loss: less is what outputs gain by becoming a constant
+_LEFT = 0.5  # of the very first loss, where it stands since
+_STANDS = 0.02  # of the loss, between the third and the last quarter of the run so far
 _JUMP = 30.0  # times the run's own update ratio; a restarted schedule makes less of it
 _RATE_JUMP = 3.0  # times the largest learning rate so far
 _LOOK_BACK = 6  # samples in which a jump is looked for
@@ -57,7 +59,8 @@ class UpdateRatio:
     the start, or after 32 steps still above it. At the third loss twice `max_ratio` is asked for. A tenth of
     `max_ratio` is enough where, after 50 steps, the weights of the median layer have three times the norm they started
     with, which was no unusually small one, and 90 % of the very first loss is left: what the initialisation was made
-    for is gone, and nothing has come of it. Later on it is a jump to 30 times the run's own ratio, or of the learning
+    for is gone, and nothing has come of it. Half of the loss is enough where a step was above `max_ratio` and the loss
+    stands still since. Later on it is a jump to 30 times the run's own ratio, or of the learning
     rate, that makes the loss three times what it was. Large steps alone are no finding: many a network starts with one
     and learns. Weights that were changed by something else than steps are told apart (see `overwritten`). Not judged
     with several optimizers, whose losses play against each other.
@@ -171,7 +174,8 @@ class UpdateRatio:
         known = growth[np.isfinite(ratios[start + peak]) & np.isfinite(growth) & usual]
         if medians[peak] < _LARGE * self.max_ratio or not known.size or np.median(known) < _OVERGROWN:
             return []
-        if not now >= first - _GAINED * abs(first):
+        is_stuck = medians[peak] >= self.max_ratio and now >= first - _LEFT * abs(first) and _stands(since)
+        if not (now >= first - _GAINED * abs(first) or is_stuck):
             return []
         evidence = {"update_ratio": float(medians[peak]), "weight_growth": float(np.median(known)), "loss": now}
         return [_too_large(history, -ratios[start + peak], evidence | _when(history, start + peak))]
@@ -197,6 +201,15 @@ class UpdateRatio:
                 row = ratios[len(ratios) - back + int(np.nanargmax(last))]
                 return [_too_large(history, -row, evidence)]
         return []
+
+
+def _stands(losses: Floats) -> bool:
+    """Whether the loss has not fallen since the third quarter of some."""
+    quarter = len(losses) // 4
+    if quarter < _WARM // 2:
+        return False
+    before, now = float(np.median(losses[-2 * quarter : -quarter])), float(np.median(losses[-quarter:]))
+    return before - now < _STANDS * abs(before)
 
 
 def _when(history: History, row: int) -> dict[str, float]:

@@ -135,8 +135,8 @@ def _padded(rows: Tensor, length: int) -> Tensor:
 def shut_gates(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor, int] | None:
     """How many gates of a recurrence its input alone drives to their bounds, and out of how many.
 
-    A recurrence hides its activations. What the input adds to them, `W_ih x + b_ih`, is computed once more, of 1024
-    time steps of samples at most. Near a bound is what is within 1 % of it.
+    A recurrence hides its activations. What the input and the biases add to them, `W_ih x + b_ih + b_hh`, is computed
+    once more, of 1024 time steps of samples at most. Near a bound is what is within 1 % of it.
 
     Args:
         module: an RNN, LSTM or GRU, or a cell of one.
@@ -162,6 +162,10 @@ def shut_gates(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor, i
         return None
     rows = x.detach().reshape(-1, x.shape[-1])
     rows = rows[:: -(-len(rows) // _ROWS)].to(weight.dtype)
-    driven = torch.nn.functional.linear(rows, weight.detach(), None if bias is None else bias.detach()).abs()
+    driven = torch.nn.functional.linear(rows, weight.detach(), None if bias is None else bias.detach())
+    other = getattr(module, f"bias_hh{end}", None)
+    if other is not None:
+        always = len(other) * 2 // 3 if kind == "GRU" else len(other)  # of a GRU's new content a gate decides
+        driven[:, :always] += other.detach()[:always]
     limits = driven.new_tensor(_LIMITS["RNN" if kind.startswith("RNN") else kind])
-    return (driven.unflatten(-1, (len(limits), -1)) > limits[:, None]).sum(), driven.numel()
+    return (driven.abs().unflatten(-1, (len(limits), -1)) > limits[:, None]).sum(), driven.numel()

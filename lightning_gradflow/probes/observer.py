@@ -19,6 +19,7 @@ from lightning_gradflow.probes.detached import Detached
 from lightning_gradflow.probes.gates import PRODUCTS
 from lightning_gradflow.probes.layers import ROOT, LayerMap
 from lightning_gradflow.probes.shards import is_cut, is_transformed, local
+from lightning_gradflow.probes.written_rectifiers import LIMITS, rectifier
 
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "sigmoid": (torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid, torch.special.expit),
@@ -173,7 +174,14 @@ class ForwardObserver(TorchFunctionMode):
             op = ACTIVATIONS.get(func)
             if op is not None:
                 self._apart(self._after_activation, op, result, args, kwargs)
+            elif func in LIMITS:
+                self._apart(self._after_limit, func, result, args, kwargs)
         return result
+
+    def _after_limit(self, func: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        op = rectifier(func, result, args, kwargs)
+        if op is not None:
+            self._after_activation(op, result, (), {})
 
     def _after_activation(self, op: str, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = self._stack[-1][1] if self._stack else ROOT

@@ -16,9 +16,10 @@ from lightning_gradflow.probes.copied_units import has_units, unit_spread
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.shards import is_sharded
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
+from lightning_gradflow.probes.zero_weights import zero_weights
 
 _KEY = "spectra"
-_COPIED = ":copied"
+_COPIED, _ZERO = ":copied", "::zero"
 _COPIES = 1e-4  # of their size: so much at most may be rounding
 _PRODUCTS = 2
 _SMALL, _TOGETHER = 1 << 14, 256  # entries of a matrix, and how many of them, that a call is shared by
@@ -44,7 +45,8 @@ class SpectralProbe:
     over ranks.
 
     In the first sample it is also seen whether the units of a layer are copies of one another, and get the same
-    gradient, without which they don't stay copies. Where they are, they are looked at in the later samples too.
+    gradient, without which they don't stay copies; and whether weights are zero, and get a zero gradient. Where they
+    are, they are looked at in the later samples too.
 
     Args:
         layers: whose weights are read.
@@ -68,6 +70,7 @@ class SpectralProbe:
         self._transfer = transfer
         self._vectors: dict[str, Tensor] = {}
         self._copied: set[str] = set()  # layers whose units were copies once
+        self._zero: set[str] = set()  # layers with weights that were zero, and got no gradient, so far
         self._is_first = True
         self._measured: list[list[tuple[str, str]]] = []  # layer, metric; a list for each device
 
@@ -111,20 +114,26 @@ class SpectralProbe:
             values = found.setdefault(layer, {})
             values[metric] = max(values.get(metric, 0.0), measured(float(x)))
         self._copied |= {layer for layer, values in found.items() if values.get("unit_spread", math.inf) < _COPIES}
+        counts = {layer: values["zero_weights"] for layer, values in found.items() if "zero_weights" in values}
+        self._zero = (self._zero - counts.keys()) | {layer for layer, count in counts.items() if count > 0}
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
         """The vectors that the next sample starts from, and which layers it looks at once more."""
         copied = {f"{layer}{_COPIED}": torch.ones(()) for layer in sorted(self._copied)}
-        return {name: vector.clone() for name, vector in self._vectors.items()} | copied
+        zero = {f"{layer}{_ZERO}": torch.ones(()) for layer in sorted(self._zero)}
+        return {name: vector.clone() for name, vector in self._vectors.items()} | copied | zero
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
         self._copied = {name.removesuffix(_COPIED) for name in state if name.endswith(_COPIED)}
-        vectors = {name: vector for name, vector in state.items() if not name.endswith(_COPIED)}
+        self._zero = {name.removesuffix(_ZERO) for name in state if name.endswith(_ZERO)}
+        vectors = {name: vector for name, vector in state.items() if not name.endswith((_COPIED, _ZERO))}
         self._vectors = {name: torch.as_tensor(vector).clone() for name, vector in vectors.items()}
 
     def _of_layer(self, layer: str, module: nn.Module) -> Iterator[tuple[str, Tensor | _Matrix]]:
+        if (layer in self._zero or self._is_first) and (count := zero_weights(module)) is not None:
+            yield "zero_weights", count
         weights = {key: p for key, p in module.named_parameters(recurse=False) if _is_matrix(p)}
         if not weights or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return

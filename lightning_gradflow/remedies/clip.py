@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,6 +70,7 @@ class Clipper:
             that it is seldom a brake; of 0.001, 0.003, 0.01 and 0.03 it was the best or level with it in three small
             networks whose learning rate was 40 to 600 times too large. From fresh weights they ended near where a
             good one does.
+        until: the last step of the history that counts as past, for a run that has gone back to it.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -92,7 +94,13 @@ class Clipper:
     """
 
     def __init__(
-        self, training: Training, *, max_factor: float = 2.0, window: int = 32, max_ratio: float = 0.01
+        self,
+        training: Training,
+        *,
+        max_factor: float = 2.0,
+        window: int = 32,
+        max_ratio: float = 0.01,
+        until: float = math.inf,
     ) -> None:
         if not 1 <= max_factor < float("inf"):
             raise ValueError(f"max_factor must be in [1, inf), got {max_factor}")
@@ -103,7 +111,7 @@ class Clipper:
         self._max_factor, self._max_ratio = max_factor, max_ratio
         self._optimizers = list(training.optimizers)
         layers = LayerMap(training.model)
-        pasts = [past_norms(training.history, layers, optimizer) for optimizer in self._optimizers]
+        pasts = [past_norms(training.history, layers, optimizer, until) for optimizer in self._optimizers]
         self._states = [ClipState(past, window, max_factor) for past in pasts]
         self._is_on = True
 
@@ -161,6 +169,18 @@ class Clipper:
         """
         shares = [float((known < 1).mean()) for state in self._states if (known := state.known_factors()).size]
         return max(shares, default=float("nan"))
+
+    def left_out(self) -> tuple[int, int]:
+        """How many steps had a gradient that was not finite, and how many there were. Reads from the device.
+
+        Of several optimizers the one with the most counts.
+        """
+        return max(((int(state.left_out), state.steps) for state in self._states), default=(0, 0))
+
+    def left_out_share(self) -> float:
+        """Share of the last 100 steps that were left out, in [0, 1]; 0 before the first. Reads from the device."""
+        shares = [float((known == 0).mean()) for state in self._states if (known := state.known_factors()).size]
+        return max(shares, default=0.0)
 
     def advice(self) -> str:
         """What to do when more than half of the last 100 steps were clipped, else nothing. Reads from the device.

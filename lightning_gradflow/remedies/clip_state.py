@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,8 @@ class ClipState:
         self.norms = torch.full((window,), torch.nan, dtype=torch.float64)
         self.factors = torch.full((COUNTED,), torch.nan, dtype=torch.float64)
         self.limit = torch.full((), torch.inf, dtype=torch.float64)
+        self.left_out = torch.zeros((), dtype=torch.int64)
+        self.steps = 0
         self.usual_limit = max_factor * float(np.median(past)) if past.size else 0.0
         if past.size:
             # not more: soon the run's own steps are to say what is usual
@@ -52,6 +55,7 @@ class ClipState:
         self.norms = self.norms.to(device, wide, non_blocking=True)
         self.factors = self.factors.to(device, wide, non_blocking=True)
         self.limit = self.limit.to(device, wide, non_blocking=True)
+        self.left_out = self.left_out.to(device, non_blocking=True)
 
     def median(self) -> Tensor:
         """The median norm; inf while too few are known. NaN is sorted behind all numbers."""
@@ -64,6 +68,8 @@ class ClipState:
         is_finite = norm.isfinite()
         factor = torch.where(is_finite, torch.where(norm > limit, limit / norm, 1.0), 1.0 if skips else 0.0)
         self.limit = limit
+        self.steps += 1
+        self.left_out = self.left_out + is_finite.logical_not()  # under a scaler it is the scaler that does it
         self.norms = _pushed(self.norms, torch.minimum(norm, limit), is_finite & (norm > 0))
         self.factors = _pushed(self.factors, factor, is_finite | (not skips))
         return factor
@@ -80,15 +86,23 @@ class ClipState:
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors and a number."""
-        return {"norms": self.norms, "factors": self.factors, "limit": self.limit, "usual_limit": self.usual_limit}
+        return {
+            "norms": self.norms,
+            "factors": self.factors,
+            "limit": self.limit,
+            "usual_limit": self.usual_limit,
+            "left_out": self.left_out,
+            "steps": self.steps,
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continues from what `to_dict` gave; arrays will do for tensors."""
         self.norms, self.factors, self.limit = (torch.as_tensor(state[k]) for k in ("norms", "factors", "limit"))
         self.usual_limit = float(state["usual_limit"])
+        self.left_out, self.steps = torch.as_tensor(state.get("left_out", 0)), int(state.get("steps", 0))
 
 
-def past_norms(history: History, layers: LayerMap, optimizer: torch.optim.Optimizer) -> Floats:
+def past_norms(history: History, layers: LayerMap, optimizer: torch.optim.Optimizer, until: float = math.inf) -> Floats:
     """(P,) the newest gradient norms of an optimizer that are fit to be clipped to, 25 at most.
 
     Finite ones; where the step follows the size of the gradient, only those whose step changed less than a tenth of the
@@ -98,11 +112,12 @@ def past_norms(history: History, layers: LayerMap, optimizer: torch.optim.Optimi
         history: where to read.
         layers: of the model, to know the optimizer's own.
         optimizer: whose norms are wanted.
+        until: the last step that counts.
     """
     own = {layers.owner(p) for group in optimizer.param_groups for p in group["params"]}
     columns = [i for i, name in enumerate(history.layers) if name in own]
     norms, updates, weights = (_joint(history[f"{of}_norm"][:, columns]) for of in ("grad", "update", "weight"))
-    fit = np.isfinite(norms) & (norms > 0)
+    fit = np.isfinite(norms) & (norms > 0) & (history.steps <= until)
     if follows_size(optimizer):
         fit &= updates <= _IN_PROPORTION * weights
     return norms[fit][-_WARM_UP:] if fit.sum() >= _MIN_ROWS else np.empty(0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gradflow.remedies.bare_map import BareMap
 from lightning_gradflow.remedies.gains import TRANSPOSED, Gains, Link, by_unit
 from lightning_gradflow.remedies.sick_layers import MAX_OFF, Choice, decades
 
@@ -72,6 +73,7 @@ def make_critical(
     seed: int = 0,
     max_off: float = MAX_OFF,
     max_spread: float = math.inf,
+    only: Collection[str] | None = None,
 ) -> Treated:
     """Draws the layers anew that do not keep the size of the signal, and sets their gain to 1 on the batch.
 
@@ -111,6 +113,7 @@ def make_critical(
         seed: the same seed gives the same weights on every rank and device, but for rounding.
         max_off: factor by which a gain may be off before a layer is treated.
         max_spread: of a layer's output, before it is treated.
+        only: names of the layers that may be drawn; None for all.
 
     Returns:
         What was drawn, and what was measured before and after.
@@ -131,6 +134,8 @@ def make_critical(
     modules = dict(module.named_modules())
     before = links = gains.measure()
     choice = Choice(module, before)
+    if only is not None:
+        choice.may &= {*only}
     generator = torch.Generator().manual_seed(seed)
     broken = [name for name in before if name in choice.may and not _is_finite(modules[name])]
     for name in broken:
@@ -250,7 +255,7 @@ class _Look:
 
     @torch.no_grad()
     def __call__(self, name: str, layer: nn.Module, source: Tensor, _output: Tensor) -> bool:
-        if name in self._names:
+        if name in self._names and not isinstance(layer, BareMap):
             centre = centre_of(layer, source)
             if centre is not None:
                 self.centres[name] = centre

@@ -14,6 +14,7 @@ from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.observer import ACTIVATIONS, ForwardObserver
 from lightning_gradflow.probes.points import PointNames
 from lightning_gradflow.probes.transfer import wide_dtype
+from lightning_gradflow.probes.written_rectifiers import LIMITS
 
 _KEPT = 64  # entries along the first axis, most often samples: enough to see that something changed
 _BENT = frozenset({"gelu", "silu", "mish"})  # near zero on both sides of it: their flat side begins below -1
@@ -118,8 +119,10 @@ class _Watch(ForwardObserver):
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self.is_open and func in ACTIVATIONS:
+        if self.is_open and (func in ACTIVATIONS or func in LIMITS):
             before = args[0] if args else (kwargs or {}).get("input")
+            if func in LIMITS:  # either operand of a maximum may be the one that is cut off
+                before = next((x for x in args if isinstance(x, Tensor) and x.requires_grad), before)
             self._before = before.detach().clone() if isinstance(before, Tensor) else None
         result = super().__torch_function__(func, types, args, kwargs)
         if self.is_open and isinstance(result, Tensor) and result.dim() == 0 and result.requires_grad:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from lightning_gradflow.probes.shards import is_transformed
+from lightning_gradflow.remedies.bare_map import BareMap
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -77,8 +78,9 @@ def by_unit(layer: nn.Module, output: Tensor) -> Tensor:
         >>> by_unit(nn.Conv1d(1, 2, 1), torch.zeros(4, 2, 5)).shape
         torch.Size([20, 2])
     """
-    last = output.detach().double().movedim(unit_dim(layer), -1)
-    return last.reshape(-1, last.shape[-1])
+    dims = layer.unit_dims if isinstance(layer, BareMap) else (unit_dim(layer),)
+    last = output.detach().double().movedim(dims, tuple(range(-len(dims), 0)))
+    return last.reshape(-1, math.prod(last.shape[-len(dims) :]))
 
 
 class Gains:
@@ -113,7 +115,8 @@ class Gains:
     """
 
     def __init__(self, module: nn.Module, forward: Callable[[], None], seed: int = 0) -> None:
-        self._names: dict[nn.Module, str] = {m: name for name, m in module.named_modules() if isinstance(m, WEIGHTED)}
+        kinds = (*WEIGHTED, BareMap)
+        self._names: dict[nn.Module, str] = {m: name for name, m in module.named_modules() if isinstance(m, kinds)}
         self._sources: dict[nn.Module, str] = {m: name for name, m in module.named_modules() if isinstance(m, _SOURCES)}
         self._forward = forward
         self._seed = seed

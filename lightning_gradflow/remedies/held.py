@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_gradflow.remedies.clip import Clipper
 from lightning_gradflow.remedies.critical import Centre
+from lightning_gradflow.remedies.guard import StatisticsGuard
 from lightning_gradflow.remedies.input_scaling import InputScaling
 from lightning_gradflow.remedies.learning_rate import RateFactor
 from lightning_gradflow.remedies.training import Training
@@ -28,14 +29,16 @@ class Held:
         self.scaling = InputScaling()
         self.rate = RateFactor(training.optimizers)
         self.clipper: Clipper | None = None
+        self._guard: StatisticsGuard | None = None  # what clipping leaves out leaves no trace there either
         self.rollbacks = 0
         """How often the run went back."""
         self.slowest = 1.0
         """The smallest factor of the learning rate that was tried, whether or not it is in force."""
 
-    def start_clipping(self, training: Training, max_ratio: float = 0.01) -> None:
-        """Clips from now on; see `Clipper`."""
-        self.clipper = Clipper(training, max_ratio=max_ratio)
+    def start_clipping(self, training: Training, max_ratio: float = 0.01, until: float = math.inf) -> None:
+        """Clips from now on, and leaves out what is not finite; see `Clipper` and `StatisticsGuard`."""
+        self.clipper = Clipper(training, max_ratio=max_ratio, until=until)
+        self._guard = StatisticsGuard(training.model)
 
     def centre(self, centres: Mapping[str, Centre]) -> None:
         """Lets layers train as if their inputs lay around 0; nothing that they compute changes."""
@@ -58,6 +61,8 @@ class Held:
         """Puts back what a step has left half done."""
         self.rate.batch_end()
         self.scaling.batch_end()
+        if self._guard is not None:
+            self._guard.batch_end()
 
     def release(self) -> None:
         """Takes all hooks off."""
@@ -65,6 +70,7 @@ class Held:
         self.scaling.release()
         if self.clipper is not None:
             self.clipper.release()
+        self._guard = None
 
     def state_dict(self) -> dict[str, Any]:
         """What is in force."""
@@ -88,6 +94,7 @@ class Held:
         if state["clipper"] is not None:
             self.clipper = Clipper(self._training)  # the history is read for nothing: the state comes next
             self.clipper.load_state_dict(state["clipper"])
+            self._guard = StatisticsGuard(self._training.model)
 
 
 def is_in_force(state: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +107,9 @@ class InputScaling:
         training: Training,
         layers: Sequence[str] | None = None,
         keep_function: bool = False,
-        before_fold: Callable[[Rehearsal], None] | None = None,
+        before_fold: Callable[[Rehearsal, Collection[str]], bool] | None = None,
+        *,
+        are_new: bool = False,
     ) -> Folded | None:
         """Folds the scale of the inputs into the layers that take them, and holds it from then on.
 
@@ -124,7 +126,9 @@ class InputScaling:
             layers: the only ones to treat; None for all that qualify.
             keep_function: whether the weights are right for the inputs from before a jump.
             before_fold: called, where anything is treated, with a rehearsal in which its layers get standardised
-                inputs. What it does to the weights of the model counts as made for these.
+                inputs, and with their names. What it does to the weights of the model counts as made for these. Says
+                whether to go on; where not, it has changed nothing.
+            are_new: whether `before_fold` draws the layers anew: then it is no matter what they make of large inputs.
 
         Returns:
             What was done, or None where there was nothing to do, nothing was treatable, or no forward pass can be run.
@@ -143,11 +147,11 @@ class InputScaling:
                 for raw in inputs.values():
                     raw.watch(stack)
                 run()
-            found = {name: it for name, it in moments(inputs, training.averaged).items() if _is_unscaled(it)}
+            found = {name: it for name, it in moments(inputs, training.averaged).items() if _is_unscaled(it, are_new)}
             maps = {name: _map(training, modules[name], it, past) for name, it in found.items()}
             treated = {name: it for name, it in maps.items() if it is not None}
-        if treated and before_fold is not None:
-            before_fold(_standardised(training.rehearse, treated))
+        if treated and before_fold is not None and not before_fold(_standardised(training.rehearse, treated), treated):
+            return None
         after = _rms_of_standardised(training, treated)
         if not treated:
             return None
@@ -295,8 +299,9 @@ def _is_trained(model: nn.Module, name: str) -> bool:
     return any(not is_sharded(p) and not looks_fresh(p) for p in weights)
 
 
-def _is_unscaled(found: Moments) -> bool:
-    is_large = found.size > _MAX_RMS and not found.output_rms <= _MAX_OUTPUT  # nothing finite is too large as well
+def _is_unscaled(found: Moments, are_new: bool) -> bool:
+    # nothing finite is too large as well
+    is_large = found.size > _MAX_RMS and (are_new or not found.output_rms <= _MAX_OUTPUT)
     return is_large or 0 < found.contrast < _MIN_CONTRAST
 
 

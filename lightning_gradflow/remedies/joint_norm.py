@@ -51,7 +51,7 @@ def joint_norms(
 def _norms(tensors: list[Tensor], device: torch.device) -> Tensor:
     """(N,) in the order of the tensors, whatever devices they are on."""
     norms = [torch.zeros(0)] * len(tensors)
-    for (_, dtype), where in _alike(tensors).items():
+    for (_, dtype), where in alike(tensors).items():
         narrow = dtype in (torch.float16, torch.bfloat16)
         its = torch._foreach_norm([tensors[i] for i in where], 2, dtype=torch.float32 if narrow else None)
         for i, norm in zip(where, its, strict=True):
@@ -76,7 +76,7 @@ def multiply(gradients: list[Tensor], factor: Tensor, drops: Tensor | None = Non
         >>> gradient
         tensor([0., 0.])
     """
-    for (device, _), where in _alike(gradients).items():
+    for (device, _), where in alike(gradients).items():
         its = [gradients[i] for i in where]
         torch._foreach_mul_(its, factor.to(device, wide_dtype(device), non_blocking=True))
         if drops is not None:
@@ -85,7 +85,7 @@ def multiply(gradients: list[Tensor], factor: Tensor, drops: Tensor | None = Non
                 gradient.masked_fill_(are_dropped, 0)
 
 
-def _alike(tensors: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+def alike(tensors: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
     """Which of the tensors are of one device and type: only such ones go through one fused kernel."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, tensor in enumerate(tensors):

@@ -29,7 +29,12 @@ class Loop:
     columns: Tensor | None = None
 
 
-def loops_among(layers: Mapping[str, nn.Linear], history: History, watch: TimeWatch | None) -> dict[str, Loop]:
+def loops_among(
+    layers: Mapping[str, nn.Linear],
+    history: History,
+    watch: TimeWatch | None,
+    behind: Mapping[str, tuple[str, bool]] | None = None,
+) -> dict[str, Loop]:
     """The loops that some linear layers make, by the name of the layer that gets the state.
 
     It is known from the graph of a forward pass: what goes into the second call of such a layer came out of its first.
@@ -42,6 +47,7 @@ def loops_among(layers: Mapping[str, nn.Linear], history: History, watch: TimeWa
         layers: the candidates, by name: linear layers that are called once at each time step.
         history: tells which activation stands behind a layer.
         watch: one forward pass; None where there is none.
+        behind: for layers that the history does not know, the activation that follows, and whether it makes a gate.
 
     Example:
         >>> layers = {"again": nn.Linear(4, 4), "enter": nn.Linear(2, 4)}
@@ -65,7 +71,7 @@ def loops_among(layers: Mapping[str, nn.Linear], history: History, watch: TimeWa
         }
     found = {}
     for name, state in states.items():
-        op, is_gate = _behind(history, name)
+        op, is_gate = behind[name] if behind and name in behind else _behind(history, name)
         if not is_gate:
             found[name] = Loop(name, op, feeding[name], state)
     return found

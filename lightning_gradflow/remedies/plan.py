@@ -21,17 +21,19 @@ PLAN: dict[tuple[FindingKind, str], tuple[str, ...]] = {
     (FindingKind.EXPLODING_GRADIENT, "depth"): ("reinit", "rollback", "clip"),
     (FindingKind.EXPLODING_GRADIENT, "recurrence"): ("reinit", "clip", "rollback"),
     (FindingKind.EXPLODING_GRADIENT, "learning_rate_too_large"): ("reinit", "rollback", "clip"),
-    (FindingKind.EXPLODING_GRADIENT, "unscaled_inputs"): ("scale_inputs", "rollback", "clip"),
+    (FindingKind.EXPLODING_GRADIENT, "unscaled_inputs"): ("scale_inputs", "reinit", "rollback", "clip"),
     (FindingKind.EXPLODING_GRADIENT, "unknown"): ("clip", "rollback"),
     (FindingKind.NONFINITE_GRADIENT, "initialisation"): ("reinit",),
     (FindingKind.NONFINITE_GRADIENT, "learning_rate_too_large"): ("reinit", "rollback", "clip"),
     (FindingKind.NONFINITE_GRADIENT, "unscaled_inputs"): ("scale_inputs", "rollback"),
-    (FindingKind.NONFINITE_GRADIENT, "unknown"): ("rollback", "clip"),
+    (FindingKind.NONFINITE_GRADIENT, "forward"): ("reinit", "clip", "rollback"),
+    (FindingKind.NONFINITE_GRADIENT, "unknown"): ("clip", "rollback"),
     (FindingKind.DEAD_UNITS, "initialisation"): ("reinit", "recycle"),
     (FindingKind.DEAD_UNITS, "symmetry"): ("reinit",),
     (FindingKind.DEAD_UNITS, "learning_rate_too_large"): ("reinit", "rollback", "recycle"),
     (FindingKind.DEAD_UNITS, "unscaled_inputs"): ("scale_inputs", "rollback", "recycle"),
     (FindingKind.DEAD_UNITS, "unknown"): ("recycle", "rollback"),
+    (FindingKind.NO_GRADIENT, "initialisation"): ("reinit",),
     (FindingKind.SATURATED_ACTIVATION, "unscaled_inputs"): ("scale_inputs", "reinit"),
     (FindingKind.SATURATED_ACTIVATION, "weight_scale"): ("reinit",),
     (FindingKind.SATURATED_ACTIVATION, "drift"): ("reinit", "rollback"),
@@ -59,9 +61,10 @@ UNTOUCHED = (FindingKind.LOSS_PLATEAU, "unscaled_inputs")
 NOT_FOR = frozenset({"underflow", "learning_rate_too_small", "no_signal_in_data"})
 """Causes that only the user can cure: number format, learning rate, data."""
 
-_BY_BIRTH = frozenset(
+BY_BIRTH = frozenset(
     {
         (FindingKind.SATURATED_ACTIVATION, "weight_scale"),
+        (FindingKind.NO_GRADIENT, "initialisation"),
         (FindingKind.DEAD_UNITS, "initialisation"),
         (FindingKind.DEAD_UNITS, "symmetry"),
         (FindingKind.LOSS_PLATEAU, "weight_scale"),
@@ -98,7 +101,7 @@ def remedies_for(kind: FindingKind, cause: str, *, has_learnt: bool = False) -> 
     if cause in NOT_FOR or (cause in _NOT_AT_START and not has_learnt):
         return ()
     planned = PLAN.get((kind, cause), PLAN.get((kind, "unknown"), ()))
-    if not planned or not has_learnt or (kind, cause) in _BY_BIRTH:
+    if not planned or not has_learnt or (kind, cause) in BY_BIRTH:
         return planned
     if kind is FindingKind.NONFINITE_GRADIENT and cause != "learning_rate_too_large":
         first: tuple[str, ...] = ("clip", "rollback")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gradflow.probes.layers import module_named
 from lightning_gradflow.remedies.critical import Centre, centre_of
 from lightning_gradflow.remedies.through_time import comes_from
 from lightning_gradflow.remedies.training import RehearsalError, Training
@@ -58,7 +59,7 @@ def _measured(model: nn.Module, run: Callable[[], None], layers: Sequence[str]) 
             handle = layer.register_forward_pre_hook(lambda _, args, seen=inputs[name]: seen.extend(args[:1]))
             hooks.callback(handle.remove)
         for name in layers:
-            module = model.get_submodule(name)
+            module = module_named(model, name)
             handle = module.register_forward_hook(lambda _, __, output, name=name: last.update({name: output}))
             hooks.callback(handle.remove)
         run()

@@ -15,6 +15,8 @@ from torch import nn
 from lightning_gradflow.detectors.recurrence import time_profile
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
+from lightning_gradflow.probes.layers import ROOT
+from lightning_gradflow.remedies.bare_uses import Use
 from lightning_gradflow.remedies.loops import Loop, loops_among
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.recurrent import reinitialise_loop, reinitialise_recurrence
@@ -46,7 +48,7 @@ class Treatment:
     after: dict[str, float]
 
 
-def treat(training: Training, finding: Finding) -> Treatment | None:
+def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None = None) -> Treatment | None:
     """Draws the recurrences of a finding anew and measures, on a batch, what comes of it through time.
 
     T is what the run has shown: the median over its samples of the time steps at the layer. Which of the layers in a
@@ -62,6 +64,7 @@ def treat(training: Training, finding: Finding) -> Treatment | None:
     Args:
         training: the run.
         finding: names the layers.
+        bare: bare matrices that are among the modules of the run as layers; those that are in a loop are treated too.
 
     Returns:
         What was done; None where none of the layers is a recurrence that can be treated.
@@ -69,10 +72,13 @@ def treat(training: Training, finding: Finding) -> Treatment | None:
     history = training.history
     modules = _own(training.model)
     names = [point.module for point in history.points if point.is_layer and point.module in finding.layers]
-    names = [name for name in dict.fromkeys(names) if name in modules]
+    uses = _in_loops(bare or {}, finding.layers)
+    names = [name for name in dict.fromkeys([*names, *uses]) if name in modules]
+    behind = {name: (use.op, _is_gate(history, use)) for name, use in uses.items()}
     with _watched(training, names) as watch:
         before = _measured(training, watch, names)
-        loops = loops_among({name: m for name in names if isinstance(m := modules[name], nn.Linear)}, history, watch)
+        linears = {name: m for name in names if isinstance(m := modules[name], nn.Linear)}
+        loops = loops_among(linears, history, watch, behind)
     steps = {name: _steps(history, name, modules[name]) for name in names}
     gain = input_gain = 1.0
     after: dict[str, float] = {}
@@ -96,7 +102,24 @@ def treat(training: Training, finding: Finding) -> Treatment | None:
         else:
             break
     forget(training.optimizers, changed)
-    return Treatment(layers, changed, before, after)
+    owners = {name: use.owner or ROOT for name, use in uses.items()}
+    return Treatment(tuple(dict.fromkeys(owners.get(name, name) for name in layers)), changed, before, after)
+
+
+def _in_loops(bare: Mapping[str, Use], layers: Sequence[str]) -> dict[str, Use]:
+    """Bare matrices that get back what came of their own output, and those beside them in the same module."""
+    looping = {use.owner for use in bare.values() if use.loops}
+    return {
+        name: use for name, use in bare.items() if use.loops or (use.owner in looping and (use.owner or ROOT) in layers)
+    }
+
+
+def _is_gate(history: History, use: Use) -> bool:
+    """Whether the activation behind it, in the same module, is one whose output others are multiplied with."""
+    gates = history["gate_fraction"]
+    own = [i for i, point in enumerate(history.points) if point.op == use.op and point.module == (use.owner or ROOT)]
+    known = gates[:, own][np.isfinite(gates[:, own])] if gates.size else np.array([])
+    return bool(use.op and known.size and np.median(known) > 0.5)
 
 
 def _drawn(

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gradflow.detectors.zero_weights import zero_weights
 from lightning_gradflow.findings import Finding, FindingKind
 from lightning_gradflow.history import History, Point
-from lightning_gradflow.probes.layers import ROOT
+from lightning_gradflow.probes.layers import ROOT, module_named
 from lightning_gradflow.probes.shards import is_sharded
+from lightning_gradflow.remedies.bare import Bare, initialise_bare, with_bare
 from lightning_gradflow.remedies.critical import Centre, centre_of, make_critical
+from lightning_gradflow.remedies.draw_zeros import draw_zeros
 from lightning_gradflow.remedies.fill import fill_missing
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.recurrent import reinitialise_recurrence
 from lightning_gradflow.remedies.recurrent_treatment import treat
+from lightning_gradflow.remedies.saturated import draw_saturated
 from lightning_gradflow.remedies.sick_layers import FAR, MAX_OFF, MAX_SPREAD
 from lightning_gradflow.remedies.symmetry import break_symmetry
-from lightning_gradflow.remedies.textbook import initialise, name_for
+from lightning_gradflow.remedies.textbook import gain_between, initialise, name_for
+from lightning_gradflow.remedies.through_time import TimeWatch
 from lightning_gradflow.remedies.training import RehearsalError, Training
 
 _SATURATED = 0.5  # of an activation's outputs, at its bounds; of a gate that is what it is for
+_SHUT = 4.0  # of a bias: a sigmoid is within 2 % of its bound
+_MOST = 0.5  # of the gates: biases made for a long memory shut two kinds out of four
+_MAX_GROWTH = 3.0  # decades through time: networks that learn gain up to 2.5
 _UNUSUAL = 10.0  # factor between the weights of a recurrence, or an embedding, and 1 / sqrt(fan_in)
 
 
@@ -51,9 +59,12 @@ def reinitialise(training: Training, finding: Finding, *, only_far: bool = False
 
     Recurrences are treated as `recurrent_treatment.treat` says, where the finding is about them. Everything else is
     made critical on a batch of the run (see `make_critical`). Recurrences and embeddings whose weights are off all that
-    is usual by more than a factor of 10 are drawn by the book then, unless `only_far` is set. Where no batch can be
-    had, the layers that the finding names are drawn by the initialisation that suits the activations around them (see
-    `textbook`).
+    is usual by more than a factor of 10 are drawn by the book then, unless `only_far` is set, and so are recurrences
+    whose biases shut most of their gates, and those in which a gradient gains three decades through time. Where no
+    batch can be had, the layers that the finding names are drawn by the initialisation that suits the activations
+    around them (see `textbook`).
+
+    Bare matrices, which modules of the user's own multiply with, count as layers in all of this (see `bare`).
 
     Args:
         training: the run, between two optimizer steps.
@@ -64,10 +75,13 @@ def reinitialise(training: Training, finding: Finding, *, only_far: bool = False
         What was done; None where no layer can be treated, or none is sick.
     """
     if finding.cause == "recurrence":
-        treated = treat(training, finding)
+        with with_bare(training) as (whole, uses):
+            treated = treat(whole, finding, uses)
         if treated is None:
             return None
         return Reinit(treated.layers, treated.before, treated.after, _centres(training, treated.layers))
+    if (finding.kind, finding.cause) == (FindingKind.NO_GRADIENT, "initialisation"):
+        return _without_zeros(training, finding)
     if training.rehearse is not None:
         try:
             return _from_data(training, finding, only_far)
@@ -76,16 +90,43 @@ def reinitialise(training: Training, finding: Finding, *, only_far: bool = False
     return None if only_far else _by_the_book(training, finding)
 
 
+def _without_zeros(training: Training, finding: Finding) -> Reinit | None:
+    """Draws what is zero and no step can change, and nothing else; critically, where a batch can be had."""
+    around = activations_around(training.history.points)
+    outer = zero_weights(training.history).outer  # zeros at the end of a product leave it what it is, and move
+    layers = [name for name in finding.layers if name not in outer] or finding.layers
+    if training.rehearse is not None:
+        try:
+            with training.rehearse() as (module, run):
+                drawn = draw_zeros(module, layers, around, training.seed)
+                treated = make_critical(module, run, training.seed, only=drawn)
+                fresh = {name: [p.detach().clone() for p in parameters] for name, parameters in drawn.items()}
+            changed = _copied(training.model, fresh)
+            forget(training.optimizers, changed)
+            centres = treated.centres if changed else {}
+            return Reinit(tuple(name or ROOT for name in fresh), centres=centres) if changed else None
+        except RehearsalError:
+            pass
+    drawn = draw_zeros(training.model, layers, around, training.seed)
+    forget(training.optimizers, (p for parameters in drawn.values() for p in parameters))
+    return Reinit(tuple(name or ROOT for name in drawn)) if drawn else None
+
+
 def _from_data(training: Training, finding: Finding, only_far: bool) -> Reinit | None:
     assert training.rehearse is not None
     with training.rehearse() as (module, run):
-        drawn = {} if only_far else fill_missing(module, training.seed) | _draw_unusual(module, training.seed)
+        drawn = {} if only_far else fill_missing(module, training.seed) | _draw_unusual(module, run, training.seed)
         if finding.cause == "symmetry":
             around = activations_around(training.history.points)
             drawn |= break_symmetry(module, finding.layers, around, training.seed)
-        max_off, max_spread = FAR if only_far else MAX_OFF, _max_spread(finding, training.history)
-        treated = make_critical(module, run, training.seed, max_off, max_spread)
-        drawn |= treated.changed
+        max_off, max_spread = FAR if only_far else MAX_OFF, _max_spread(finding, training.history, only_far)
+        bare = Bare(module, run)
+        drawn |= bare.draw_loops(module, training.seed)
+        whole = bare.layers(module, with_loops=False)
+        treated = make_critical(whole, whole.routed(run), training.seed, max_off, max_spread)
+        drawn |= bare.owners(module, treated.changed)
+        if not drawn and not only_far and finding.kind is FindingKind.SATURATED_ACTIVATION:
+            drawn |= draw_saturated(module, finding.layers, training.history.points, training.seed)
         fresh = {name: [p.detach().clone() for p in parameters] for name, parameters in drawn.items()}
     changed = _copied(training.model, fresh)
     if not changed:
@@ -104,7 +145,7 @@ def _centres(training: Training, layers: Sequence[str]) -> dict[str, Centre]:
     with training.rehearse() as (module, run):
         handles = []
         for name in layers:
-            layer = module.get_submodule(name)
+            layer = module_named(module, name)
             if isinstance(layer, nn.Linear):
                 inputs = seen.setdefault(name, [])
                 handles.append(layer.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.extend(args[:1])))
@@ -117,12 +158,14 @@ def _centres(training: Training, layers: Sequence[str]) -> dict[str, Centre]:
     return {name: centre for name, centre in found.items() if centre is not None}
 
 
-def _max_spread(finding: Finding, history: History) -> float:
+def _max_spread(finding: Finding, history: History, only_far: bool) -> float:
     """How far outputs may spread: behind large inputs it is usual, and too much where activations saturate.
 
     These may do so below another alarm: what they hold back of the signal hides how large the weights before them are.
     """
     if finding.kind is FindingKind.SATURATED_ACTIVATION:
+        return MAX_SPREAD
+    if finding.kind is FindingKind.NONFINITE_GRADIENT and not only_far:  # something overflows on such outputs
         return MAX_SPREAD
     shares = history["saturated_fraction"]
     gates = history["gate_fraction"]
@@ -130,12 +173,14 @@ def _max_spread(finding: Finding, history: History) -> float:
     return MAX_SPREAD if at_bounds else math.inf
 
 
-def _draw_unusual(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Parameter]]:
+def _draw_unusual(module: nn.Module, run: Callable[[], None], seed: int) -> dict[str, Sequence[nn.Parameter]]:
     """Draws recurrences and embeddings anew whose weights no usual initialisation gives, by the book.
 
-    They have no gain that could be measured from one layer to the next.
+    They have no gain that could be measured from one layer to the next. That of a recurrence from one time step to the
+    next is taken to the power of their number: weights of a usual size are unusual where it blows a gradient up.
     """
     generator = torch.Generator().manual_seed(seed)
+    steps = _blown_up(module, run, seed)
     owners = Counter(p for part in module.modules() for p in part.parameters(recurse=False))
     drawn: dict[str, Sequence[nn.Parameter]] = {}
     for name, part in module.named_modules():
@@ -144,15 +189,26 @@ def _draw_unusual(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Paramet
         own = list(part.parameters(recurse=False))
         weights = [p for p in own if p.dim() > 1]
         is_own = all(owners[p] == 1 and p.requires_grad and looks_fresh(p) for p in weights)
-        if not is_own or all(_is_usual(part, p) for p in weights):
+        is_usual = all(_is_usual(part, p) for p in weights) and not _is_shut(part) and name not in steps
+        if not is_own or is_usual:
             continue
         if isinstance(part, nn.Embedding):
             fresh = initialise(part, "lecun", generator)
         else:
-            fresh = reinitialise_recurrence(part, generator)
+            fresh = reinitialise_recurrence(part, generator, steps.get(name))
         if fresh:
             drawn[name] = own
     return drawn
+
+
+def _blown_up(module: nn.Module, run: Callable[[], None], seed: int) -> dict[str, int]:
+    """Recurrence -> its time steps, of those in which a random gradient gains more than any that learns does."""
+    names = [name for name, part in module.named_modules() if isinstance(part, (nn.RNNBase, nn.RNNCellBase))]
+    if not names:
+        return {}
+    watch = TimeWatch(module, names, run, seed)
+    profiles = {name: watch.profile(name) for name in names}
+    return {name: it.steps for name, it in profiles.items() if it is not None and it.span > _MAX_GROWTH}
 
 
 def _is_usual(part: nn.RNNBase | nn.RNNCellBase | nn.Embedding, weight: Tensor) -> bool:
@@ -160,6 +216,17 @@ def _is_usual(part: nn.RNNBase | nn.RNNCellBase | nn.Embedding, weight: Tensor) 
     size = float(weight.detach().double().square().mean().sqrt())
     fans = (1, weight.shape[1]) if isinstance(part, nn.Embedding) else (weight.shape[1], part.hidden_size)
     return size * math.sqrt(max(fans)) >= 1 / _UNUSUAL and size * math.sqrt(min(fans)) <= _UNUSUAL
+
+
+@torch.no_grad()
+def _is_shut(part: nn.Module) -> bool:
+    """Whether the biases alone shut most of the gates of a recurrence, in some layer of it."""
+    biases: dict[str, Tensor] = {}
+    for key, bias in part.named_parameters(recurse=False):
+        if key.startswith("bias_") and not isinstance(part, nn.Embedding):
+            layer = key.replace("_ih", "").replace("_hh", "")
+            biases[layer] = biases.get(layer, torch.zeros(())) + bias.cpu().double()
+    return any(float((bias.abs() > _SHUT).double().mean()) > _MOST for bias in biases.values())
 
 
 @torch.no_grad()
@@ -193,6 +260,7 @@ def _by_the_book(training: Training, finding: Finding) -> Reinit | None:
         if any(owners[p] > 1 for p in modules[name].parameters(recurse=False)):
             continue
         fresh = initialise(modules[name], name_for(after), generator, before=before, after=after)
+        fresh = fresh or initialise_bare(modules[name], generator, gain_between(before, after))
         if fresh:
             layers.append(name)
             changed += fresh

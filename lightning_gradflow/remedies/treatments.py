@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from lightning_gradflow.detectors.inputs import inputs_jumped
+from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
-from lightning_gradflow.probes.layers import module_named
+from lightning_gradflow.probes.layers import ROOT, module_named
+from lightning_gradflow.remedies.critical import Centre
 from lightning_gradflow.remedies.patient import Patient, Treatment
 from lightning_gradflow.remedies.plan import UNTOUCHED
 from lightning_gradflow.remedies.readers import centres_behind
@@ -15,8 +17,10 @@ from lightning_gradflow.remedies.recurrent import GATED
 from lightning_gradflow.remedies.recycle import recycle
 from lightning_gradflow.remedies.reinit import Reinit, reinitialise
 from lightning_gradflow.remedies.slowing import USUAL_RATIO, slow_down, slow_down_anew
-from lightning_gradflow.remedies.training import Rehearsal, RehearsalError
+from lightning_gradflow.remedies.snapshot import Snapshot
+from lightning_gradflow.remedies.training import Rehearsal, RehearsalError, Training
 
+_OTHER_REASONS = ("learning_rate_too_large", "drift")
 _MAX_RATIO = 0.03  # the same at most, for weights that were just drawn: gated recurrences take larger steps
 
 
@@ -36,15 +40,64 @@ def _clip(patient: Patient) -> Treatment | None:
 
 def _reinit(patient: Patient) -> Treatment | None:
     finding = patient.finding
-    with patient.training.whole() as training:
-        done = reinitialise(training, finding, only_far=finding.cause in ("learning_rate_too_large", "drift"))
-        behind = centres_behind(training, done.layers) if done is not None and finding.cause == "recurrence" else {}
+    done, folded = _drawn_on_scaled(patient)
+    behind: Mapping[str, Centre] = {}
+    if done is None:
+        with patient.training.whole() as training:
+            done = _drawn(training, finding)
+            behind = centres_behind(training, done.layers) if done is not None and finding.cause == "recurrence" else {}
     if done is None:
         return None
     patient.held.centre({**behind, **done.centres})
     _clip_new(patient, done.layers)
     before, after = slow_down_anew(patient)
-    return Treatment(done.layers, {**done.before, **before}, {**done.after, **after})
+    note = f"the scale of the inputs folded into {', '.join(folded)}" if folded else ""
+    return Treatment(done.layers, {**done.before, **before}, {**done.after, **after}, note)
+
+
+def _drawn_on_scaled(patient: Patient) -> tuple[Reinit | None, tuple[str, ...]]:
+    """Draws anew what is sick on standardised inputs, where these are unscaled, and folds their scale in.
+
+    Weights that are too small hide how large the inputs are. Those that are drawn for raw inputs are made for the
+    largest column, and the others drown.
+
+    Returns:
+        What was drawn, and the layers that take the inputs; None and () where nothing was done.
+    """
+    training, finding = patient.training, patient.finding
+    is_from_start = not patient.has_past and not inputs_jumped(training.history)
+    is_sure = finding.cause not in (*_OTHER_REASONS, "forward", "recurrence")
+    if not (is_from_start and is_sure and "scale_inputs" in patient.allow) or training.unsharded is not None:
+        return None, ()
+    drawn: list[Reinit] = []
+
+    def draw(rehearse: Rehearsal, layers: Collection[str]) -> bool:
+        now = Snapshot.take(training.model, training.optimizers)
+        done = reinitialise(replace(training, rehearse=rehearse), finding)
+        if done is None or not {name or ROOT for name in layers} <= set(done.layers):
+            now.restore(training.model, training.optimizers)  # weights that stay are made for the inputs as they are
+            return False
+        drawn.append(done)
+        return True
+
+    try:
+        folded = patient.held.scaling.start(training, before_fold=draw, are_new=True)
+    except RehearsalError:  # then by the book
+        return None, ()
+    return (drawn[0], folded.layers) if folded is not None else (None, ())
+
+
+def _drawn(training: Training, finding: Finding) -> Reinit | None:
+    """Draws anew what is sick; of what may have other reasons only what is so by far."""
+    done = reinitialise(training, finding, only_far=finding.cause in (*_OTHER_REASONS, "forward"))
+    if done is None or finding.cause != "forward":
+        return done
+    # nothing was known of what lies behind numbers that are not finite
+    rest = reinitialise(training, finding)
+    if rest is None:
+        return done
+    layers = tuple(dict.fromkeys((*done.layers, *rest.layers)))
+    return Reinit(layers, done.before, rest.after, {**done.centres, **rest.centres})
 
 
 def _clip_new(patient: Patient, layers: Sequence[str]) -> None:
@@ -80,12 +133,13 @@ def _scale_inputs(patient: Patient) -> Treatment | None:
         drawn: list[Reinit] = []
         draws = "reinit" in patient.allow and not keeps and whole is patient.training
 
-        def draw(rehearse: Rehearsal) -> None:
+        def draw(rehearse: Rehearsal, _layers: Collection[str]) -> bool:
             scaled = replace(training, rehearse=rehearse)
             far = reinitialise(scaled, patient.finding, only_far=True)
             # where one is far off, the others were drawn as badly
             rest = reinitialise(scaled, patient.finding) if far is not None else None
             drawn.extend(anew for anew in (far, rest) if anew is not None)
+            return True
 
         done = patient.held.scaling.start(training, keep_function=keeps, before_fold=draw if draws else None)
     if done is None:
@@ -102,7 +156,15 @@ def _scale_inputs(patient: Patient) -> Treatment | None:
 def _rollback(patient: Patient) -> Treatment | None:
     """The weights have been put back already; what is left is to go on more slowly, where the rate is to blame."""
     changed = slow_down(patient)
-    return Treatment(before=changed[0], after=changed[1]) if changed is not None else None
+    if changed is None:
+        return None
+    note = ""
+    # a run that went well and broke: what broke it may have been a batch, and come again
+    went_back = patient.has_past and patient.good_step < patient.training.history.rows[-1].step
+    if went_back and patient.held.clipper is None and "clip" in patient.allow:
+        patient.held.start_clipping(patient.training, until=patient.good_step)
+        note = "from now on gradients are clipped to what was usual, and steps that are not finite are left out"
+    return Treatment(before=changed[0], after=changed[1], note=note)
 
 
 _TREATMENTS: dict[str, Callable[[Patient], Treatment | None]] = {

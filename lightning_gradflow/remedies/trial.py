@@ -6,23 +6,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_gradflow.detectors.inputs import inputs_jumped
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.findings import Action, Finding
+from lightning_gradflow.findings import Action, Finding, FindingKind
 from lightning_gradflow.history import History
 from lightning_gradflow.remedies.held import Held
 from lightning_gradflow.remedies.patient import Patient, Treatment
-from lightning_gradflow.remedies.plan import DESTRUCTIVE, UNTOUCHED, remedies_for
+from lightning_gradflow.remedies.plan import BY_BIRTH, DESTRUCTIVE, UNTOUCHED, remedies_for
 from lightning_gradflow.remedies.snapshot import Snapshot, is_finite
 from lightning_gradflow.remedies.training import Training
 from lightning_gradflow.remedies.treatments import treat
-from lightning_gradflow.remedies.verdict import Decision, Trial, length, loss_at, verdict
+from lightning_gradflow.remedies.verdict import (
+    BROKEN,
+    MAX_LEFT_OUT,
+    Decision,
+    Trial,
+    length,
+    loss_at,
+    of_steps_made,
+    verdict,
+)
 from lightning_gradflow.remedies.ways_back import LEARNT, WaysBack
 
 _FIRST_STEPS = 10  # in which nothing is learnt that is worth more than a better start
+_NEWEST = 20  # losses that tell whether a run goes on
 
 
 class Mitigation:
@@ -101,6 +112,16 @@ class Mitigation:
         clipper = self._held.clipper if self._held is not None else None
         return clipper.advice() if clipper is not None else ""
 
+    @property
+    def _leaves_out(self) -> bool:
+        return self._held is not None and self._held.clipper is not None
+
+    @property
+    def left_out(self) -> tuple[int, int]:
+        """How many steps were left out since clipping began, and of how many; (0, 0) without. Reads from the device."""
+        clipper = self._held.clipper if self._held is not None else None
+        return clipper.left_out() if clipper is not None else (0, 0)
+
     # -- what to do -------------------------------------------------------------------------------------------------
 
     def decide(self, said: Sequence[Finding], history: History, progress: float) -> Decision | None:
@@ -113,9 +134,10 @@ class Mitigation:
         """
         self._before = None
         alarms = sorted((f for f in said if f.severity.is_alarm), key=lambda f: -f.severity.rank)
+        alarms = [finding for finding in alarms if not self._is_left_out(finding, history)]
         step = history.rows[-1].step
         if self._trial is not None:
-            return verdict(self._trial, alarms, history)
+            return verdict(self._trial, alarms, history, leaves_out=self._leaves_out)
         self._ways.learnt |= not alarms and has_learnt(history, LEARNT)
         if step < self._pause_until or len(self.actions) >= self._max_actions:
             return None
@@ -130,6 +152,15 @@ class Mitigation:
                     "would fit, and may not be used (allow)."
                 )
         return None
+
+    def _is_left_out(self, finding: Finding, history: History) -> bool:
+        """Whether it is about a batch that has left no trace, in a run that goes on: there is nothing to do then."""
+        clipper = self._held.clipper if self._held is not None else None
+        if clipper is None or finding.kind not in BROKEN or not _has_finite_weights(history) or not self.left_out[0]:
+            return False
+        since = self.actions[-1].step if self.actions else -1
+        losses = of_steps_made(history.losses[history.loss_steps > since][-_NEWEST:])
+        return bool(np.isfinite(losses).all()) and clipper.left_out_share() <= MAX_LEFT_OUT
 
     def _fitting(self, finding: Finding) -> tuple[str, ...]:
         fitting = remedies_for(finding.kind, finding.cause, has_learnt=self._ways.learnt)
@@ -148,8 +179,11 @@ class Mitigation:
         is_untouched = (finding.kind, finding.cause) == UNTOUCHED
         if remedy == "scale_inputs" and self._is_late(history) and not is_untouched:
             return False
-        # a loss that comes down from an absurd start has learnt nothing in the first steps
-        return remedy != "reinit" or not has_learnt(history, LEARNT) or history.rows[-1].step < _FIRST_STEPS
+        # a loss that comes down from an absurd start has learnt nothing in the first steps; of one that stands still
+        # with what it was born with the detector has asked how much it has learnt
+        is_new = history.rows[-1].step < _FIRST_STEPS or not has_learnt(history, LEARNT)
+        is_stuck = finding.kind is FindingKind.LOSS_PLATEAU and (finding.kind, finding.cause) in BY_BIRTH
+        return remedy != "reinit" or is_new or is_stuck
 
     def _is_late(self, history: History) -> bool:
         """Whether to start anew costs much, and it is not known yet that to go back is no help."""
@@ -176,6 +210,7 @@ class Mitigation:
         self._ways.drop_newest()
         finite = is_finite(training.model, training.averaged)
         is_sound = finite and self._ways.learnt and has_learnt(training.history, LEARNT)
+        is_sound &= not self._ways.came_before(finding) and not self._ways.starts_anew(finding)
         if is_sound:
             self._ways.stand_by(now, training.history.rows[-1].step)
         for remedy in decision.remedies:
@@ -236,6 +271,7 @@ class Mitigation:
             return None
         step = training.history.rows[-1].step
         is_kept = decision.what == "keep"
+        left_out, _ = self.left_out
         if is_kept:  # nothing goes back behind what has helped
             self._ways.stay(training)
         else:
@@ -251,7 +287,7 @@ class Mitigation:
         action = self.actions[trial.index]
         self.actions[trial.index] = replace(
             action,
-            after={**action.after, "loss": decision.loss},
+            after={**action.after, **({"steps_left_out": float(left_out)} if left_out else {}), "loss": decision.loss},
             outcome="kept" if is_kept else "rolled_back",
             decided_step=step,
         )
@@ -289,3 +325,8 @@ class Mitigation:
         if state["trial"] is not None:
             index, remedy, finding, step, loss, held = state["trial"]
             self._trial = Trial(index, remedy, Finding.from_dict(finding), step, loss, held)
+
+
+def _has_finite_weights(history: History) -> bool:
+    """Whether the newest row was made with weights that are numbers, and its step left them so."""
+    return not any(np.isposinf(history[name][-1]).any() for name in ("weight_norm", "update_norm"))

@@ -20,7 +20,10 @@ _UNKNOWN_LENGTH = 50  # steps of a trial where nobody knows how long the run wil
 TOLERATED = 0.1  # share of the loss by which it may be higher after a trial that took the fault away
 _FAR = 9.0  # share of the loss by which a trial that is not over yet has failed, if it does not fall from there
 _FEWEST = 5  # losses, to say so
+_BY_CHANCE = 2  # losses that are not finite, as the first ones
 _CLEAR = 2.0  # standard deviations of a difference that is no chance
+MAX_LEFT_OUT = 0.5
+"""Share of the steps: a run that leaves out more of them does not go on."""
 BROKEN = (FindingKind.NONFINITE_GRADIENT,)
 
 
@@ -71,9 +74,17 @@ class Trial:
     back: Snapshot | None = None
 
 
-def verdict(trial: Trial, alarms: Sequence[Finding], history: History) -> Decision | None:
-    """Whether a remedy has helped: kept or rolled back; None where that is not known yet."""
+def verdict(trial: Trial, alarms: Sequence[Finding], history: History, *, leaves_out: bool = False) -> Decision | None:
+    """Whether a remedy has helped: kept or rolled back; None where that is not known yet.
+
+    Args:
+        trial: of the remedy.
+        alarms: what is wrong now.
+        history: what was measured.
+        leaves_out: whether steps that are not finite are left out, so that their losses say nothing of the weights.
+    """
     losses = history.losses[history.loss_steps > trial.step]
+    losses = of_steps_made(losses) if leaves_out else losses
     row = history.rows[-1]
     if row.step <= trial.step:
         return None
@@ -91,17 +102,32 @@ def verdict(trial: Trial, alarms: Sequence[Finding], history: History) -> Decisi
     if row.step - trial.step < length(history):
         return None
     is_gone = all(f.kind is not trial.finding.kind for f in alarms)
-    has_fallen = is_known and not now >= before - margin  # also where it was not finite
-    is_higher = is_known and now > before + TOLERATED * abs(before) + margin
+    # a loss that is known from a single batch is no more certain than a batch is
+    chance = math.hypot(margin, _CLEAR * 1.25 * noise / math.sqrt(_losses_behind(history, trial.step)))
+    has_fallen = is_known and not now >= before - chance  # also where it was not finite
+    is_higher = is_known and now > before + TOLERATED * abs(before) + chance
     # of what is told at the start of a run alone it says nothing that it is not told any more
-    is_gone &= "output_growth" not in trial.finding.evidence and trial.finding.kind is not FindingKind.LOSS_PLATEAU
+    is_plateau = trial.finding.kind is FindingKind.LOSS_PLATEAU
+    is_gone &= "output_growth" not in trial.finding.evidence and not is_plateau
     # what gets worse and worse has not got there yet
-    is_rising = is_known and now > max(before, level(losses[:third])) + margin
+    is_rising = is_known and now > max(before + chance, level(losses[:third]) + math.sqrt(2) * margin)
     helped = (is_gone and not is_higher and not is_rising) or has_fallen
     # new weights may start above what a constant gives, which is where a blocked network stood
-    if not helped and is_gone and is_falling and row.step - trial.step < _LONGER * length(history):
+    if not helped and (is_gone or is_plateau) and is_falling and row.step - trial.step < _LONGER * length(history):
         return None
     return Decision("keep" if helped else "roll_back", loss=now)
+
+
+def of_steps_made(losses: Floats) -> Floats:
+    """The finite ones: the other steps were left out. All of them where more than two, and more than half, are not.
+
+    Example:
+        >>> of_steps_made(np.array([0.5, np.nan, 0.4]))
+        array([0.5, 0.4])
+    """
+    finite: Floats = losses[np.isfinite(losses)]
+    most = max(_BY_CHANCE, MAX_LEFT_OUT * len(losses))
+    return finite if len(losses) - len(finite) <= most else losses
 
 
 def loss_at(history: History, step: int) -> float:
@@ -114,6 +140,12 @@ def loss_at(history: History, step: int) -> float:
         diverged = losses.size > 0 and first > losses[0] + _CLEAR * _noise(losses) and first > 2 * abs(losses[0])
         return float(losses[0]) if diverged else first
     return level(losses[-max(3, min(20, len(losses) // 3)) :])
+
+
+def _losses_behind(history: History, step: int) -> int:
+    """How many losses `loss_at` goes by."""
+    count = int(np.isfinite(history.losses[history.loss_steps <= step]).sum())
+    return max(1, min(count, max(3, min(20, count // 3))))
 
 
 def level(losses: Floats) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from lightning_gradflow.detectors.inputs import inputs_jumped, offending_feature
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
+from lightning_gradflow.remedies.plan import UNTOUCHED
 from lightning_gradflow.remedies.slowing import LARGEST_FACTOR, start_factor
 from lightning_gradflow.remedies.snapshot import Snapshot
 from lightning_gradflow.remedies.training import Training
@@ -67,18 +69,27 @@ class WaysBack:
 
         One that has learnt nothing starts anew: what a fault has left of its weights is no better than what they were.
         So does one whose inputs were unscaled from the start: its weights fit no others. And so does one that is young
-        and made large steps from the start: they have done harm before it showed.
+        and made large steps from the start: they have done harm before it showed. Where the finding tells which step
+        did, and the last good weights are younger, these are no better.
         """
         is_accident = finding.kind in BROKEN and finding.cause != "learning_rate_too_large"
         if self._start is not None:
             if remedy == "scale_inputs" and not inputs_jumped(history):
                 return self._start, False
             is_fast = not is_accident and self.is_young(history) and start_factor(history) <= LARGEST_FACTOR
-            if remedy == "rollback" and is_fast:
+            if remedy == "rollback" and (is_fast or self.came_before(finding)):
                 return self._start, False
         if self.learnt or (is_accident and self.good_step >= 0):
             return self.good, True
         return self._start, False
+
+    def came_before(self, finding: Finding) -> bool:
+        """Whether the step that did the harm was made before the last good weights."""
+        return finding.evidence.get("largest_step", math.inf) <= self.good_step
+
+    def starts_anew(self, finding: Finding) -> bool:
+        """Whether the run has learnt nothing but a constant, and what it started from is still there."""
+        return (finding.kind, finding.cause) == UNTOUCHED and self._start is not None
 
     def keep(self, said: Sequence[Finding], training: Training) -> None:
         """Remembers the present weights of a run that is well; they count as good when the next sample is well too."""
@@ -88,7 +99,8 @@ class WaysBack:
             return
         if self._newest is not None:
             self.good, self.good_step = self._newest, self._newest_step
-            if self.learnt and not self.is_young(history) and not offending_features(history):
+            is_slow = start_factor(history) > LARGEST_FACTOR
+            if self.learnt and is_slow and not self.is_young(history) and not offending_features(history):
                 self._start = None
         self._newest = Snapshot.take(training.model, training.optimizers)
         self._newest_step = history.rows[-1].step

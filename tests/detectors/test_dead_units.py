@@ -224,3 +224,37 @@ def test_the_size_of_the_loss_changes_no_verdict(scale):
     for after, severity in ((HIGH, "warning"), (LOW, "info")):
         rows = [(49, 0.6, scale * np.array(FALL)), (99, 0.9, scale * np.array(after))]
         assert [finding.severity.value for finding in DeadUnits().judge(_history(*rows))] == [severity]
+
+
+def softplus_run(op="softplus", grad=0.5, rises=True):
+    """A run that has learnt, and whose last activation falls silent while its loss is noisy."""
+    history = History()
+    history.add_points(
+        [Point("fc0", "fc0"), Point("fc0/tanh", "fc0", "tanh"), Point("var", "var"), Point("var/act", "var", op)]
+    )
+    history.layer_axis.merge(["fc0", "var"])
+    losses = np.linspace(1.5, -2.0, 200)
+    for step in range(0, 200, 10):
+        is_last = step == 190
+        values = {
+            "silent_fraction": np.array([nan, nan, nan, 1.0 if is_last else 0.0]),
+            "dead_fraction": np.array([nan, nan, nan, 0.0]),
+            "grad_norm": np.array([1.0, grad]),
+        }
+        some = losses[step - 9 if step else 0 : step + 1]
+        history.append(Row(step, values, losses=some + 0.5 if is_last and rises else some))
+    return history
+
+
+@pytest.mark.parametrize(
+    ("changes", "severity"),
+    [
+        ({}, "info"),  # a variance that was learnt: the loss is steep where the softplus is flat
+        ({"grad": 0.004}, "warning"),
+        ({"op": "relu"}, "warning"),  # nothing passes
+        ({"rises": False}, "info"),
+    ],
+)
+def test_a_smooth_rectifier_whose_layer_gets_a_gradient_is_no_dead_end(changes, severity):
+    (finding,) = DeadUnits().judge(softplus_run(**changes))
+    assert str(finding.severity) == severity

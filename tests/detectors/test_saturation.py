@@ -309,3 +309,41 @@ def test_gates_that_shut_in_training_are_left_out():
     rows = [((0.1, 0.1), OPEN), *[(FULL, BLOCKED)] * 3]
     history = _with(run(*rows), gate_fraction=gates, output_rms=sizes, output_spread=spread)
     assert SaturatedActivation().judge(history) == []
+
+
+OUTPUT = [
+    Point("fc0", "fc0"),
+    Point("fc0/tanh", "fc0", "tanh"),
+    Point("fc1", "fc1"),
+    Point("fc1/sigmoid", "fc1", "sigmoid"),
+]
+
+
+def output_run(share=1.0, later=None, losses=None, is_gate=True):
+    """A run of 90 steps whose output activation has these shares at its bounds, at first and later."""
+    history = History()
+    history.add_points(OUTPUT)
+    losses = np.full(91, 0.84) if losses is None else losses
+    for i, step in enumerate(range(0, 91, 10)):
+        values = {
+            "saturated_fraction": np.array([nan, 0.1, nan, share if i == 0 or later is None else later]),
+            "gate_fraction": np.array([nan, 0.0, nan, float(is_gate)]),
+            "delta_norm": np.array([0.0, 0.0, 0.0, 1.0]),
+        }
+        history.append(Row(step, values, losses=losses[max(0, step - 9) : step + 1]))
+    return history
+
+
+@pytest.mark.parametrize("is_gate", [False, True], ids=["", "multiplied with the targets"])
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, True),
+        ({"share": 0.89}, False),
+        ({"share": 0.5, "later": 1.0}, False),  # what was learnt stands at the bounds
+        ({"losses": np.linspace(0.84, 0.3, 91)}, False),
+    ],
+)
+def test_outputs_that_start_at_their_bounds_count_where_nothing_is_learnt(changes, found, is_gate):
+    expected = [("warning", "weight_scale", ("fc1",))] if found else []
+    assert verdict(SaturatedActivation().judge(output_run(**changes, is_gate=is_gate))) == expected

@@ -206,6 +206,99 @@ def test_more_layers_that_are_as_blind_change_nothing():
     assert judged(points=stack(4), spreads=[1e-3] * 4, sizes=[0.5] * 4) == SICK
 
 
+# -- inputs so large that the first steps have overwritten the weights
+
+
+def overgrown(
+    size=100.0,
+    first_size=None,
+    output=30.0,
+    step=0.5,
+    growth=(10.0, 10.0, 10.0),
+    gains=(1.0, 1.0, 1.0),
+    residual=0.7,
+    losses=STILL,
+    **scalars,
+):
+    """A run on inputs of 100, whose weights have become ten times as large, and that stands still since."""
+    history = History()
+    history.layer_axis.merge(["fc0", "fc1", "fc2"])
+    history.add_points(stack(3))
+    history.add_features(2)
+    last = -1
+    for at in range(0, len(losses), 10):
+        is_first = at == 0
+        values = {
+            "input_rms": np.full(2, first_size if is_first and first_size is not None else size),
+            "output_rms": np.full(3, output),
+            "spectral_norm": np.array(gains),
+            "weight_norm": np.ones(3) if is_first else np.array(growth),
+            "update_ratio": np.full(3, step if is_first else 1e-4),
+            "delta_norm": np.array([3.0, 2.0, 1.0]) if is_first else np.array([1e-3, 1e-3, residual]),
+        }
+        history.append(Row(at, values, scalars, losses=np.array(losses[last + 1 : at + 1])))
+        last = at
+    return history
+
+
+def overgrown_judged(**changes):
+    return verdict(UnscaledInputs().judge(overgrown(**changes)))
+
+
+def test_overwritten_weights_are_found_with_the_features_that_did_it():
+    (finding,) = UnscaledInputs().judge(overgrown())
+    assert (finding.kind, finding.step, finding.layers) == ("loss_plateau", 190, ("fc0",))
+    assert finding.evidence == {"steps": 190.0, "loss": 2.3, "features": 2.0, "feature_0": 100.0, "feature_1": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"size": 10.1}, SICK),
+        ({"size": 9.9}, []),
+        ({"output": 2.1}, SICK),
+        ({"output": 1.9}, []),  # weights made for such inputs, or a normalisation
+        ({"first_size": 5.0}, []),  # they have become so: that is another fault
+        ({"step": 0.11}, SICK),
+        ({"step": 0.09}, []),
+        ({"growth": (3.1, 3.1, 1.0)}, SICK),
+        ({"growth": (2.9, 2.9, 50.0)}, []),
+        ({"growth": (1.0, nan, 3.1)}, []),
+        ({"gains": (0.51, 0.51, 0.51)}, SICK),
+        ({"gains": (0.49, 0.49, 0.49)}, []),  # they started too small, and to grow is the way out
+        ({"residual": 0.51}, SICK),
+        ({"residual": 0.49}, []),  # something was learnt
+        ({"residual": nan}, []),
+        ({"losses": STILL[:41]}, []),
+        ({"losses": STILL[:51]}, SICK),
+        ({"losses": _steps(14.0, 2.3, 2.3, 2.3)}, SICK),  # a start that is as absurd as the inputs
+        ({"losses": _steps(14.0, 2.3, 2.3, 2.2)}, []),  # it goes on
+        ({"losses": _steps(14.0, 2.3, 2.3, 2.29)}, SICK),
+        ({"optimizers": 2.0}, []),
+    ],
+)
+def test_each_sign_of_overwritten_weights_is_needed(changes, expected):
+    assert overgrown_judged(**changes) == expected
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_the_unit_of_the_loss_does_not_matter_to_overwritten_weights(factor):
+    for losses in (_steps(14.0, 2.3, 2.3, 2.3), _steps(14.0, 2.3, 2.3, 2.2)):
+        assert overgrown_judged(losses=losses * factor) == overgrown_judged(losses=losses)
+
+
+def test_without_gradients_nothing_is_known_of_overwritten_weights():
+    history = overgrown()
+    bare = History()
+    bare.layer_axis.merge(history.layers)
+    bare.add_points(history.points)
+    bare.add_features(2)
+    for row in history.rows:
+        left = {name: x for name, x in row.values.items() if name != "delta_norm"}
+        bare.append(Row(row.step, left, row.scalars, losses=np.full(10, 2.3)))
+    assert UnscaledInputs().judge(bare) == []
+
+
 @pytest.mark.parametrize(
     ("argument", "value"), [("min_contrast", 1.0), ("min_contrast", -0.1), ("patience", 0), ("patience", 1.5)]
 )

@@ -288,3 +288,40 @@ def together(growth=3.0, peak=0.1, end=2.3, start=2.3, last=50, jump=1.0, optimi
 )
 def test_steps_that_leave_nothing_of_the_first_weights_and_lead_nowhere(made, found):
     assert verdict(UpdateRatio().judge(together(**made))) == ([("warning", LARGE, ("fc0", "fc1"))] if found else [])
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        ({}, True),
+        ({"end": 1.16}, True),
+        ({"end": 1.14}, False),  # half of it is gone
+        ({"peak": 0.9}, False),  # no step was as large as the weights
+        ({"growth": 2.9}, False),
+        ({"last": 80}, False),  # too young to say that it stands
+        ({"gain": 0.3}, False),
+    ],
+)
+def test_a_loss_that_stands_after_steps_as_large_as_the_weights(made, found):
+    history = together(**{"peak": 1.2, "end": 1.9, "last": 150, **made})
+    assert verdict(UpdateRatio().judge(history)) == ([("warning", LARGE, ("fc0", "fc1"))] if found else [])
+
+
+def test_a_loss_that_still_falls_is_left_alone():
+    history = together(peak=1.2, end=1.9, last=150)
+    falling = History()
+    falling.layer_axis.merge(history.layers)
+    losses = np.concatenate([[2.3], np.linspace(2.05, 1.7, 150)])
+    for i, row in enumerate(history.rows):
+        last = history.rows[i - 1].step if i else -1
+        falling.append(Row(row.step, row.values, row.scalars, losses=losses[last + 1 : row.step + 1]))
+    assert UpdateRatio().judge(falling) == []
+
+
+def test_the_largest_step_is_told_where_it_was_another_one():
+    (finding,) = UpdateRatio().judge(together())
+    assert finding.evidence["largest_step"] == 0.0
+    ratios = [[0.1, 0.1], [0.1, 0.1], [0.1, 0.1], [0.1, 0.1], [2.5, 2.5]]
+    (now,) = UpdateRatio().judge(run(ratios, losses=[1.0, 1.0, 1.0, 5.0, 5.0], interval=1))
+    assert now.evidence["update_ratio"] == 2.5
+    assert "largest_step" not in now.evidence

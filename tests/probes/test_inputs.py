@@ -237,10 +237,14 @@ def test_a_step_without_a_forward_pass_has_no_input():
 def _gates_by_hand(cell, x):
     """Share of the gates of each kind that are within 1 % of a bound, gate by gate."""
     kind = {"RNN": "t", "LSTM": "ssts", "GRU": "sst"}[type(cell).__name__.removesuffix("Cell")]
-    weight, bias = (next(p for n, p in cell.named_parameters() if f"{part}_ih" in n) for part in ("weight", "bias"))
+    named = ("weight_ih", "bias_ih", "bias_hh")
+    weight, bias, other = (next(p for n, p in cell.named_parameters() if name in n) for name in named)
     near = []
-    for gate, w, b in zip(kind, weight.chunk(len(kind)), bias.chunk(len(kind)), strict=True):
-        out = (torch.sigmoid if gate == "s" else torch.tanh)(x.double() @ w.double().T + b.double())
+    for i, gate in enumerate(kind):
+        w, b, c = (p.detach().double().chunk(len(kind))[i] for p in (weight, bias, other))
+        is_gated = kind == "sst" and i == 2  # the state of a GRU's new content, and its bias with it
+        driven = x.double() @ w.T + b + (0 if is_gated else c)
+        out = (torch.sigmoid if gate == "s" else torch.tanh)(driven)
         near.append((out > 0.99) | (out < (0.01 if gate == "s" else -0.99)))
     return float(torch.stack(near).double().mean())
 
@@ -437,3 +441,18 @@ def test_a_nan_in_a_column_of_an_embedding_leaves_the_raw_ones():
     with torch.no_grad():
         model.lookup.weight.fill_(math.nan)
     np.testing.assert_allclose(_of_table(model, torch.full((4, 2), 7.0)).input_rms, [math.nan] * 3 + [7.0, 7.0])
+
+
+@pytest.mark.parametrize(
+    ("cell", "bias", "shut"),
+    [
+        (nn.LSTMCell(1, 2), -10.0, 24),
+        (nn.LSTMCell(1, 2), 4.0, 6),  # the tanh alone
+        (nn.RNNCell(1, 2), -10.0, 6),
+        (nn.GRUCell(1, 2), -10.0, 12),  # what a gate lets through of the third is not known
+    ],
+)
+def test_the_bias_of_the_state_shuts_gates_too(cell, bias, shut):
+    for name, parameter in cell.named_parameters():
+        nn.init.constant_(parameter, bias if name == "bias_hh" else 0.0)
+    assert int(shut_gates(cell, (torch.ones(3, 1),))[0]) == shut

@@ -372,11 +372,48 @@ def test_recurrences_of_a_size_that_nobody_draws_are_drawn_by_the_book(kind, std
     assert not any(p in optimizer.state or p.grad is not None for p in net.rnn.parameters())
 
 
+@pytest.mark.parametrize(("radius", "is_drawn"), [(1.0, False), (1.3, False), (2.0, True), (3.0, True)])
+def test_weights_of_a_usual_size_are_drawn_anew_where_they_blow_a_gradient_up_through_time(radius, is_drawn):
+    """1.3 ** 23 are 2.6 decades, 2 ** 23 are 6.9."""
+    net = Read(lambda i, h: nn.RNN(i, h, nonlinearity="relu"), 2, 16)
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.copy_(radius * torch.eye(16))
+        net.rnn.weight_ih_l0.abs_()  # every unit is open
+        for bias in (net.rnn.bias_ih_l0, net.rnn.bias_hh_l0):
+            bias.zero_()
+    x = torch.rand(24, 4, 2, generator=torch.Generator().manual_seed(0))
+    done = reinitialise(_training(net, _copying(net, x), history=_bare()), _finding(cause="weight_scale"))
+    assert (done is not None and "rnn" in done.layers) == is_drawn
+    if is_drawn:
+        torch.testing.assert_close(net.rnn.weight_hh_l0.sum(0), torch.ones(16))  # a permutation
+
+
 @pytest.mark.parametrize("inputs", [1, 128, 2000])
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
 def test_recurrences_as_torch_draws_them_are_left(kind, inputs):
     net = Read(kind, inputs, 16)
     assert reinitialise(_training(net, _copying(net, _sequence(inputs)), history=_bare()), _finding()) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "is_drawn"),
+    [
+        (nn.LSTM, (-10.0, -10.0, -10.0, -10.0), True),
+        (nn.LSTM, (-6.9, 6.9, 0.0, 0.0), False),  # made for a memory of a thousand steps
+        (nn.LSTM, (0.0, 5.0, 0.0, 0.0), False),
+        (nn.LSTM, (-3.9, -3.9, -3.9, -3.9), False),
+        (nn.GRU, (10.0, 10.0, 10.0), True),
+        (nn.RNN, (10.0,), True),
+    ],
+)
+def test_recurrences_whose_biases_shut_most_gates_are_drawn_by_the_book(kind, blocks, is_drawn):
+    net = Read(kind, hidden=16)
+    with torch.no_grad():
+        net.rnn.bias_ih_l0.zero_()
+        net.rnn.bias_hh_l0.copy_(torch.tensor(blocks).repeat_interleave(16))
+    done = reinitialise(_training(net, _copying(net, _sequence()), history=_bare()), _finding())
+    assert (done is not None and "rnn" in done.layers) == is_drawn
+    assert bool((net.rnn.bias_hh_l0.abs() > 3).any()) != is_drawn or not any(blocks)
 
 
 def test_recurrences_are_left_where_the_rehearsal_fails_or_only_far_layers_are_asked_for():

@@ -12,9 +12,11 @@ from torch import nn
 
 from lightning_gradflow.findings import FindingKind
 from lightning_gradflow.history import Row
+from lightning_gradflow.remedies import treatments
 from lightning_gradflow.remedies.held import Held
 from lightning_gradflow.remedies.patient import Patient
 from lightning_gradflow.remedies.plan import REMEDIES
+from lightning_gradflow.remedies.reinit import reinitialise
 from lightning_gradflow.remedies.training import RehearsalError
 from lightning_gradflow.remedies.treatments import _TREATMENTS, treat
 from tests.remedies.made_up_run import Run, finding
@@ -383,3 +385,78 @@ def test_without_leave_to_draw_the_inputs_are_scaled_alone():
     _, net, _, before, done = _raw(_dead, allow=("scale_inputs", "clip"))
     assert (done.layers, done.note) == (("0",), "")
     assert all(torch.equal(p, q) for p, q in zip(list(net.parameters())[2:], before[2:], strict=True))
+
+
+# -- weights that are too small, on inputs that are too large
+
+
+def _columns(std, scale, allow=REMEDIES, has_past=False):
+    """What `reinit` does to a net whose weights have this deviation, on columns of these sizes."""
+    torch.manual_seed(0)
+    layers = [m for i in range(4) for m in (nn.Linear(8 if i == 0 else 32, 32), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.Linear(32, 1))
+    for layer in net[::2]:
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+    x = torch.randn(256, 8) * torch.tensor(scale)
+
+    @contextmanager
+    def rehearse():
+        twin = copy.deepcopy(net)
+        yield twin, lambda: twin(x)
+
+    run = Run(model=net, rehearse=rehearse)
+    done = treat("reinit", replace(_patient(run, finding(cause="weight_scale"), has_past), allow=allow))
+    return run, net, x, done
+
+
+_MIXED = [1e-2, 1.0, 30.0, 1e-1, 5.0, 300.0, 1.0, 10.0]
+
+
+def _shares(net, x):
+    """How much of the first layer's output each column makes, over the mean of all."""
+    made = (net[0].weight.detach() * x.std(0)).square().sum(0).sqrt()
+    return made / made.mean()
+
+
+def test_first_layers_that_are_drawn_anew_are_drawn_for_standardised_inputs():
+    run, net, x, done = _columns(0.001, _MIXED)
+    assert done.layers[0] == "0"
+    assert done.note == "the scale of the inputs folded into 0"
+    assert run.held.scaling.layers == ("0",)
+    assert _shares(net, x).min() > 0.3
+    first = net[0](x).detach()
+    assert 0.5 < float(first.std()) < 2
+
+
+@pytest.mark.parametrize(
+    ("scale", "allow"), [([1.0] * 8, REMEDIES), (_MIXED, ("reinit", "clip", "rollback"))], ids=["usual", "forbidden"]
+)
+def test_inputs_of_a_usual_size_and_without_leave_stay_as_they_are(scale, allow):
+    run, _, _, done = _columns(0.001, scale, allow)
+    assert (done.layers[0], done.note) == ("0", "")
+    assert run.held.scaling.layers == ()
+
+
+def test_the_largest_column_drowns_the_others_where_inputs_may_not_be_scaled():
+    _, net, x, _ = _columns(0.001, _MIXED, ("reinit",))
+    assert _shares(net, x).min() < 0.001
+
+
+def test_a_first_layer_that_stays_is_made_for_the_inputs_as_they_are(monkeypatch):
+    """What was tried on scaled inputs leaves nothing behind."""
+
+    def later_ones_alone(training, found, **limits):
+        done = reinitialise(training, found, **limits)
+        return None if done is None else replace(done, layers=done.layers[1:])
+
+    monkeypatch.setattr(treatments, "reinitialise", later_ones_alone)
+    run, _, _, done = _columns(0.001, _MIXED)
+    assert (done.layers[0], done.note) == ("2", "")
+    assert run.held.scaling.layers == ()
+
+
+def test_under_weights_that_have_learnt_their_inputs_these_stay_as_they_are():
+    run, _, _, done = _columns(0.001, _MIXED, has_past=True)
+    assert (done.layers[0], done.note) == ("0", "")
+    assert run.held.scaling.layers == ()

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from lightning_gradflow.findings import FindingKind, Severity
+from lightning_gradflow.history import History, Row
 from lightning_gradflow.remedies import treatments
 from lightning_gradflow.remedies.plan import DESTRUCTIVE, REMEDIES
+from lightning_gradflow.remedies.verdict import Trial, verdict
 from tests.remedies.made_up_run import Run, finding, net
 
 SICK = finding()
 EXPLODES = finding(FindingKind.EXPLODING_GRADIENT, "unknown")  # clip, then rollback
-BREAKS = finding(FindingKind.NONFINITE_GRADIENT, "unknown", Severity.CRITICAL)  # rollback, then clip
+BREAKS = finding(FindingKind.NONFINITE_GRADIENT, "unknown", Severity.CRITICAL)  # clip, then rollback
 DRIFTS = finding(FindingKind.SATURATED_ACTIVATION, "drift")  # reinit, then rollback
 
 
@@ -50,7 +52,7 @@ def test_what_is_no_alarm_is_not_treated():
 def test_the_most_severe_alarm_is_treated_first():
     run = Run()
     run.go(2.0, SICK, BREAKS)
-    assert run.actions == [("rollback", "applied")]
+    assert run.actions == [("clip", "applied")]
 
 
 @pytest.mark.parametrize("cause", ["no_signal_in_data", "learning_rate_too_small", "underflow"])
@@ -297,6 +299,54 @@ def test_a_plateau_is_over_when_the_loss_falls_and_not_when_nobody_speaks_of_it(
     run = Run()
     run.go(2.0, finding(FindingKind.LOSS_PLATEAU, "weight_scale"))
     assert _ends(run, end).outcome == outcome
+
+
+def test_a_trial_of_a_plateau_goes_on_while_the_loss_falls():
+    run = Run()
+    run.go(2.0, finding(FindingKind.LOSS_PLATEAU, "weight_scale"))
+    for loss in np.linspace(4.0, 2.1, 7):
+        assert run.go(float(loss)) is None
+    for loss in np.linspace(1.9, 1.0, 7):
+        if (action := run.go(float(loss))) is not None:
+            break
+    assert action.outcome == "kept"
+    assert action.decided_step > 3 + 20
+
+
+@pytest.mark.parametrize(("before", "what"), [(1, "keep"), (40, "roll_back")])
+def test_a_loss_that_is_known_from_one_batch_is_no_more_certain_than_a_batch_is(before, what):
+    """Batches differ by 0.1; what is 0.2 above one of them may be where the loss stood."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(60)
+    history = History()
+    history.append(Row(before - 1, {}, {"planned_steps": 200.0}, losses=np.full(before, 0.8)))
+    history.append(Row(before + 29, {}, {"planned_steps": 200.0}, losses=1.0 + noise[:30]))
+    trial = Trial(0, "reinit", SICK, before - 1, 0.8, {})
+    assert verdict(trial, [], history).what == what
+
+
+def test_a_run_that_stands_still_with_what_it_was_born_with_is_drawn_anew_though_it_learnt_a_little():
+    run = Run(allow=("reinit",))
+    for loss in np.linspace(2.0, 1.7, 12):
+        run.go(loss)
+    assert run.go(1.7, SICK) is None
+    assert run.go(1.7, finding(FindingKind.LOSS_PLATEAU, "vanishing_gradient")) is None
+    assert run.go(1.7, finding(FindingKind.LOSS_PLATEAU, "weight_scale")).kind == "reinit"
+
+
+def test_a_run_whose_weights_unscaled_inputs_have_overwritten_starts_anew_on_scaled_ones():
+    """Its loss has come down from an absurd start: that is nothing that could be lost."""
+    x = 1000 * torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    run = _with_inputs(x)
+    usual = run.net(x / x.std(0)).detach()
+    run.history.add_features(4)
+    for loss in (14.0, *[2.3] * 24):
+        run.go(loss)
+        with torch.no_grad():
+            run.net[0].weight.mul_(1.2).add_(0.5)  # of one direction, as what is trained is
+    assert run.mitigation.state_dict()["learnt"]
+    run.go(2.3, finding(FindingKind.LOSS_PLATEAU, "unscaled_inputs"))
+    assert run.actions == [("scale_inputs", "applied")]
+    torch.testing.assert_close(run.net(x), usual, atol=0.05, rtol=0)
 
 
 def test_an_alarm_that_is_told_at_the_start_alone_is_cured_where_the_loss_falls():
@@ -619,3 +669,42 @@ def test_after_the_end_nothing_acts():
     run.mitigation.before_step(run.optimizer)
     run.mitigation.batch_end()
     run.mitigation.end()
+
+
+# -- where the harm was done
+
+
+def _stands(run, ratio):
+    """A run whose loss has fallen by a third in its first steps, and stands since; the last good weights are young."""
+    run.train()
+    run.go(3.0, ratio=ratio)
+    for loss in np.linspace(2.2, 2.0, 12):
+        run.train()
+        run.go(loss, ratio=1e-3)
+
+
+def _too_large(**evidence):
+    return replace(finding(FindingKind.UPDATE_RATIO, "learning_rate_too_large"), evidence=evidence)
+
+
+def test_a_run_goes_back_behind_the_step_that_did_the_harm():
+    run, start = Run(), Run().weights()
+    _stands(run, ratio=2.0)
+    assert run.go(2.0, _too_large(update_ratio=2.0, largest_step=3.0), ratio=1e-3).kind == "rollback"
+    assert torch.equal(run.weights(), start)
+
+
+def test_without_that_step_a_run_that_learns_stays_where_it_is():
+    run, start = Run(), Run().weights()
+    _stands(run, ratio=2.0)
+    before = run.weights()
+    assert run.go(2.0, _too_large(update_ratio=2.0), ratio=1e-3).kind == "rollback"
+    assert torch.equal(run.weights(), before)
+    assert not torch.equal(before, start)
+
+
+def test_of_small_first_steps_the_start_is_not_kept_for_ever():
+    run, start = Run(), Run().weights()
+    _stands(run, ratio=1e-3)
+    run.go(2.0, _too_large(update_ratio=2.0, largest_step=3.0), ratio=1e-3)
+    assert not torch.equal(run.weights(), start)
