@@ -36,7 +36,7 @@ class DeadUnits:
     an alarm where it stops the training:
 
     - where next to nothing (1 %) of the gradient gets past the dead units to any layer before them, in three samples;
-    - where every unit of every activation was silent in three samples;
+    - where every unit of every activation was silent in three samples, and no gradient came around them;
     - where 50 steps have passed with it, and nothing was learnt;
     - where the layer was alive (40 % of its units fired) and died, and the loss rose with it. If that happened within
       three samples one is enough to tell: no batch silences a whole layer by chance. In the first 8 steps, where the
@@ -198,12 +198,18 @@ def _cuts(history: History) -> Bools:
 
 
 def _nothing_lives(history: History) -> Bools:
-    """(P,) the activations, if in each recent sample every unit of all was silent: no way leads around them."""
+    """(P,) the activations, if in each recent sample every unit of all was silent, and no gradient came around them."""
     dead = history["dead_fraction"][-1]
     silent = history["silent_fraction"][-_CUT_SAMPLES:]
     known = ~np.isnan(dead)
     if len(silent) < _CUT_SAMPLES or not (dead[known] == 1).all():
         return np.zeros_like(known)
+    deltas = history["delta_norm"][-_CUT_SAMPLES:]
+    if known.any() and deltas.size:
+        before = np.nan_to_num(deltas[:, : int(np.argmax(known))]).max(axis=1, initial=0.0)
+        behind = np.nan_to_num(deltas[:, int(np.argmax(known)) :]).max(axis=1, initial=0.0)
+        if (before > _MAX_PASSED * behind).all():  # a residual connection
+            return np.zeros_like(known)
     return np.asarray(known & bool((np.nan_to_num(silent[:, known], nan=1.0) == 1).all()))
 
 

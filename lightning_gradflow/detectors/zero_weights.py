@@ -47,7 +47,8 @@ def zero_weights(history: History) -> ZeroWeights:
 
     - a gradient comes to one, and another one before it gives zeros and gets none;
     - a gradient comes to one that has two such weights, or holds another such layer;
-    - one gives zeros to a ReLU of which all units are dead, behind which there is a gradient: the slope at 0 is 0;
+    - one gives zeros to a ReLU of which all units are dead, behind which there is a gradient: the slope at 0 is 0. Where
+      a gradient gets past it to other layers, as in a residual branch, the run must stand still;
     - no layer gets anything but zeros, and there are two such weights, and a loss;
     - or they are most of the layers, and the run stands still (see `stands_still`).
 
@@ -160,9 +161,13 @@ def _before_dead(history: History, blocked: list[str], points: _Points) -> set[s
     if not dead.size:
         return set()
     behind = {name: points.last[name] + 1 for name in blocked if points.last[name] + 1 < len(history.points)}
-    return {
+    found = {
         name for name, at in behind.items() if history.points[at].op in _EXACT and dead[-1, at] == 1 and points.gets(at)
     }
+    # a branch that gives nothing is no fault of a network that learns without it
+    if any(points.gets(at) for at in range(min((points.last[name] for name in found), default=0))):
+        return found if stands_still(history) else set()
+    return found
 
 
 def _are_most(history: History, held: dict[str, int]) -> bool:

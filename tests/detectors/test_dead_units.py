@@ -258,3 +258,15 @@ def softplus_run(op="softplus", grad=0.5, rises=True):
 def test_a_smooth_rectifier_whose_layer_gets_a_gradient_is_no_dead_end(changes, severity):
     (finding,) = DeadUnits().judge(softplus_run(**changes))
     assert str(finding.severity) == severity
+
+
+@pytest.mark.parametrize(("around", "severity"), [(0.0, "warning"), (0.002, "warning"), (0.2, "info")])
+def test_branches_that_give_nothing_are_no_alarm_where_the_gradient_goes_around_them(around, severity):
+    history = History()
+    history.add_points([Point("first", "first"), *POINTS[:4], Point("head", "head")])
+    dead = np.array([nan, nan, 1.0, nan, 1.0, nan])
+    for step in (0, 1, 2):
+        deltas = np.array([around, around, 0.3, around, 0.3, 0.3])
+        history.append(Row(step, {"dead_fraction": dead, "silent_fraction": dead, "delta_norm": deltas}))
+    (finding,) = DeadUnits().judge(history)
+    assert str(finding.severity) == severity
