@@ -47,8 +47,8 @@ def zero_weights(history: History) -> ZeroWeights:
 
     - a gradient comes to one, and another one before it gives zeros and gets none;
     - a gradient comes to one that has two such weights, or holds another such layer;
-    - one gives zeros to a ReLU of which all units are dead, behind which there is a gradient: the slope at 0 is 0. Where
-      a gradient gets past it to other layers, as in a residual branch, the run must stand still;
+    - one gives zeros to a ReLU of which all units are dead, behind which there is a gradient: the slope at 0 is 0.
+      Where a gradient gets past it to other layers, as in a residual branch, the run must stand still;
     - no layer gets anything but zeros, and there are two such weights, and a loss;
     - or they are most of the layers, and the run stands still (see `stands_still`).
 
