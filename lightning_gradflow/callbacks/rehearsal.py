@@ -150,14 +150,14 @@ def _losses(
 def _usual(losses: Sequence[Callable[[], Tensor]]) -> Sequence[Callable[[], Tensor]]:
     """Those of batches that have no part in what is wrong with a run, if it is a batch that is.
 
-    Left out are those whose loss, before any step, is not finite or more than ten times as far from 0 as the smallest.
-    Which rate suits the others is the question: no rate suits a batch that is a mistake.
+    Left out are those whose loss, before any step, is not finite or more than ten times as far from 0 as the one in the
+    middle. Which rate suits the others is the question: no rate suits a batch that is a mistake.
     """
     if len(losses) == 1:
         return losses
-    with torch.no_grad():
-        sizes = [abs(float(loss())) for loss in losses]
-    most = _STANDS_OUT * min((size for size in sizes if math.isfinite(size)), default=math.inf)
+    sizes = [abs(float(loss().detach())) for loss in losses]  # with autograd: a loss may be made of gradients
+    known = sorted(size for size in sizes if math.isfinite(size))
+    most = _STANDS_OUT * known[(len(known) - 1) // 2] if known else math.inf
     return [loss for loss, size in zip(losses, sizes, strict=True) if size <= most] or losses
 
 

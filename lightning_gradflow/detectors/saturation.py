@@ -12,7 +12,6 @@ from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped,
 from lightning_gradflow.detectors.known import first_values, layer_mask
 from lightning_gradflow.detectors.onset import loss_rose, weight_growth
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.detectors.standstill import stands_still
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
 
@@ -39,8 +38,7 @@ class SaturatedActivation:
     the first outputs of the last layer differ between samples by more than 3: that layer is too large as well. Gates,
     whose output is multiplied with another signal, and activations behind the last layer are left out: they saturate by
     design. Yet none is made to be shut at the start: where most of the gates are, in the first sample, and the last
-    layer is too large, they count like the others. So do outputs that were at their bounds in the first sample, of a
-    run that has learnt nothing when it had time to (see `stands_still`).
+    layer is too large, they count like the others.
 
     It is an alarm as long as the run has not learnt anything, or where the loss rose with it. Saturation that lets
     the gradient through is info until it has lasted 50 steps and nothing was learnt: of what comes in, such an
@@ -132,14 +130,12 @@ class SaturatedActivation:
     def _judged(self, history: History) -> Mask:
         """(P,) the activations before a layer; gates only where they were shut from the start, by large weights."""
         before_a_layer, gates = _before_a_layer(history), _gates(history)
-        first = first_values(history, "saturated_fraction")
         if gates.any() and _starts_large(history):
-            known = first[before_a_layer & gates & ~np.isnan(first)]
+            first = first_values(history, "saturated_fraction")[before_a_layer & gates]
+            known = first[~np.isnan(first)]
             if known.size and np.median(known) >= self.max_saturated:
                 return before_a_layer
-        # an output is multiplied with what it is compared with, and is no gate
-        is_output = ~before_a_layer & (first >= self.max_saturated) & stands_still(history)
-        return np.asarray((before_a_layer & ~gates) | is_output)
+        return np.asarray(before_a_layer & ~gates)
 
     def _lasts(self, history: History, rows: npt.NDArray[np.intp]) -> Mask:
         """(P,) the activations that were saturated in all samples of the last 50 steps, if the run is that old."""

@@ -46,7 +46,7 @@ def zero_weights(history: History) -> ZeroWeights:
     That another loss may start later, or a branch be used later, is no fault. So they are told of only where
 
     - a gradient comes to one, and another one before it gives zeros and gets none;
-    - a gradient comes to one that has two such weights, or holds another such layer;
+    - a gradient comes to one that has two such weights, or holds another such layer, and the run stands still;
     - one gives zeros to a ReLU of which all units are dead, behind which there is a gradient: the slope at 0 is 0.
       Where a gradient gets past it to other layers, as in a residual branch, the run must stand still;
     - no layer gets anything but zeros, and there are two such weights, and a loss;
@@ -71,7 +71,9 @@ def zero_weights(history: History) -> ZeroWeights:
     points = _Points(history)
     blocked = [name for name in held if name in points.last and points.is_blocked(points.last[name])]
     outer = {name for name in held if name in points.last and points.gets(points.last[name])}
-    pairs, products = _pairs(points, blocked, outer), _products(held, points)
+    pairs = _pairs(points, blocked, outer)
+    # two weights of a layer may belong to inputs that come later, and no product
+    products = _products(held, points) if stands_still(history) else set()
     found = pairs | products | _before_dead(history, blocked, points)
     if not found and (_nothing_moves(history, held) or (_are_most(history, held) and stands_still(history))):
         found = set(held)

@@ -24,7 +24,8 @@ def draw_zeros(
       for what follows them, where all their weights are zero.
     - The scales of norm layers, and of whatever else has one number for a feature, become 1.
     - Matrices that a layer of the user's own holds become normal with the variance :math:`1 / fan_{in}`, but for the
-      last of several: it may stay zero, so that their product does, and moves with the next step.
+      last of several where there is but one such layer: it may stay zero, so that the product does, and moves with the
+      next step. In each layer of a chain it would block the others as before.
 
     Weights that are shared or frozen stay as they are.
 
@@ -51,13 +52,15 @@ def draw_zeros(
     parts = dict(module.named_modules())
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, Sequence[nn.Parameter]] = {}
-    for name in ("" if layer == ROOT else layer for layer in layers):
+    names = list(dict.fromkeys("" if layer == ROOT else layer for layer in layers))
+    for name in names:
         part = parts.get(name)
         if part is None:
             continue
         weights = weights_of(part)
         zero = {key: p for key, p in weights.items() if owners[p] == 1 and not bool(p.detach().any())}
-        if zero and _draw(part, zero, len(zero) == len(weights), around.get(name, ("", "")), generator):
+        spared = 1 if len(names) == 1 else 0
+        if zero and _draw(part, zero, len(zero) == len(weights), around.get(name, ("", "")), generator, spared):
             drawn[name] = list(part.parameters(recurse=False))
     return drawn
 
@@ -68,6 +71,7 @@ def _draw(
     is_all: bool,
     around: tuple[str, str],
     generator: torch.Generator,
+    spared: int,
 ) -> bool:
     if is_all:
         if isinstance(part, (nn.RNNBase, nn.RNNCellBase)):
@@ -79,7 +83,7 @@ def _draw(
     matrices = [p for p in zero.values() if p.dim() > 1]
     for parameter in scales:
         assign(parameter, torch.ones(parameter.shape))
-    for parameter in matrices[: max(1, len(matrices) - 1)]:
+    for parameter in matrices[: max(1, len(matrices) - spared)]:
         assign(parameter, _normal(parameter, generator))
     return bool(scales or matrices)
 

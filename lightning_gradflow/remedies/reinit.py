@@ -23,7 +23,6 @@ from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.recurrent import reinitialise_recurrence
 from lightning_gradflow.remedies.recurrent_treatment import treat
-from lightning_gradflow.remedies.saturated import draw_saturated
 from lightning_gradflow.remedies.sick_layers import FAR, MAX_OFF, MAX_SPREAD
 from lightning_gradflow.remedies.symmetry import break_symmetry
 from lightning_gradflow.remedies.textbook import gain_between, initialise, name_for
@@ -125,8 +124,6 @@ def _from_data(training: Training, finding: Finding, only_far: bool) -> Reinit |
         whole = bare.layers(module, with_loops=False)
         treated = make_critical(whole, whole.routed(run), training.seed, max_off, max_spread)
         drawn |= bare.owners(module, treated.changed)
-        if not drawn and not only_far and finding.kind is FindingKind.SATURATED_ACTIVATION:
-            drawn |= draw_saturated(module, finding.layers, training.history.points, training.seed)
         fresh = {name: [p.detach().clone() for p in parameters] for name, parameters in drawn.items()}
     changed = _copied(training.model, fresh)
     if not changed:

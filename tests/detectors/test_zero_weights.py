@@ -99,14 +99,27 @@ ADAPTER = {"zero": [0, 2, 0], "out": [1, 1, 1], "delta": [0.2, 0.2, 0.3], "norm"
 @pytest.mark.parametrize(("count", "expected"), [(2, ZeroWeights(("fc1",))), (1, NONE)])
 def test_a_layer_is_a_product_in_itself_if_it_has_two_of_them(count, expected):
     rows = [{**ADAPTER, "zero": [np.nan, count, np.nan]}] * 3
-    assert zero_weights(run(*rows)) == expected
+    assert zero_weights(run(*rows, steps=[0, 30, 60])) == expected
+
+
+def test_two_weights_of_a_layer_may_wait_for_inputs_of_their_own_while_the_run_learns():
+    rows = [{**ADAPTER, "zero": [nan, 2, nan]}] * 3
+    assert zero_weights(run(*rows)) == NONE  # too young to tell
+    learns = run(*rows, steps=[0, 30, 60])
+    history = History()
+    history.layer_axis.merge(learns.layers)
+    history.add_points(learns.points)
+    for row, losses in zip(learns.rows, np.split(np.linspace(2.3, 0.5, 61), [1, 31]), strict=True):
+        history.append(Row(row.step, row.values, row.scalars, losses=losses))
+    assert zero_weights(history) == NONE
 
 
 def test_layers_that_are_used_without_a_call_belong_to_the_one_around_them():
     points = [Point("a", "a"), Point("attn", "attn")]
     row = {"zero": [nan, 1, 1], "out": [1, 0], "delta": [0.2, 0.3], "norm": [0.1, 0, 0]}
     layers = ["a", "attn", "attn.out_proj"]
-    assert zero_weights(run(*[row] * 3, points=points, layers=layers)).layers == ("attn", "attn.out_proj")
+    late = {"points": points, "layers": layers, "steps": [0, 30, 60]}
+    assert zero_weights(run(*[row] * 3, **late)).layers == ("attn", "attn.out_proj")
     assert zero_weights(run(*[{**row, "delta": [0.2, 0]}] * 3, points=points, layers=layers)) == NONE
 
 

@@ -175,3 +175,18 @@ def test_a_run_that_is_resumed_leaves_them_out_still(tmp_path):
 def test_a_batch_whose_loss_stands_out_has_no_say_in_which_rate_suits(sizes, left, scale):
     kept = _usual([lambda size=size: torch.tensor(size * scale) for size in sizes])
     assert [float(loss()) for loss in kept] == pytest.approx([size * scale for size in left], nan_ok=True)
+
+
+def test_losses_that_pass_through_zero_all_have_a_say():
+    for sizes in ([-0.02, 0.9, -0.7], [0.03, 0.5, 0.8], [0.0, 0.5, 0.6]):
+        assert len(_usual([lambda size=size: torch.tensor(size) for size in sizes])) == 3
+
+
+def test_a_loss_that_is_made_of_gradients_can_be_asked():
+    x = torch.ones(3, requires_grad=True)
+
+    def loss():
+        (slope,) = torch.autograd.grad((x**2).sum(), x, create_graph=True)
+        return slope.square().sum()
+
+    assert len(_usual([loss, loss])) == 2
