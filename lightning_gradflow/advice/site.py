@@ -124,17 +124,8 @@ def survey(finding: Finding, history: History) -> Site:
         lr=float(rates[-1]) if rates.size else math.nan,
         grad_norm=float(np.median(norms)) if norms.size >= _MIN_NORMS else math.nan,
         clipped=float(clipped[-1]) if clipped.size else math.nan,
-        input_layer=_input_layer(history),
+        input_layer=history.input_layer or "",
     )
-
-
-def _input_layer(history: History) -> str:
-    told = history.scalar("input_layer")
-    told = told[~np.isnan(told)]
-    if not told.size:
-        return ""
-    names: dict[int, str] = dict(zip(history.layer_axis.order.tolist(), history.layers, strict=True))
-    return names[int(told[-1])]
 
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # torch's own, within names

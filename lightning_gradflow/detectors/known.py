@@ -105,11 +105,8 @@ def input_point(history: History) -> int | None:
         1
     """
     layers = np.flatnonzero(layer_mask(history))
-    told = history.scalar("input_layer")
-    told = told[~np.isnan(told)]
-    if told.size:
-        names = dict(zip(history.layer_axis.order.tolist(), history.layers, strict=True))
-        name = names[int(told[-1])]
+    name = history.input_layer
+    if name is not None:
         layers = np.array([i for i in layers if history.points[i].module == name], dtype=np.int64)
     return int(layers[0]) if layers.size else None
 

@@ -111,6 +111,16 @@ class History:
             self._scalars[name] = Grown(np.array([row.scalars.get(name, np.nan) for row in self._rows], np.float64))
         return self._scalars[name].rows
 
+    @property
+    def input_layer(self) -> str | None:
+        """The layer that the measured inputs go into, by the newest row that tells."""
+        told = self.scalar("input_layer")
+        told = told[~np.isnan(told)]
+        if not told.size:
+            return None
+        names: dict[int, str] = dict(zip(self.layer_axis.order.tolist(), self.layers, strict=True))
+        return names[int(told[-1])]
+
     def histogram(self, name: str) -> Ints:
         """(R, HISTOGRAM_BINS + 2) counts: exponent bins, exact zeros, non-finite entries; zeros if a row has none."""
         empty = np.zeros(HISTOGRAM_BINS + 2, dtype=np.int64)
