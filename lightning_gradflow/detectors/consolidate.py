@@ -3,89 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 
-_ANY = ""
 _VANISHING, _EXPLODING = FindingKind.VANISHING_GRADIENT, FindingKind.EXPLODING_GRADIENT
 _NONFINITE, _NO_GRADIENT = FindingKind.NONFINITE_GRADIENT, FindingKind.NO_GRADIENT
 _DEAD, _SATURATED = FindingKind.DEAD_UNITS, FindingKind.SATURATED_ACTIVATION
 _PLATEAU, _UPDATES = FindingKind.LOSS_PLATEAU, FindingKind.UPDATE_RATIO
 _LARGE, _SMALL, _INPUTS = "learning_rate_too_large", "learning_rate_too_small", "unscaled_inputs"
 
-# (kind and cause of what follows, kind and cause of what it follows from); a cause of "" is any
-_FOLLOWS: tuple[tuple[FindingKind, str, FindingKind, str], ...] = (
-    (_PLATEAU, "vanishing_gradient", _VANISHING, _ANY),
-    (_PLATEAU, "dead_units", _DEAD, _ANY),
-    (_PLATEAU, "saturation", _SATURATED, _ANY),
-    (_PLATEAU, _SMALL, _UPDATES, _SMALL),
-    (_UPDATES, "overwritten", _VANISHING, _ANY),
-    (_UPDATES, "overwritten", _EXPLODING, _ANY),
-    (_UPDATES, "overwritten", _NONFINITE, _ANY),
-    (_UPDATES, "overwritten", _DEAD, _ANY),
-    (_UPDATES, "overwritten", _SATURATED, _ANY),
-    (_PLATEAU, "weight_scale", _VANISHING, _ANY),
-    (_PLATEAU, "weight_scale", _EXPLODING, _ANY),
-    (_PLATEAU, "weight_scale", _SATURATED, _ANY),
-    (_PLATEAU, "weight_scale", _DEAD, _ANY),
-    (_PLATEAU, "weight_scale", _UPDATES, _ANY),
-    (_PLATEAU, _INPUTS, _SATURATED, _INPUTS),
-    (_PLATEAU, _INPUTS, _EXPLODING, _INPUTS),
-    (_PLATEAU, _INPUTS, _UPDATES, _INPUTS),
-    (_PLATEAU, _INPUTS, _DEAD, _INPUTS),
-    (_PLATEAU, "recurrence", _VANISHING, _ANY),
-    (_PLATEAU, "recurrence", _EXPLODING, _ANY),
-    (_PLATEAU, "recurrence", _SATURATED, _ANY),
-    (_PLATEAU, "recurrence", _UPDATES, _ANY),
-    (_PLATEAU, _LARGE, _UPDATES, _LARGE),
-    (_PLATEAU, _LARGE, _EXPLODING, _LARGE),
-    (_PLATEAU, _LARGE, _DEAD, _LARGE),
-    (_PLATEAU, _LARGE, _SATURATED, "drift"),
-    (_PLATEAU, _ANY, _NONFINITE, _ANY),
-    (_PLATEAU, _ANY, _NO_GRADIENT, "detached"),
-    (_PLATEAU, _ANY, _NO_GRADIENT, "initialisation"),
-    (_DEAD, _ANY, _NO_GRADIENT, "initialisation"),
-    (_SATURATED, _ANY, _NO_GRADIENT, "initialisation"),
-    (_VANISHING, _ANY, _NO_GRADIENT, "initialisation"),
-    (_EXPLODING, "depth", _NO_GRADIENT, "initialisation"),
-    (_EXPLODING, "weight_scale", _NO_GRADIENT, "initialisation"),
-    (_UPDATES, _SMALL, _NO_GRADIENT, "initialisation"),
-    (_PLATEAU, "unknown", _VANISHING, _ANY),
-    (_PLATEAU, "unknown", _EXPLODING, _ANY),
-    (_PLATEAU, "unknown", _DEAD, _ANY),
-    (_PLATEAU, "unknown", _SATURATED, _ANY),
-    (_PLATEAU, "unknown", _UPDATES, _ANY),
-    (_UPDATES, _SMALL, _VANISHING, _ANY),
-    (_UPDATES, _LARGE, _NONFINITE, _ANY),
-    (_EXPLODING, _LARGE, _NONFINITE, _ANY),
-    (_EXPLODING, _LARGE, _UPDATES, _LARGE),
-    (_EXPLODING, _INPUTS, _NONFINITE, _INPUTS),
-    (_SATURATED, "weight_scale", _VANISHING, "saturation"),
-    (_SATURATED, "weight_scale", _EXPLODING, "weight_scale"),
-    (_SATURATED, "drift", _VANISHING, "saturation"),
-    (_SATURATED, "drift", _UPDATES, _LARGE),
-    (_SATURATED, "drift", _EXPLODING, _LARGE),
-    (_VANISHING, "saturation", _SATURATED, _INPUTS),
-    (_VANISHING, "saturation", _UPDATES, _LARGE),
-    (_VANISHING, "dead_units", _DEAD, _ANY),
-    (_DEAD, _LARGE, _UPDATES, _LARGE),
-    (_DEAD, _LARGE, _EXPLODING, _LARGE),
-    (_DEAD, _LARGE, _VANISHING, "weight_scale"),
-    (_DEAD, _LARGE, _VANISHING, "depth"),
-    (_DEAD, "unknown", _VANISHING, "weight_scale"),
-    (_DEAD, "unknown", _VANISHING, "depth"),
-    (_DEAD, "unknown", _VANISHING, "underflow"),
-    (_UPDATES, _INPUTS, _NONFINITE, _ANY),
-    (_UPDATES, _INPUTS, _SATURATED, _INPUTS),
-    (_UPDATES, _INPUTS, _EXPLODING, _INPUTS),
-    (_UPDATES, _INPUTS, _DEAD, _INPUTS),
-    (_PLATEAU, _LARGE, _UPDATES, _INPUTS),
-    (_DEAD, _INPUTS, _SATURATED, _INPUTS),
-    (_DEAD, "unknown", _PLATEAU, _INPUTS),
-    (_VANISHING, "recurrence", _PLATEAU, _INPUTS),
-    (_VANISHING, "recurrence", _SATURATED, _INPUTS),
-    (_DEAD, _INPUTS, _EXPLODING, _INPUTS),
+
+@dataclass(frozen=True)
+class _Some:
+    """Findings of some kinds, of some causes; of any cause if none is given."""
+
+    kinds: tuple[FindingKind, ...]
+    causes: tuple[str, ...] = ()
+
+    def __contains__(self, finding: Finding) -> bool:
+        return finding.kind in self.kinds and (not self.causes or finding.cause in self.causes)
+
+
+# what follows, and what from
+_FOLLOWS: tuple[tuple[_Some, _Some], ...] = (
+    # a loss that stands is the last link of every chain
+    (_Some((_PLATEAU,)), _Some((_NONFINITE,))),
+    (_Some((_PLATEAU,)), _Some((_NO_GRADIENT,), ("detached", "initialisation"))),
+    (_Some((_PLATEAU,), ("vanishing_gradient",)), _Some((_VANISHING,))),
+    (_Some((_PLATEAU,), ("dead_units",)), _Some((_DEAD,))),
+    (_Some((_PLATEAU,), ("saturation",)), _Some((_SATURATED,))),
+    (
+        _Some((_PLATEAU,), ("weight_scale", "unknown")),
+        _Some((_VANISHING, _EXPLODING, _DEAD, _SATURATED, _UPDATES)),
+    ),
+    (_Some((_PLATEAU,), ("recurrence",)), _Some((_VANISHING, _EXPLODING, _SATURATED, _UPDATES))),
+    # weights of zero stop the gradient, and the units behind them are as flat as they are
+    (_Some((_DEAD, _SATURATED, _VANISHING)), _Some((_NO_GRADIENT,), ("initialisation",))),
+    (_Some((_EXPLODING,), ("depth", "weight_scale")), _Some((_NO_GRADIENT,), ("initialisation",))),
+    (_Some((_UPDATES,), (_SMALL,)), _Some((_NO_GRADIENT,), ("initialisation",))),
+    # inputs: from the first layer to the loss
+    (_Some((_PLATEAU,), (_INPUTS,)), _Some((_SATURATED, _EXPLODING, _DEAD, _UPDATES), (_INPUTS,))),
+    (_Some((_UPDATES,), (_INPUTS,)), _Some((_SATURATED, _EXPLODING, _DEAD), (_INPUTS,))),
+    (_Some((_DEAD,), (_INPUTS,)), _Some((_SATURATED, _EXPLODING), (_INPUTS,))),
+    (_Some((_DEAD,), ("unknown",)), _Some((_PLATEAU,), (_INPUTS,))),
+    (_Some((_VANISHING,), ("saturation",)), _Some((_SATURATED,), (_INPUTS,))),
+    (_Some((_VANISHING,), ("recurrence",)), _Some((_SATURATED, _PLATEAU), (_INPUTS,))),
+    (_Some((_EXPLODING,), (_INPUTS,)), _Some((_NONFINITE,), (_INPUTS,))),
+    # learning rate: from the steps to what they did
+    (_Some((_PLATEAU,), (_SMALL,)), _Some((_UPDATES,), (_SMALL,))),
+    (_Some((_UPDATES,), (_SMALL,)), _Some((_VANISHING,))),
+    (_Some((_UPDATES, _EXPLODING), (_LARGE,)), _Some((_NONFINITE,))),
+    (_Some((_UPDATES,), (_INPUTS,)), _Some((_NONFINITE,))),
+    (_Some((_EXPLODING,), (_LARGE,)), _Some((_UPDATES,), (_LARGE,))),
+    (_Some((_DEAD,), (_LARGE,)), _Some((_UPDATES, _EXPLODING), (_LARGE,))),
+    (_Some((_SATURATED,), ("drift",)), _Some((_UPDATES, _EXPLODING), (_LARGE,))),
+    (_Some((_VANISHING,), ("saturation",)), _Some((_UPDATES,), (_LARGE,))),
+    (_Some((_PLATEAU,), (_LARGE,)), _Some((_UPDATES, _EXPLODING, _DEAD), (_LARGE,))),
+    (_Some((_PLATEAU,), (_LARGE,)), _Some((_UPDATES,), (_INPUTS,))),
+    (_Some((_PLATEAU,), (_LARGE,)), _Some((_SATURATED,), ("drift",))),
+    # weights: what they do to the signal
+    (_Some((_SATURATED,), ("weight_scale", "drift")), _Some((_VANISHING,), ("saturation",))),
+    (_Some((_SATURATED,), ("weight_scale",)), _Some((_EXPLODING,), ("weight_scale",))),
+    (_Some((_VANISHING,), ("dead_units",)), _Some((_DEAD,))),
+    (_Some((_DEAD,), (_LARGE, "unknown")), _Some((_VANISHING,), ("weight_scale", "depth", "underflow"))),
+    # somebody else changed the weights: whatever is found beside it says more
+    (_Some((_UPDATES,), ("overwritten",)), _Some((_VANISHING, _EXPLODING, _NONFINITE, _DEAD, _SATURATED))),
 )
 
 
@@ -119,10 +102,4 @@ def consolidate(found: Iterable[Finding], still_open: Iterable[Finding]) -> list
 
 
 def _follows(finding: Finding, other: Finding) -> bool:
-    return any(
-        finding.kind is kind
-        and cause in (_ANY, finding.cause)
-        and other.kind is root
-        and root_cause in (_ANY, other.cause)
-        for kind, cause, root, root_cause in _FOLLOWS
-    )
+    return any(finding in consequences and other in roots for consequences, roots in _FOLLOWS)
