@@ -48,6 +48,7 @@ METRICS: dict[str, Metric] = {
     "zero_weights": Metric(
         "layers", "index", "weights that are all zero, and so is their gradient; at first, and as long as it is so"
     ),
+    "embedding_rms": Metric("layers", "norm", "root mean square of an embedding's table; in the first sample"),
     "recurrent_radius": Metric("layers", "norm", "spectral radius of the hidden-to-hidden weights of a recurrence"),
     "hh_to_ih": Metric("layers", "norm", "gradient norm of a recurrence's weights of the state / of the input"),
     "delta_norm": Metric("points", "norm", "L2 norm of the loss gradient at the output, over all calls"),

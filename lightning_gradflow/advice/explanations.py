@@ -171,7 +171,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     ),
     (FindingKind.LOSS_PLATEAU, "weight_scale"): (
         "Nothing is learnt with weights as large as those that {layers} started from",
-        "the outputs of the embedding are {output_rms} (rms), where 1 is usual",
+        "the table of the embedding is {embedding_rms} (rms), where 1 is usual",
     ),
     (FindingKind.LOSS_PLATEAU, "recurrence"): (
         "The state of {layers} keeps nothing: the recurrent weights it started from are far too large",

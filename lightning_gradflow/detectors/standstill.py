@@ -17,6 +17,8 @@ _SHARE = 0.2  # of the planned steps, where that is more than the patience: Adam
 _LONGEST = 300  # steps: from there on a loss that stands still is a plateau, whatever the cause
 _FULL = 0.1  # of the largest learning rate: below, nothing can be expected
 _YOUNG = 2.0  # times the patience: what sets in later has another reason
+_FALLEN = 0.02  # of the loss, over the second half of the run so far
+_CLEAR = 2.0  # z score of such a fall
 
 
 def steps_needed(history: History, patience: int = PATIENCE) -> float:
@@ -56,12 +58,45 @@ def stands_still(history: History, patience: int = PATIENCE, min_learnt: float =
         >>> stands_still(history)
         True
     """
+    return is_judged(history, patience) and not has_learnt(history, min_learnt)
+
+
+def is_judged(history: History, patience: int = PATIENCE, young: float = _YOUNG) -> bool:
+    """Whether a run had time to learn something from its start on, and is young still; see `stands_still`.
+
+    Args:
+        history: where to read.
+        patience: steps, in [1, inf); see `steps_needed`.
+        young: times the steps that are needed, in [1, inf): how long it is asked.
+    """
     if not history.rows or history.scalar("optimizers")[-1] > 1:
         return False
     needed = steps_needed(history, patience)
     if history.steps[-1] < needed or not np.isfinite(history.losses).any():
         return False
-    return needed <= steps_at_full_rate(history) <= _YOUNG * needed and not has_learnt(history, min_learnt)
+    return needed <= steps_at_full_rate(history) <= young * needed
+
+
+def still_falls(history: History) -> bool:
+    """Whether the loss has fallen since the middle of the run: to find the best constant is over soon.
+
+    True too where there are too few losses to tell.
+
+    Example:
+        >>> from lightning_gradflow.history import Row
+        >>> history = History()
+        >>> history.append(Row(step=99, losses=np.concatenate([np.linspace(200, 1, 40), np.ones(60)])))
+        >>> still_falls(history)
+        False
+    """
+    losses = history.losses[np.isfinite(history.losses)]
+    quarter = len(losses) // 4
+    if quarter < 4:
+        return True
+    late = losses[-2 * quarter :]
+    before, now = float(np.median(late[:quarter])), float(np.median(late[quarter:]))
+    noise = 1.25 * float(np.median(np.abs(np.diff(late)))) / math.sqrt(quarter)
+    return before - now > max(_FALLEN * abs(before), _CLEAR * noise)
 
 
 def starts_with_embedding(history: History) -> bool:

@@ -17,16 +17,15 @@ from lightning_gradflow.detectors.inputs import (
 )
 from lightning_gradflow.detectors.known import input_point, known_rows, layer_mask, newest_known
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.detectors.standstill import steps_at_full_rate, steps_needed
+from lightning_gradflow.detectors.standstill import steps_at_full_rate, steps_needed, still_falls
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
 _TAKEN_UP = 0.03  # of the usual size; usual networks hand on more than a tenth
-_FALLEN = 0.02  # of the loss, over the second half of the run so far
-_CLEAR = 2.0  # z score of such a fall
 _LARGE_STEP = 0.1  # share of its weights that one step changes: ten times what is usual at the start of a run
 _OVERGROWN = 3.0  # times the norm of the first weights: a ninth of the square is left of them
 _USUAL_GAIN = 0.5  # largest singular value; most initialisations give 0.6 to 3
+_ENOUGH = 16  # losses
 _RESIDUAL = 0.5  # of the first gradient at the output: a constant leaves 0.6 of it or more
 
 
@@ -108,7 +107,9 @@ class UnscaledInputs:
             return []
         if not all(contrast(history, row) < self.min_contrast for row in (rows[0], rows[-1])):
             return []
-        if not taken_up(history) < _TAKEN_UP or not self._had_time(history) or _gets_on(history):
+        if not taken_up(history) < _TAKEN_UP or not self._had_time(history):
+            return []
+        if has_learnt(history) and still_falls(history):
             return []
         mean, deviation = deviations(history, rows[-1])
         evidence = {
@@ -121,7 +122,7 @@ class UnscaledInputs:
         """Inputs so large that the first steps have overwritten the weights, and nothing can make up for that."""
         if not self._had_time(history) or not large_from_start(history) or not offending_features(history):
             return []
-        if not _weights_grew(history) or _residual(history) < _RESIDUAL or _gets_on(history, whatever=True):
+        if not _weights_grew(history) or _residual(history) < _RESIDUAL or still_falls(history):
             return []
         return [self._finding(history, feature_evidence(history))]
 
@@ -141,7 +142,8 @@ class UnscaledInputs:
         )
 
     def _had_time(self, history: History) -> bool:
-        return steps_at_full_rate(history) >= steps_needed(history, self.patience)
+        enough = np.isfinite(history.losses).sum() >= _ENOUGH
+        return bool(enough) and steps_at_full_rate(history) >= steps_needed(history, self.patience)
 
 
 def taken_up(history: History) -> float:
@@ -181,22 +183,3 @@ def _residual(history: History) -> float:
     deltas = history["delta_norm"]
     known = np.flatnonzero(layer_mask(history) & np.isfinite(deltas[[0, -1]]).all(axis=0) & (deltas[0] > 0))
     return float(deltas[-1, known[-1]] / deltas[0, known[-1]]) if known.size else 0.0
-
-
-def _gets_on(history: History, *, whatever: bool = False) -> bool:
-    """Whether something was learnt, and is still being learnt: to find the best constant is over soon.
-
-    Args:
-        history: where to read.
-        whatever: whether to leave out the first, where the loss does not tell.
-    """
-    losses = history.losses[np.isfinite(history.losses)]
-    quarter = len(losses) // 4
-    if quarter < 4:
-        return True
-    if not whatever and not has_learnt(history):
-        return False
-    late = losses[-2 * quarter :]
-    before, now = float(np.median(late[:quarter])), float(np.median(late[quarter:]))
-    noise = 1.25 * float(np.median(np.abs(np.diff(late)))) / math.sqrt(quarter)
-    return before - now > max(_FALLEN * abs(before), _CLEAR * noise)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
-from lightning_gradflow.detectors.known import first_values, layer_mask
-from lightning_gradflow.detectors.standstill import stands_still, starts_with_embedding, steps_at_full_rate
+from lightning_gradflow.detectors.known import columns_of_layers, first_values, newest_values
+from lightning_gradflow.detectors.standstill import is_judged, stands_still, steps_at_full_rate, still_falls
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
 _OVERWRITTEN = 0.3  # of the weights, by the first step
 _LEARNT = 0.2  # of the starting loss: what is behind the sick layers learns a little by itself
 _HANDED_ON = 3.0  # rms of what differs between samples: a normalisation behind it makes it 1
+_DROWNED = 0.02  # of the largest table
+_YOUNG = 4.0  # times the steps that are needed to learn something: until then a loss may come down from an absurd start
 
 Seen = tuple[tuple[str, ...], dict[str, float]]
 
@@ -28,7 +31,9 @@ class UnusualStart:
 
     - the recurrent weights of a layer had a spectral radius above `max_radius`: its state is chaos, which its bounds
       hide (`recurrence`);
-    - an embedding gave outputs of more than `max_embedding`, and what comes behind handed them on (`weight_scale`).
+    - the table of an embedding was larger than `max_embedding`, and hides the signal (`weight_scale`): the next layer
+      that multiplies handed it on, or another embedding is fifty times as small, and drowns beside it. Such a run soon
+      finds the best constant; so here it is enough that the loss does not fall any more.
 
     The size of the outputs, the largest singular values and the gain of the gradient do not count: those of trained
     weights, from which a run may go on where there is little left to learn, are as large.
@@ -65,13 +70,15 @@ class UnusualStart:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        if not stands_still(history, min_learnt=_LEARNT):
+        if not is_judged(history, young=_YOUNG):
             return []
-        seen = {
-            "recurrence": _chaotic(history, self.max_radius),
-            "weight_scale": _embedded(history, self.max_embedding),
-        }
-        return [_finding(history, cause, *it) for cause, it in seen.items() if it[0]][:1]
+        chaotic, embedded = _chaotic(history, self.max_radius), _embedded(history, self.max_embedding)
+        has_learnt_nothing = stands_still(history, min_learnt=_LEARNT)
+        if chaotic[0] and has_learnt_nothing:
+            return [_finding(history, "recurrence", *chaotic)]
+        if embedded[0] and (has_learnt_nothing or not still_falls(history)):
+            return [_finding(history, "weight_scale", *embedded)]
+        return []
 
 
 def _finding(history: History, cause: str, layers: tuple[str, ...], evidence: dict[str, float]) -> Finding:
@@ -99,13 +106,30 @@ def _chaotic(history: History, max_radius: float) -> Seen:
 
 
 def _embedded(history: History, max_embedding: float) -> Seen:
-    """An embedding, first of all layers, whose outputs are far too large for those behind it."""
-    if not starts_with_embedding(history):
+    """An embedding that was and is far too large for the layers behind it, or for those beside it."""
+    tables = first_values(history, "embedding_rms")
+    with np.errstate(all="ignore"):
+        growth = newest_values(history, "weight_norm") / first_values(history, "weight_norm")
+    tables = tables * np.where(np.isfinite(growth), growth, 1.0)
+    if np.isnan(tables).all():
         return (), {}
-    layers = np.flatnonzero(layer_mask(history))
-    sizes, spreads = (first_values(history, name)[layers] for name in ("output_rms", "output_spread"))
-    differs = (sizes * spreads)[1:]
-    differs = differs[np.isfinite(differs)]
-    if not (sizes[0] > max_embedding and differs.size and differs[0] > _HANDED_ON):
+    worst = int(np.nanargmax(tables))
+    seen = (history.layers[worst],), {"embedding_rms": float(tables[worst])}
+    others = np.delete(tables, worst)
+    if not tables[worst] > max_embedding:
         return (), {}
-    return (history.points[layers[0]].module,), {"output_rms": float(sizes[0])}
+    if (others < _DROWNED * tables[worst]).any() or _behind(history, worst) > _HANDED_ON:
+        return seen
+    return (), {}
+
+
+def _behind(history: History, layer: int) -> float:
+    """Rms of what differs between samples in the output of the first layer with a matrix behind another; NaN: none."""
+    norms, at = first_values(history, "spectral_norm"), columns_of_layers(history)
+    behind = np.flatnonzero(at == layer)
+    if not behind.size:
+        return math.nan
+    differs = first_values(history, "output_rms") * first_values(history, "output_spread")
+    multiplies = (at >= 0) & np.isfinite(norms[at]) & np.isfinite(differs)
+    after = np.flatnonzero(multiplies & (np.arange(len(at)) > behind[0]))
+    return float(differs[after[0]]) if after.size else math.nan

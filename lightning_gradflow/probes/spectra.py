@@ -46,7 +46,7 @@ class SpectralProbe:
 
     In the first sample it is also seen whether the units of a layer are copies of one another, and get the same
     gradient, without which they don't stay copies; and whether weights are zero, and get a zero gradient. Where they
-    are, they are looked at in the later samples too.
+    are, they are looked at in the later samples too. Of an embedding the first sample has the size of its table.
 
     Args:
         layers: whose weights are read.
@@ -135,9 +135,15 @@ class SpectralProbe:
         if (layer in self._zero or self._is_first) and (count := zero_weights(module)) is not None:
             yield "zero_weights", count
         weights = {key: p for key, p in module.named_parameters(recurse=False) if _is_matrix(p)}
-        if not weights or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        if not weights:
             return
         key = max(weights, key=lambda key: weights[key].numel())
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            if self._is_first:
+                table = weights[key].detach()
+                wide = wide_dtype(table.device)
+                yield "embedding_rms", torch.linalg.vector_norm(table, dtype=wide) / math.sqrt(table.numel())
+            return
         if layer in self._copied or (self._is_first and has_units(module)):
             yield "unit_spread", unit_spread(module, weights[key])
             if (gradient := weights[key].grad) is not None:

@@ -46,8 +46,13 @@ def deltas(*values):
     return {"delta_norm": values}
 
 
-def embedding(size=15.0, behind=(6.0, 1.0), spread=0.9, norms=(nan, 1.0, 1.0)):
-    return {"output_rms": (size, *behind), "output_spread": (1.0, spread, spread), "spectral_norm": norms}
+def embedding(table=15.0, behind=(6.0, 1.0), spread=0.9, norms=(nan, 1.0, 1.0), tables=(nan, nan)):
+    return {
+        "embedding_rms": (table, *tables),
+        "output_rms": (table, *behind),
+        "output_spread": (1.0, spread, spread),
+        "spectral_norm": norms,
+    }
 
 
 CHAOS = radii(nan, 8.0, nan, nan)
@@ -97,18 +102,40 @@ def test_the_unit_of_the_loss_does_not_matter(factor):
     ("values", "is_found"),
     [
         (embedding(), True),
-        (embedding(size=10.1), True),
-        (embedding(size=9.9), False),
+        (embedding(table=10.1), True),
+        (embedding(table=9.9), False),
         (embedding(behind=(3.4, 1.0)), True),
         (embedding(behind=(3.3, 1.0)), False),  # 2.97 differ between samples
         (embedding(behind=(1.0, 9.0)), False),  # a normalisation takes it up
+        (embedding(behind=(9.0, 1.0), norms=(nan, nan, 1.0)), False),  # what follows multiplies nothing
         (embedding(behind=(nan, 6.0)), True),  # what was not measured hides nothing
-        (embedding(norms=(1.0, 1.0, 1.0)), False),  # a matrix: its inputs may be as large
-        (embedding(norms=(nan, nan, nan)), False),  # nobody looked
+        (embedding(behind=(1.0, 1.0), tables=(0.29, nan)), True),  # the other drowns, whatever is behind
+        (embedding(behind=(1.0, 1.0), tables=(0.31, nan)), False),
+        (embedding(table=nan), False),
+        (embedding(behind=(nan, nan)), False),  # nobody looked
     ],
 )
-def test_an_embedding_is_judged_by_its_outputs(values, is_found):
+def test_an_embedding_is_judged_by_its_table(values, is_found):
     assert judged(points=EMBEDDED, values=values) == ([("warning", "weight_scale", ("emb",))] if is_found else [])
+
+
+def test_an_embedding_that_was_drawn_anew_is_well():
+    values = {**embedding(), "weight_norm": (150.0, 1.0, 1.0)}
+    assert judged(points=EMBEDDED, values=values, later={"weight_norm": (101.0, 1.0, 1.0)})
+    assert not judged(points=EMBEDDED, values=values, later={"weight_norm": (99.0, 1.0, 1.0)})
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_found"),
+    [
+        (np.concatenate([np.linspace(200.0, 1.0, 40), np.ones(61)]), True),  # the best constant is found soon
+        (np.linspace(200.0, 1.0, 101), False),
+        (np.concatenate([np.linspace(200.0, 1.0, 40), np.linspace(1.0, 0.9, 61)]), False),
+    ],
+)
+def test_beside_a_large_embedding_a_loss_that_falls_no_more_is_enough(losses, is_found):
+    assert bool(judged(points=EMBEDDED, values=embedding(), losses=losses)) is is_found
+    assert judged(values=CHAOS, losses=losses) == []
 
 
 def test_what_takes_numbers_is_no_embedding():

@@ -327,4 +327,16 @@ def test_a_probe_goes_on_where_its_state_was_taken():
 
 
 def test_embeddings_and_vectors_have_no_spectrum():
-    assert _spectra(nn.ModuleList([nn.Embedding(10, 4), nn.LayerNorm(4)]), samples=1) == {}
+    assert _spectra(nn.ModuleList([nn.LayerNorm(4)]), samples=1) == {}
+    table = nn.Embedding(10, 4)
+    size = pytest.approx(float(table.weight.detach().double().square().mean().sqrt()), rel=1e-6)
+    assert _spectra(nn.ModuleList([table]), samples=1) == {"0": {"embedding_rms": size}}
+
+
+def test_the_table_of_an_embedding_is_measured_once():
+    net = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
+    transfer = Transfer()
+    probe = SpectralProbe(LayerMap(net), transfer)
+    for expected in ({"0", "1"}, {"1"}):
+        probe.measure()
+        assert probe.collect(transfer.fetch()).keys() == expected
