@@ -1,8 +1,8 @@
-"""What watching costs as Markdown, for the README."""
+"""What watching costs as Markdown, for the README and docs/benchmarks.md."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .overhead_fits import WARM_UP
@@ -22,6 +22,14 @@ NAMES = {
 }
 """What the arms are called, in the order of the tables."""
 
+_SHORT = NAMES | {
+    "default": "`GradFlow()`",
+    "gradients": "`GradNormLogger(every_n_steps=1)`",
+    "every step, to W&B": "`GradFlow` to W&B",
+    "gradients, to W&B": "`GradNormLogger` to W&B",
+    "watch all": '`wandb.watch(log="all")`',
+}
+"""The same as short as can be, for where the table stands beside them."""
 
 _MEASURES = {"wall": "time of a fit", "step": "time of a step", "flush_bytes": "bytes of a flush"}
 
@@ -44,6 +52,22 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def short(found: Mapping[str, Any]) -> str:
+    """The fits of the arms that a reader chooses between, with a line on what that is and on what was missed.
+
+    Args:
+        found: what `overhead.main` writes.
+    """
+    models = list(found["models"].values())
+    shown = ("default", "gradients", "every step", "grad_norm", "watch all")
+    said = (
+        "Medians, in brackets the middle half, of fits on the CPU, to CSV or to W&B offline, measured on "
+        f"{found['environment']['date']}."
+    )
+    title = "time of a fit, or of its steps, / of a plain one"
+    return "\n".join(_table(title, models, _fit, shown)) + f"\n\n{said} {_missed(found)}"
+
+
 def _setting(found: Mapping[str, Any]) -> str:
     steps, rounds = found["steps"], found["rounds"]
     return (
@@ -58,10 +82,10 @@ def _setting(found: Mapping[str, Any]) -> str:
     )
 
 
-def _table(title: str, models: list[Mapping[str, Any]], cell: Any) -> list[str]:
+def _table(title: str, models: list[Mapping[str, Any]], cell: Any, arms: Collection[str] = tuple(NAMES)) -> list[str]:
     lines = [row(title, [model["title"] for model in models]), row("---", ["---:"] * len(models))]
     for arm, name in NAMES.items():
-        if any(arm in model["arms"] for model in models):
+        if arm in arms and any(arm in model["arms"] for model in models):
             cells = [cell(model["arms"][arm]) if arm in model["arms"] else "-" for model in models]
             lines.append(row(name, cells))
     return lines
@@ -128,23 +152,43 @@ def _said(found: Mapping[str, Any], models: list[Mapping[str, Any]]) -> list[str
 
 
 def _beyond(found: Mapping[str, Any]) -> list[str]:
+    missed = _not_met(found)
+    if not missed:
+        return ["All that was aimed at is met."]
+    listed = "; ".join(f"{_aim(what, NAMES)} {_values(found, those)}" for what, those in missed.items())
+    return [f"What was aimed at and is not met: {listed}."]
+
+
+def _missed(found: Mapping[str, Any]) -> str:
+    """The same in short: the limits, and what was measured beyond them."""
+    missed = _not_met(found)
+    if not missed:
+        return "All that was aimed at is met."
+    listed = "; ".join(f"{_aim(what, _SHORT)} {_beside(found, those)}" for what, those in missed.items())
+    return f"Aimed at and missed: {listed}."
+
+
+def _not_met(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     missed: dict[str, list[Mapping[str, Any]]] = {}
     for one in found["bars"]:
         if not one["is_met"]:
             missed.setdefault(one["what"], []).append(one)
-    if not missed:
-        return ["All that was aimed at is met."]
-    listed = "; ".join(f"{_aim(what)} {_values(found, those)}" for what, those in missed.items())
-    return [f"What was aimed at and is not met: {listed}."]
+    return missed
 
 
-def _aim(what: str) -> str:
+def _aim(what: str, names: Mapping[str, str]) -> str:
     """What a limit is on, in words."""
     about, _, of = what.rpartition(": ")
     theirs, _, ours = about.rpartition(" / ")
     if theirs:
-        return f"a sample of {NAMES[theirs]} / one of {NAMES[ours]}"
-    return f"{NAMES[ours]}, {_MEASURES[of]}"
+        return f"a sample of {names[theirs]} / one of {names[ours]}"
+    return f"{names[ours]}, {_MEASURES[of]}"
+
+
+def _beside(found: Mapping[str, Any], those: list[Mapping[str, Any]]) -> str:
+    """As in `at most 1.01 (transformer 1.02, LSTM 1.04)`."""
+    listed = ", ".join(f"{found['models'][one['model']]['title'].split(',')[0]} {one['value']:.4g}" for one in those)
+    return f"at {'most' if those[0]['most'] else 'least'} {those[0]['bar']:g} ({listed})"
 
 
 def _values(found: Mapping[str, Any], those: list[Mapping[str, Any]]) -> str:

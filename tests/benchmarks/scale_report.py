@@ -1,4 +1,4 @@
-"""How the cost of watching grows with the network, as Markdown, for the README."""
+"""How the cost of watching grows with the network, as Markdown, for the README and docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -22,6 +22,22 @@ def markdown(found: Mapping[str, Any]) -> str:
     tables = ["\n".join(_table(kind, of_it["sizes"], found["run"])) for kind, of_it in found["grows"].items()]
     said = [_grows(kind, of_it["exponents"]) for kind, of_it in found["grows"].items()]
     return "\n\n".join([_setting(found), *tables, " ".join(said), _origin(found)])
+
+
+def short(found: Mapping[str, Any]) -> str:
+    """How a sample grows, in a sentence.
+
+    Args:
+        found: what `scale.main` writes.
+    """
+    said = []
+    for kind, of_it in found["grows"].items():
+        ends = of_it["sizes"][0], of_it["sizes"][-1]
+        smallest, largest = (f"{one['everything']['sample_ms']:,.0f} ms with {_number(one[kind])}" for one in ends)
+        steps = " and ".join(f"{one['step_ms']:,.0f} ms" for one in ends)
+        power = of_it["exponents"]["everything"]["all"]
+        said.append(f"from {smallest} to {largest} {HEADS[kind]} (by the power {power:.2f}; steps take {steps})")
+    return f"In a growing network a sample takes {', and '.join(said)}. A power of 1 is linear."
 
 
 def _setting(found: Mapping[str, Any]) -> str:

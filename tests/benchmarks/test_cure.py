@@ -12,13 +12,12 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_gradflow import AutoMitigator
-from tests.benchmarks import cure_report, random_arm
-from tests.benchmarks.cure import RESULTS, main, parse
-from tests.benchmarks.cure_report import markdown
+from tests.benchmarks import random_arm
+from tests.benchmarks.cure import main, parse
+from tests.benchmarks.cure_report import markdown, short
 from tests.benchmarks.cure_runs import ARMS, TWIN, Course, Deed, Shelf, budgeted, sources, stretched, train
 from tests.benchmarks.cure_score import Trial, Worth, harm, not_ahead, scored
 from tests.benchmarks.random_arm import REMEDIES, RandomActor, cool_down
-from tests.benchmarks.readme import README, updated
 from tests.benchmarks.runs import CASES
 from tests.benchmarks.shares import Share
 from tests.benchmarks.zoo import HEALTHY, SICK
@@ -327,10 +326,17 @@ def test_what_can_not_be_cured_or_has_no_steps_is_an_error(line, capsys):
     assert "must be" in capsys.readouterr().err
 
 
-def test_the_readme_has_a_place_for_the_tables():
-    assert README.read_text(encoding="utf-8").count(cure_report.BEGIN) == 1
+def test_in_short_there_is_a_row_for_each_arm_and_what_was_trained(found):
+    table, said = short(found[0]).split("\n\n")
+    lines = table.splitlines()
+    assert len(lines) == 2 + len(found[0]["budgets"]["0.8"]["arms"])
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[3].startswith("| clipping only | 0/1 (0-79 %) |")
+    assert said.startswith("Runs of 1 sick and 1 healthy trainings over 1 seeds")
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="no results are committed yet")
-def test_the_readme_shows_the_committed_results():
-    assert README.read_text(encoding="utf-8") == updated()
+def test_in_short_it_is_said_where_another_arm_is_as_good(found):
+    changed = json.loads(json.dumps(found[0]))
+    even = {"family": "deep_sigmoid", "arm": "clip", "ours": 1, "theirs": 1, "runs": 1}
+    changed["budgets"]["0.8"]["not_ahead"] = [even]
+    assert short(changed).endswith("Not ahead of clipping only: deep sigmoid (1 against 1 of 1 by clipping only).")

@@ -10,7 +10,7 @@ from tests.benchmarks import overhead, overhead_fits
 from tests.benchmarks.cost_models import MODELS, SMALL, LoggingNorms
 from tests.benchmarks.overhead import RESULTS, bars, main, measure, parse, quartiles, times_cheaper, turned
 from tests.benchmarks.overhead_fits import ARMS, LONG, SHORT, STEADY, WANDB, Fit, fit, floor
-from tests.benchmarks.overhead_report import NAMES, markdown
+from tests.benchmarks.overhead_report import NAMES, markdown, short
 
 WARM_UP = overhead_fits.WARM_UP["long"]
 STEPS = WARM_UP + 4
@@ -191,6 +191,23 @@ def test_what_is_not_met_is_said(found):
     assert "not met: `GradFlow()`, with its page and its summary, time of a fit 1.02 (transformer, 2 layers" in text
     assert "where it is to be at most 1.01." in text
     assert "All that was aimed at is met." in markdown({**found, "bars": [one | {"is_met": True}]})
+
+
+def test_in_short_there_is_a_row_for_each_arm_to_choose_from(found):
+    lines = [line for line in short(found).splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        f"| {NAMES[arm]}" for arm in ("default", "gradients", "watch all")
+    ]
+
+
+def test_in_short_what_is_not_met_is_said_too(found):
+    about = {"model": "lstm", "is_met": False}
+    large = about | {"what": "default: wall", "value": 1.0204, "bar": 1.01, "most": True}
+    few = about | {"what": "watch all / every step, to W&B: sample", "value": 3.3, "bar": 20, "most": False}
+    text = short({**found, "bars": [large, few]})
+    assert "missed: `GradFlow()`, time of a fit at most 1.01 (transformer 1.02); a sample of `wandb.watch" in text
+    assert text.endswith("/ one of `GradFlow` to W&B at least 20 (transformer 3.3).")
+    assert short({**found, "bars": [large | {"is_met": True}]}).endswith("All that was aimed at is met.")
 
 
 def test_a_bar_is_met_at_its_value():

@@ -1,4 +1,4 @@
-"""The table of the README is the one of the committed results."""
+"""The tables of the README and of docs/benchmarks.md are those of the committed results."""
 
 import json
 
@@ -6,8 +6,8 @@ import pytest
 
 from tests.benchmarks.detection import HALVES, OURS, main, parse
 from tests.benchmarks.published import SUITES
-from tests.benchmarks.readme import README, updated
-from tests.benchmarks.report import BEGIN, END, markdown, placed
+from tests.benchmarks.readme import PAGES, REPORTS, updated
+from tests.benchmarks.report import BEGIN, END, markdown, placed, short
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,14 @@ def test_the_table_has_a_row_for_each_judge(found):
     assert table[2].startswith("| `GradFlow` | 1/1 (21-100 %) |")
 
 
+def test_in_short_each_judge_has_a_row_with_what_it_found_and_alarmed(found):
+    table, said = short(found[0]).split("\n\n")
+    lines = table.splitlines()
+    assert len(lines) == 2 + len(found[0]["judges"])
+    assert lines[2] == "| `GradFlow` | 1/1 (21-100 %) | 0/1 (0-79 %) |"
+    assert said.startswith("Runs of 1 sick and 1 healthy trainings over 1 seeds")
+
+
 def test_rejudging_needs_recorded_runs(capsys):
     with pytest.raises(SystemExit):
         parse(["--rejudge"])
@@ -69,5 +77,12 @@ def test_marks_that_are_not_there_once_are_an_error(text):
         placed(text, "new")
 
 
-def test_the_readme_shows_the_committed_results():
-    assert README.read_text(encoding="utf-8") == updated()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("shown", REPORTS.values(), ids=lambda shown: shown.BEGIN)
+def test_each_page_has_a_place_for_every_benchmark(page, shown):
+    assert page.read_text(encoding="utf-8").count(shown.BEGIN) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_page_shows_the_committed_results(page):
+    assert page.read_text(encoding="utf-8") == updated(page)

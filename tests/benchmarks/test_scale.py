@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.benchmarks import scale
 from tests.benchmarks.scale import DENSE, RESULTS, exponent, lengthen, main, sample_cost, state_size, steps_of
 from tests.benchmarks.scale_memory import STATUS, extra_memory
 from tests.benchmarks.scale_models import KINDS, grown
-from tests.benchmarks.scale_report import _size, markdown
+from tests.benchmarks.scale_report import _size, markdown, short
 
 
 def flow():
@@ -92,6 +93,12 @@ def test_the_tables_have_a_row_for_each_size(found):
         "| parameter tensors", "| ---", "| 10", "| 20", "| parameters", "| ---", "| 968",
     ]  # fmt: skip
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_in_short_it_is_one_sentence_with_the_ends_of_each_table(found):
+    said = short(found)
+    assert re.search(r"takes from [\d,]+ ms with 10 to [\d,]+ ms with 20 parameter tensors \(by the power ", said)
+    assert "\n" not in said
 
 
 def test_the_committed_results_are_of_all_kinds():
