@@ -51,19 +51,27 @@ def test_a_line_stands_between_the_columns_before_and_after_an_action():
     shown = made_up.gradients([0.0] * 9, [0.0] * 9, [math.inf] * 9, [math.inf] * 9)
     plain = heatmap(shown)
     red = (plain == NONFINITE_COLOUR).all(axis=2) & wide(plain, NONFINITE_COLOUR)
-    border = np.argwhere(red)[:, 1].min()
-    changed = {}
+    border, inside = np.argwhere(red)[:, 1].min(), np.argwhere(red)[:, 0].max() - 1
+    white = {}
     for outcome in ("kept", "rolled_back"):
         marked = heatmap(shown, actions=[Action(1, "clip", outcome=outcome)])
         assert marked.shape == plain.shape
-        changed[outcome] = np.argwhere((marked != plain).any(axis=2))
-        middle = (changed[outcome][:, 1].min() + changed[outcome][:, 1].max()) / 2
-        assert abs(middle - border) <= 2
-    white = {
-        outcome: (heatmap(shown, actions=[Action(1, "clip", outcome=outcome)]) == 255).all(axis=2).sum()
-        for outcome in changed
-    }
+        changed = np.flatnonzero((marked != plain)[inside].any(axis=1))
+        assert abs((changed.min() + changed.max()) / 2 - border) <= 2
+        white[outcome] = (marked == 255).all(axis=2).sum()
     assert white["kept"] > white["rolled_back"]
+
+
+def test_an_action_has_its_name_where_there_is_room():
+    shown = made_up.gradients(*[[1.0, 0.1]] * 40)
+    left, foot = 40, heatmap(shown).shape[0] // 2
+    ink = {}
+    for kinds in (["", ""], ["clip", ""], ["clip", "reinit"]):
+        steps = (10, 11) if kinds[1] else (10, 30)
+        marked = heatmap(shown, actions=[Action(step, kind) for step, kind in zip(steps, kinds, strict=True)])
+        ink[kinds[0], kinds[1]] = (marked[:foot, left:] < 100).all(axis=2).sum()
+    assert ink["clip", ""] > ink["", ""]
+    assert ink["clip", "reinit"] <= ink["clip", ""]  # the second is too near to the first
 
 
 def wide(pixels, colour):

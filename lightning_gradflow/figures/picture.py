@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -37,7 +37,8 @@ def heatmap(history: History, metric: str = "grad_norm", actions: Iterable[Actio
     Args:
         history: where to read.
         metric: any name of the table of metrics.
-        actions: each gets a white line between the columns before and after it, dotted if it was taken back.
+        actions: each gets a white line between the columns before and after it, dotted if it was taken back, and its
+            name above, where there is room.
 
     Returns:
         (H, 1200, 3) pixels, 300 to 900 of them high.
@@ -55,20 +56,21 @@ def heatmap(history: History, metric: str = "grad_norm", actions: Iterable[Actio
     legend = scale.legend(cells.values)
     labels = _Labels.of(cells)
     left, right = 40 + labels.width, _WIDTH - _RIGHT
-    top, foot = 62 if legend else 34, min(max(_MIN_HEIGHT, 160 + 26 * n), _MAX_HEIGHT) - _FOOT
+    actions = list(actions)
+    title = 53 if legend else 25
+    top, foot = title + (27 if actions and n else 9), min(max(_MIN_HEIGHT, 160 + 26 * n), _MAX_HEIGHT) - _FOOT
     box = (left, top, right, foot)
     pixels = np.full((foot + _FOOT, _WIDTH, 3), 255, dtype=np.uint8)
     if n:
         pixels[top:foot, left:right] = _stretch(scale.paint(cells.values), foot - top, right - left)
     image = Image.fromarray(pixels)
     draw = ImageDraw.Draw(image)
-    _write(draw, (left, top - 9), f"{metric}: {METRICS[metric].meaning}", 17, "ls")
+    _write(draw, (left, title), f"{metric}: {METRICS[metric].meaning}", 17, "ls")
     if n:
-        for action in actions:
-            at = (column_after(cells.steps, action.step) + 0.5) / len(cells.steps)
-            _mark(draw, left + round(at * (right - left)), top, foot, is_dotted=action.outcome == "rolled_back")
+        _mark_actions(draw, box, cells, actions)
         _frame(draw, box, cells, labels)
-        _write_upwards(image, (4, (top + foot) // 2), "input side at the top", 14)
+        _write_upwards(image, (4, top), "first layer", "top")
+        _write_upwards(image, (4, foot), "last layer", "foot")
         _colour_bar(draw, right + 18, top, foot, scale)
         _draw_legend(draw, right, legend)
     else:
@@ -132,14 +134,27 @@ def _write(draw: ImageDraw, at: tuple[int, int], text: str, size: int, anchor: s
     draw.text(at, text, fill=_INK, font=_font(size), anchor=anchor)
 
 
-def _write_upwards(image: Image, at: tuple[int, int], text: str, size: int) -> None:
-    """Text that reads from below, beside a point in the middle of its height."""
+def _write_upwards(image: Image, at: tuple[int, int], text: str, end: Literal["top", "foot"]) -> None:
+    """Text that reads from below, of which one end stands at a height."""
     from PIL import Image, ImageDraw
 
-    turned = Image.new("RGB", (math.ceil(_font(size).getlength(text)), size + 4), "white")
-    _write(ImageDraw.Draw(turned), (0, 0), text, size, "la")
+    turned = Image.new("RGB", (math.ceil(_font(14).getlength(text)), 18), "white")
+    _write(ImageDraw.Draw(turned), (0, 0), text, 14, "la")
     turned = turned.transpose(Image.Transpose.ROTATE_90)
-    image.paste(turned, (at[0], at[1] - turned.height // 2))
+    image.paste(turned, (at[0], at[1] if end == "top" else at[1] - turned.height))
+
+
+def _mark_actions(draw: ImageDraw, box: tuple[int, int, int, int], cells: Grid, actions: Iterable[Action]) -> None:
+    left, top, right, foot = box
+    free = 0
+    for action in sorted(actions, key=lambda action: action.step):
+        at = (column_after(cells.steps, action.step) + 0.5) / len(cells.steps)
+        x = left + round(at * (right - left))
+        _mark(draw, x, top, foot, is_dotted=action.outcome == "rolled_back")
+        half = math.ceil(_font(13).getlength(action.kind)) // 2
+        if x - half >= free:
+            _write(draw, (x, top - 6), action.kind, 13, "ms")
+            free = x + half + 6
 
 
 def _mark(draw: ImageDraw, x: int, top: int, foot: int, is_dotted: bool) -> None:
