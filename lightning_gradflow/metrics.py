@@ -40,6 +40,14 @@ METRICS: dict[str, Metric] = {
     "weight_norm": Metric("layers", "norm", "L2 norm of those parameters of the layer that have a gradient"),
     "update_norm": Metric("layers", "norm", "L2 norm of what the optimizer's step changed in those parameters"),
     "update_ratio": Metric("layers", "norm", "update_norm / weight_norm"),
+    "unchanged_fraction": Metric(
+        "layers",
+        "fraction",
+        "of weights in bf16 or fp16: share of the gradient (its magnitudes) at entries that the step did not change",
+    ),
+    "not_optimized_fraction": Metric(
+        "layers", "fraction", "share of the entries that get a gradient and that no optimizer holds, if there are such"
+    ),
     "spectral_norm": Metric("layers", "norm", "largest singular value of the layer's largest weight matrix"),
     "unit_spread": Metric(
         "layers", "norm", "how far the weights of four units differ / their norm; at first, and as long as it is 0"
@@ -48,9 +56,18 @@ METRICS: dict[str, Metric] = {
     "zero_weights": Metric(
         "layers", "index", "weights that are all zero, and so is their gradient; at first, and as long as it is so"
     ),
-    "embedding_rms": Metric("layers", "norm", "root mean square of an embedding's table; in the first sample"),
+    "embedding_rms": Metric(
+        "layers", "norm", "rms of an embedding's table, or of a module's own matrices the largest; in the first sample"
+    ),
+    "table_cosine": Metric(
+        "layers", "fraction", "cosine of the same weights and their gradient, from 0; at first, and as long as above it"
+    ),
     "recurrent_radius": Metric("layers", "norm", "spectral radius of the hidden-to-hidden weights of a recurrence"),
+    "loop_radius": Metric("layers", "norm", "the same of a square weight called in a loop, eight times or more"),
     "hh_to_ih": Metric("layers", "norm", "gradient norm of a recurrence's weights of the state / of the input"),
+    "stack_gain": Metric(
+        "layers", "norm", "gradient norm of the biases of a stacked recurrence's first layer / of its last"
+    ),
     "delta_norm": Metric("points", "norm", "L2 norm of the loss gradient at the output, over all calls"),
     "calls": Metric("points", "index", "calls of a point in a forward pass, up to the last one that got a gradient"),
     "delta_headroom": Metric(
@@ -115,6 +132,7 @@ SCALARS: dict[str, str] = {
     "clip_factor": "total norm after clipping / before, in [0, 1]",
     "clipped_fraction": "share of the last 50 samples in which the gradients were clipped",
     "loss_scale": "factor of the gradient scaler",
+    "backward_passes": "backward passes of the step that were seen",
     "step_skipped": "1 if the scaler skipped the step of an optimizer, else 0",
     "delta_floor": "log2 of the smallest positive number that the narrowest of the deltas can hold",
     "normalised_updates": "1 if the size of a step does not follow that of the gradient, as in Adam, else 0",

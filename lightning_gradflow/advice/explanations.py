@@ -61,6 +61,14 @@ SEEN_SO: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.NO_GRADIENT, "initialisation"): (
         "The weights of {layers} are zero, and so is the gradient that would change them",
     ),
+    (FindingKind.NO_GRADIENT, "detached"): (
+        "No gradient of the loss ever reaches {layers}, although the optimizer holds the parameters",
+    ),
+    (FindingKind.NO_GRADIENT, "not_optimized"): ("{layers} get a gradient, and no optimizer holds their parameters",),
+    (FindingKind.UPDATE_RATIO, "rounding"): (
+        "The weights of {layers} stay as they are, although the optimizer steps",
+        "{unchanged_fraction} of what a step is to gain is lost",
+    ),
     (FindingKind.DEAD_UNITS, "symmetry"): ("All units of a layer are copies of one another, in {layers}",),
     (FindingKind.UPDATE_RATIO, "overwritten"): (
         "The weights of {layers} were changed by far more than the optimizer's steps can do",
@@ -87,9 +95,10 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "a factor of {per_point} at each point",
     ),
     (FindingKind.VANISHING_GRADIENT, "recurrence"): (
-        "It is lost through time: the recurrence multiplies it by less than one at each time step",
-        "a factor of {time_decay} a step",
+        "It is lost in the recurrence, which multiplies it by less than one again and again",
+        "through time by {time_decay} a step",
         "after {memory_steps} of the {time_steps} steps a third of it is left",
+        "from the last layer of the stack to the first a share of {stack_gain} is left",
     ),
     (FindingKind.VANISHING_GRADIENT, "underflow"): (
         "It falls below the smallest number of its format, such as 6e-8 in fp16, and is rounded to zero",
@@ -132,6 +141,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     ),
     (FindingKind.NONFINITE_GRADIENT, "optimizer_step"): (
         "A step of the optimizer has made weights NaN or infinite, in {first} for one",
+        "they are held in {weight_bits} bits, and in fp16 the usual eps of Adam, 1e-8, is zero",
     ),
     (FindingKind.NONFINITE_GRADIENT, "learning_rate_too_large"): (
         "The loss, the gradient or the weights left their range step by step before that: the steps are too large",
@@ -172,6 +182,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.LOSS_PLATEAU, "weight_scale"): (
         "Nothing is learnt with weights as large as those that {layers} started from",
         "the table of the embedding is {embedding_rms} (rms), where 1 is usual",
+        "they make up the loss, which falls by {loss_by_size} % for each 1 % that they are smaller",
     ),
     (FindingKind.LOSS_PLATEAU, "recurrence"): (
         "The state of {layers} keeps nothing: the recurrent weights it started from are far too large",
@@ -193,12 +204,21 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "the cosine between the gradients of two halves of the data is {gradient_cosine}",
     ),
     (FindingKind.NO_GRADIENT, "detached"): (
-        "The graph is cut behind them: the next layer takes their output detached, as data or through numpy",
+        "The graph is cut behind them: the next layer, or the loss, takes their output detached, as data or rounded",
+        "what arrives is exactly zero, in all of {zero_samples} samples",
+        "what they get is that of a penalty on the weights, for no output had a gradient in {penalty_samples} samples",
     ),
     (FindingKind.NO_GRADIENT, "initialisation"): (
         "One factor gets the others times what comes back, and all of them started from zero: no step will ever help",
     ),
     (FindingKind.NO_GRADIENT, "unused"): ("They take no part in the loss",),
+    (FindingKind.NO_GRADIENT, "not_optimized"): (
+        "The optimizer was made without them, or before they were, or they are in a list that parameters() passes over",
+    ),
+    (FindingKind.UPDATE_RATIO, "rounding"): (
+        "They are in a 16-bit format, and steps below half of the spacing of its numbers are rounded away",
+        "that is up to 1/256 of a weight in bf16, and 1/2048 in fp16",
+    ),
     (FindingKind.UPDATE_RATIO, "learning_rate_too_small"): (
         "At that pace they hardly move: the learning rate is too small (0.001 is a usual ratio)",
     ),
@@ -220,10 +240,11 @@ UNKNOWN = "The measurements do not tell why"
 
 _PERCENT = frozenset(
     {"dead_fraction", "lost_share", "saturated_fraction", "progress", "line_gain_far", "line_shuffled"}
+    | {"unchanged_fraction"}
 )
 _COUNT = frozenset(
     {"points", "layers", "underflowed_points", "nonfinite_layers", "activations", "features"}
-    | {"largest_step", "planned_steps", "steps", "time_steps", "wait_steps"}
+    | {"zero_samples", "penalty_samples", "largest_step", "planned_steps", "steps", "time_steps", "wait_steps"}
 )
 _MOST_NAMES = 3
 

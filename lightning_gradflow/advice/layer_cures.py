@@ -5,9 +5,17 @@ Each takes a `Site` and returns its suggestions, none where it does not apply.
 
 from __future__ import annotations
 
+import math
+
 from lightning_gradflow.activations import BOUNDED, RECTIFIERS, SIGMOIDS
 from lightning_gradflow.advice.site import PASTE, WEIGHTED, Site, get, literal, quote
 from lightning_gradflow.findings import Suggestion
+
+_BF16_STEPS = 128  # numbers of bf16 between a power of two and the next
+_BEFORE_THE_CAST = (
+    " Do it there, in float32, where the run is in bf16: inputs so far from zero are rounded to a few numbers, or one, "
+    "and no layer brings back what the cast has lost."
+)
 
 
 def initialise(site: Site) -> list[Suggestion]:
@@ -202,6 +210,12 @@ def normalise(site: Site) -> list[Suggestion]:
     ]
 
 
+def _is_far(site: Site) -> bool:
+    """Whether the inputs are so far from zero that numbers in bf16, with 8 bits, are the same for all samples."""
+    evidence = site.finding.evidence
+    return evidence.get("input_mean", 0.0) > _BF16_STEPS * evidence.get("input_deviation", math.inf)
+
+
 def scale_inputs(site: Site) -> list[Suggestion]:
     """Standardised inputs for the first layer, with the features that are too large by index."""
     layer = site.input_layer or (*site.layers, *site.feeding_named(), "")[0]
@@ -236,7 +250,8 @@ def scale_inputs(site: Site) -> list[Suggestion]:
             "Scale the inputs to mean 0 and variance 1" + (f", above all feature {large[0]}" if large else ""),
             "\n".join(code),
             "Initialisations are made for inputs of that size; pixels in [0, 255] drive an activation to its bounds. "
-            "Scaling in the dataset, with the mean and deviation of the training data, does the same.",
+            "Scaling in the dataset, with the mean and deviation of the training data, does the same."
+            + (_BEFORE_THE_CAST if _is_far(site) else ""),
             "LeCun et al. 1998, Efficient BackProp",
         )
     ]

@@ -230,7 +230,7 @@ def larger_eps(site: Site) -> list[Suggestion]:
 def reconnect(site: Site) -> list[Suggestion]:
     """The place where the graph is cut."""
     code = [
-        f"# behind {(*site.named, 'them')[-1]}, on the way to the loss: no .detach(), .data, .numpy() or argmax",
+        f"# behind {(*site.named, 'them')[-1]}, on the way to the loss: no .detach(), .data, .numpy(), round(), argmax",
         f"for name in {literal(site.named)}:  # in on_after_backward, where model is self",
         "    assert all(p.grad is not None for p in model.get_submodule(name).parameters()), name",
     ]
@@ -238,8 +238,9 @@ def reconnect(site: Site) -> list[Suggestion]:
         Suggestion(
             "Let the gradient through where the graph is cut",
             "\n".join(code),
-            "What is computed from a detached tensor gives the layers before it no gradient. If it is meant, run them "
-            "under torch.no_grad() and leave their parameters out of the optimizer.",
+            "What is computed from a detached tensor gives the layers before it no gradient, and what is rounded or "
+            "compared gives them zeros: leave that to the metrics. If it is meant, run them under torch.no_grad() and "
+            "leave their parameters out of the optimizer.",
             "Paszke et al. 2017, Automatic differentiation in PyTorch",
         )
     ]

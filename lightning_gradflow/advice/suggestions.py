@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from lightning_gradflow.advice.format_cures import freeze_left_out, hold, keep_float32, master_weights
 from lightning_gradflow.advice.layer_cures import (
     initialise,
     initialise_named,
@@ -45,6 +46,7 @@ from lightning_gradflow.advice.run_cures import (
     wider_format,
 )
 from lightning_gradflow.advice.site import PASTE, Site, survey
+from lightning_gradflow.advice.table_cures import shorten_rows
 from lightning_gradflow.findings import Finding, FindingKind, Suggestion
 from lightning_gradflow.history import History
 
@@ -97,7 +99,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.LOSS_PLATEAU, "vanishing_gradient"): (initialise, pre_norm, residuals, normalise, swap_activations),
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_small"): (loosen_clipping, raise_rate, find_rate),
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_large"): (lower_rate, warm_up, pre_norm, find_rate),
-    (FindingKind.LOSS_PLATEAU, "weight_scale"): (initialise, normalise),
+    (FindingKind.LOSS_PLATEAU, "weight_scale"): (shorten_rows, initialise, normalise),
     (FindingKind.LOSS_PLATEAU, "recurrence"): (initialise_recurrence, gate_recurrence, normalise_recurrence),
     (FindingKind.LOSS_PLATEAU, "saturation"): (initialise, normalise, swap_activations, scale_inputs),
     (FindingKind.LOSS_PLATEAU, "dead_units"): (initialise, leak, lower_rate),
@@ -106,8 +108,10 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.NO_GRADIENT, "initialisation"): (draw_zeros,),
     (FindingKind.NO_GRADIENT, "detached"): (reconnect,),
     (FindingKind.NO_GRADIENT, "unused"): (use_or_freeze,),
+    (FindingKind.NO_GRADIENT, "not_optimized"): (hold, freeze_left_out),
     (FindingKind.NO_GRADIENT, "unknown"): (use_or_freeze,),
     (FindingKind.UPDATE_RATIO, "overwritten"): (watch_weights,),
+    (FindingKind.UPDATE_RATIO, "rounding"): (keep_float32, master_weights, raise_rate),
     (FindingKind.UPDATE_RATIO, "learning_rate_too_small"): (loosen_clipping, raise_rate, find_rate),
     (FindingKind.UPDATE_RATIO, "learning_rate_too_large"): (lower_rate, warm_up, pre_norm),
     (FindingKind.UPDATE_RATIO, "unscaled_inputs"): (scale_inputs, lower_rate),
@@ -119,6 +123,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
 IN_THE_RUN: dict[Cure, frozenset[str]] = {
     initialise: frozenset(),
     initialise_named: frozenset(),
+    shorten_rows: frozenset(),
     fill_missing: frozenset(),
     draw_zeros: frozenset(),
     initialise_recurrence: frozenset(),

@@ -59,6 +59,7 @@ class AutoMitigator(Monitor):
 
     measures_gradients = True  # the limit for clipping comes from them
     measures_activations = True
+    explains_plateaus = True
 
     def __init__(
         self,

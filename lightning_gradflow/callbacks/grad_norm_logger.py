@@ -7,7 +7,9 @@ from lightning_gradflow.detectors.base import Detector, check_range
 from lightning_gradflow.detectors.exploding import ExplodingGradient
 from lightning_gradflow.detectors.no_gradient import NoGradient
 from lightning_gradflow.detectors.nonfinite import NonfiniteGradient
+from lightning_gradflow.detectors.not_optimized import NotOptimized
 from lightning_gradflow.detectors.recurrence import RecurrentGradient
+from lightning_gradflow.detectors.rounding import RoundedSteps
 from lightning_gradflow.detectors.update_ratio import UpdateRatio
 from lightning_gradflow.detectors.vanishing import VanishingGradient
 
@@ -63,6 +65,8 @@ class GradNormLogger(Monitor):
             ExplodingGradient(max_growth),
             NonfiniteGradient(),
             NoGradient(),
+            NotOptimized(),
+            RoundedSteps(),
             UpdateRatio(max_ratio=max_update_ratio),
         ]
 

@@ -22,6 +22,7 @@ from lightning_gradflow.probes.ranks import RankFailedError, Topology
 from lightning_gradflow.probes.signals import SignalProbe
 from lightning_gradflow.probes.spectra import SpectralProbe
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
+from lightning_gradflow.probes.unheld import find_unregistered, unheld
 from lightning_gradflow.probes.unpacking import Signals
 
 _NONE = np.empty(0)
@@ -87,6 +88,7 @@ class Sampler:
         if before is not None:
             self._spectra.load_state_dict(before["spectra"])
         self._gradients = GradientProbe(self._layers, self._transfer)
+        self._unregistered = find_unregistered(self._model)
 
     @property
     def is_open(self) -> bool:
@@ -197,7 +199,14 @@ class Sampler:
         return True
 
     @paused_collector()
-    def read_gradients(self, optimizer: torch.optim.Optimizer, scale: Tensor | None, factor: float, raw: bool) -> None:
+    def read_gradients(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scale: Tensor | None,
+        factor: float,
+        raw: bool,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+    ) -> None:
         """Reads the gradients that an optimizer is about to use.
 
         Args:
@@ -205,6 +214,7 @@ class Sampler:
             scale: the factor of the gradient scaler that this backward pass was made with.
             factor: turns the accumulated gradient into that of the mean loss over the batches that there were.
             raw: whether the gradients still carry the scale.
+            optimizers: all that there are, so that what none of them holds can be told.
         """
         self._scale, self._multiplier = scale, factor
         if not self._measures_gradients:
@@ -214,6 +224,9 @@ class Sampler:
         if raw and scale is not None:
             multiplier = factor / scale.to(wide_dtype(self.device))
         parameters = (p for group in optimizer.param_groups for p in group["params"])
+        if optimizers and not self.gradients_only:
+            held = (p for each in optimizers for group in each.param_groups for p in group["params"])
+            self._gradients.note_unheld(unheld(self._model, self._layers, self._unregistered, held))
         self._gradients.measure(self._read.index(id(optimizer)), parameters, multiplier)
 
     @paused_collector()
@@ -294,7 +307,7 @@ class Sampler:
                 self._signals.finish()
             self._gradients.finish()
             if self._measures_gradients and not self.gradients_only:
-                self._spectra.measure()
+                self._spectra.measure(self._signals.turns)
             if self._scale is not None:
                 self._transfer.put("loss scale", self._scale.reshape(1))
             self._transfer.share_numbers("decision", [float(decision)])
@@ -310,6 +323,7 @@ class Sampler:
         gradients = self._gradients.collect(host)
         layers, of_layers = gradients.layers(scaled=not math.isnan(scale))
         signals = Signals() if self.gradients_only else self._signals.collect(host, self._multiplier)
+        self._history.layer_axis.merge([*self._history.layers, *layers])  # what is in no module's care has a name too
         if not self.gradients_only:
             self._take_names(signals)
         names = [point.name for point in signals.order]
@@ -322,7 +336,8 @@ class Sampler:
             values |= columns(self._spectra.collect(host), self._history.layer_axis)
         losses = self._losses.by_step(host.get("losses", _NONE), self._transfer.topology.ranks)
         clip_factor = gradients.clip_factor(self._multiplier) if sees_clipping else math.nan
-        found = {**scalars, **totals(of_layers, clip_factor, self._history.scalar("clip_factor"), scale)}
+        found = {**scalars, "backward_passes": float(self.backwards)}
+        found |= totals(of_layers, clip_factor, self._history.scalar("clip_factor"), scale)
         found |= unpack(host["loss line"]) if "loss line" in host else {}
         if signals.input_layer is not None:
             found["input_layer"] = float(self._history.layer_axis.identity(signals.input_layer))

@@ -110,7 +110,8 @@ class Steps:
         if module.automatic_optimization:
             factor = trainer.accumulate_grad_batches / min(trainer.accumulate_grad_batches, sampler.backwards)
         scale = trainer_facts.loss_scale(trainer, sampler.device)
-        sampler.read_gradients(optimizer, scale, factor, trainer_facts.takes_scaled_gradients(optimizer))
+        is_raw = trainer_facts.takes_scaled_gradients(optimizer)
+        sampler.read_gradients(optimizer, scale, factor, is_raw, trainer.optimizers)
         self._has_stepped.discard(id(optimizer))
         self._is_read = True
 

@@ -25,6 +25,7 @@ from lightning_gradflow.callbacks.copies import (
     loss_of,
     quiet_copy,
 )
+from lightning_gradflow.callbacks.repeats import without_repeats
 from lightning_gradflow.findings import Finding, FindingKind
 from lightning_gradflow.history import History
 from lightning_gradflow.probes.loss_line import loss_line, pack
@@ -155,7 +156,7 @@ def _measure_copy(trainer: Trainer, module: LightningModule, batches: list[tuple
     scale = 1.0 if loss_scale is None else float(loss_scale)
     of = partial(loss_of, trainer, twin, check=_until(time.monotonic() + _MOST_SECONDS))
     losses = [of(batch, at) for batch, at in batches[-BATCHES:]]
-    dealt = [(batch, _dealt(batch), at) for batch, at in _of_one_epoch(batches)]
+    dealt = [(batch, _dealt(batch), at) for batch, at in without_repeats(_of_one_epoch(batches))]
     pairs = [(of(batch, at), of(other, at)) for batch, other, at in dealt if other is not None]
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     paired = pairing(pairs, parameters, scale)

@@ -30,18 +30,24 @@ _FOLLOWS: tuple[tuple[_Some, _Some], ...] = (
     # a loss that stands is the last link of every chain
     (_Some((_PLATEAU,)), _Some((_NONFINITE,))),
     (_Some((_PLATEAU,)), _Some((_NO_GRADIENT,), ("detached", "initialisation"))),
+    (_Some((_PLATEAU,), (_SMALL, "unknown")), _Some((_NO_GRADIENT,), ("not_optimized",))),
     (_Some((_PLATEAU,), ("vanishing_gradient",)), _Some((_VANISHING,))),
     (_Some((_PLATEAU,), ("dead_units",)), _Some((_DEAD,))),
     (_Some((_PLATEAU,), ("saturation",)), _Some((_SATURATED,))),
     (
-        _Some((_PLATEAU,), ("weight_scale", "unknown")),
+        _Some((_PLATEAU,), ("unknown",)),
         _Some((_VANISHING, _EXPLODING, _DEAD, _SATURATED, _UPDATES)),
     ),
+    # a table beside which all else drowns leaves no layer anything to learn by
+    (_Some((_PLATEAU,), ("weight_scale",)), _Some((_EXPLODING, _SATURATED))),
+    (_Some((_PLATEAU,), ("weight_scale",)), _Some((_DEAD,), ("initialisation", "symmetry", _INPUTS))),
+    (_Some((_PLATEAU,), ("weight_scale",)), _Some((_UPDATES,), (_LARGE, _INPUTS))),
+    (_Some((_VANISHING,), ("weight_scale", "depth")), _Some((_PLATEAU,), ("weight_scale",))),
     (_Some((_PLATEAU,), ("recurrence",)), _Some((_VANISHING, _EXPLODING, _SATURATED, _UPDATES))),
     # weights of zero stop the gradient, and the units behind them are as flat as they are
     (_Some((_DEAD, _SATURATED, _VANISHING)), _Some((_NO_GRADIENT,), ("initialisation",))),
     (_Some((_EXPLODING,), ("depth", "weight_scale")), _Some((_NO_GRADIENT,), ("initialisation",))),
-    (_Some((_UPDATES,), (_SMALL,)), _Some((_NO_GRADIENT,), ("initialisation",))),
+    (_Some((_UPDATES,), (_SMALL, "rounding")), _Some((_NO_GRADIENT,), ("initialisation", "detached"))),
     # inputs: from the first layer to the loss
     (_Some((_PLATEAU,), (_INPUTS,)), _Some((_SATURATED, _EXPLODING, _DEAD, _UPDATES), (_INPUTS,))),
     (_Some((_UPDATES,), (_INPUTS,)), _Some((_SATURATED, _EXPLODING, _DEAD), (_INPUTS,))),
@@ -52,7 +58,11 @@ _FOLLOWS: tuple[tuple[_Some, _Some], ...] = (
     (_Some((_EXPLODING,), (_INPUTS,)), _Some((_NONFINITE,), (_INPUTS,))),
     # learning rate: from the steps to what they did
     (_Some((_PLATEAU,), (_SMALL,)), _Some((_UPDATES,), (_SMALL,))),
-    (_Some((_UPDATES,), (_SMALL,)), _Some((_VANISHING,))),
+    (_Some((_UPDATES,), (_SMALL, "rounding")), _Some((_VANISHING,))),
+    # so do steps that are rounded away
+    (_Some((_PLATEAU,), (_SMALL, "unknown")), _Some((_UPDATES,), ("rounding",))),
+    (_Some((_UPDATES,), ("rounding",)), _Some((_SATURATED, _NONFINITE))),
+    (_Some((_UPDATES, _PLATEAU), (_SMALL,)), _Some((_SATURATED,), ("weight_scale",))),
     (_Some((_UPDATES, _EXPLODING), (_LARGE,)), _Some((_NONFINITE,))),
     (_Some((_UPDATES,), (_INPUTS,)), _Some((_NONFINITE,))),
     (_Some((_EXPLODING,), (_LARGE,)), _Some((_UPDATES,), (_LARGE,))),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lightning_gradflow.detectors.cut_off import penalty_samples, zero_samples
 from lightning_gradflow.detectors.known import how_often_known, is_always, known_rows, layer_mask, newest_values
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.underflow import recent_underflow
@@ -34,7 +35,11 @@ class NoGradient:
     `argmax`, a round trip through numpy. So is a trunk that gets exact zeros in each of three samples, while the layers
     behind it are trained: rounding and signs have no slope. Dead units, saturation, weights of zero and gradients below
     the smallest number of their format make such zeros too, and are left to others. Features are extracted under
-    `no_grad` on purpose; such a trunk is detached only if 50 steps have passed and nothing was learnt.
+    `no_grad` on purpose; such a trunk is detached only if 50 steps have passed and nothing was learnt. So is all that
+    the optimizer holds, where it ran in the graph and another layer is the first that is reached.
+
+    The whole network is detached where each gradient is exactly zero in each of three samples, and where the weights
+    get a gradient and no output gets any: that of a penalty on the weights (see `cut_off`).
 
     Unused, an info: everything else. Heads that the loss does not use, layers that never ran, teachers, branches beside
     the one that learns. So are layers whose gradient was exactly zero in every sample of 50 steps, while most others
@@ -69,6 +74,10 @@ class NoGradient:
         zero = zero_weights(history)
         if zero.layers:
             return [_finding(history, Severity.WARNING, "initialisation", np.array(zero.layers))]
+        signs = {"zero_samples": zero_samples(history), "penalty_samples": penalty_samples(history)}
+        if any(signs.values()):
+            measured = np.array(history.layers)[how_often_known(history, "grad_norm") > 0]
+            return [_finding(history, Severity.WARNING, "detached", measured, **{k: v for k, v in signs.items() if v})]
         held = how_often_known(history, "grad_missing_fraction")
         never = (held >= _MIN_SAMPLES) & is_always(history, "grad_missing_fraction", 1)
         zeros = _held_zeros(history)
@@ -94,7 +103,10 @@ def _before_the_cut(history: History) -> list[str]:
     if not ever.any():
         return []
     first = int(np.argmax(ever))
-    counts = ((in_graph == 1) & (cut[first] == 1)) | ((in_graph == 0) & _in_vain(history))
+    held = how_often_known(history, "grad_missing_fraction") > 0
+    is_idle = bool(is_always(history, "grad_missing_fraction", 1)[held].all())  # nothing that it holds gets any
+    in_vain = _in_vain(history)
+    counts = ((in_graph == 1) & (cut[first] == 1 or (is_idle and in_vain))) | ((in_graph == 0) & in_vain)
     return [point.module for i, point in enumerate(history.points[:first]) if is_layer[i] and counts[i]]
 
 
@@ -154,12 +166,12 @@ def _always_zero(history: History) -> Bools:
     return np.asarray(zero & (is_old and is_odd))
 
 
-def _finding(history: History, severity: Severity, cause: str, layers: npt.NDArray[np.str_]) -> Finding:
+def _finding(history: History, severity: Severity, cause: str, layers: npt.NDArray[np.str_], **seen: float) -> Finding:
     return Finding(
         kind=FindingKind.NO_GRADIENT,
         severity=severity,
         step=history.rows[-1].step,
         layers=tuple(layers.tolist()),
         cause=cause,
-        evidence={"layers": float(layers.size)},
+        evidence={"layers": float(layers.size)} | {name: float(value) for name, value in seen.items()},
     )

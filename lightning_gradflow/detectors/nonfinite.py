@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped
+from lightning_gradflow.detectors.known import known_rows
 from lightning_gradflow.detectors.update_ratio import overwrites
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
@@ -164,6 +165,8 @@ def _finding(history: History, cause: str, layers: Sequence[str], fractions: Flo
     evidence["loss"] = float(row.losses[-1]) if row.losses.size else math.nan
     if spoilt:
         evidence["spoilt_layers"] = float(spoilt)
+    if cause == "optimizer_step" and known_rows(history, "unchanged_fraction").any():
+        evidence["weight_bits"] = 16.0
     return Finding(
         kind=FindingKind.NONFINITE_GRADIENT,
         severity=Severity.CRITICAL,

@@ -12,6 +12,7 @@ from lightning_gradflow.detectors.profile import depth_profile
 from lightning_gradflow.detectors.progress import is_blind
 from lightning_gradflow.detectors.recurrence import RecurrentGradient
 from lightning_gradflow.detectors.saturation import SaturatedActivation
+from lightning_gradflow.detectors.time_profile import time_profiles
 from lightning_gradflow.detectors.vanishing import is_vanishing
 from lightning_gradflow.findings import FindingKind
 from lightning_gradflow.history import History
@@ -23,6 +24,7 @@ _BLIND_DECAY = -2.0  # decades: where the output ignores the input, a loss of so
 _SAME_INPUT = 1e-4  # of its size: such a spread of the first layer's output is rounding
 _GAIN = 0.01  # of the loss: what counts as progress in `LossPlateau`
 _UNPAIRED = 2.5  # z score: targets that were shuffled have more once in a hundred measurements
+_FORGOTTEN = -1.0  # decades
 _BY_HEART = 0.15  # of the loss: more than that is gained by heart only while the loss falls faster
 AGREE = 3.0  # z score of a direction that the batches have in common
 
@@ -50,6 +52,17 @@ def cause_of(history: History) -> str:
 
 def _dies_through_time(history: History) -> bool:
     return any(finding.kind is FindingKind.VANISHING_GRADIENT for finding in RecurrentGradient().judge(history))
+
+
+def forgets(history: History) -> bool:
+    """Whether a recurrence loses a decade of the gradient through time.
+
+    What it has to remember is then out of sight, of the gradients as of the pairing of inputs and targets: some learn
+    late, and all at once.
+    """
+    called = history.rows[-1].calls or {}
+    found = [time_profiles(history, point, 1) for point in history.points if point.name in called]
+    return any(one.span <= _FORGOTTEN for profiles in found for _, one in profiles)
 
 
 def _has_blown_up(history: History) -> bool:

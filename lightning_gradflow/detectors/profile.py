@@ -119,9 +119,14 @@ class DepthProfile:
         return int((layers & self.usable & (self.delta_norm >= _USABLE * last)).sum()), int(layers.sum())
 
     def modules(self, where: npt.NDArray[np.bool_]) -> tuple[str, ...]:
-        """The layers among the points at which `where` (P,) holds, the smallest delta norm first."""
-        chosen = [i for i in np.flatnonzero(where) if self.points[i].is_layer]
-        return tuple(self.points[i].module for i in sorted(chosen, key=lambda i: (self.delta_norm[i], i)))
+        """The layers among the points at which `where` (P,) holds, the smallest delta norm first.
+
+        Where none of them is the output of a layer, as in a module that multiplies with parameters of its own, they are
+        the modules in which the activations run.
+        """
+        chosen = sorted(np.flatnonzero(where), key=lambda i: (self.delta_norm[i], i))
+        layers = [self.points[i].module for i in chosen if self.points[i].is_layer]
+        return tuple(layers or dict.fromkeys(self.points[i].module for i in chosen))
 
 
 def recent_profiles(history: History, count: int) -> list[DepthProfile]:

@@ -3,107 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_gradflow.activations import BOUNDED
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.profile import in_order, is_skipped
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.detectors.trend import mann_kendall, theil_sen
+from lightning_gradflow.detectors.time_profile import LONGEST, TimeProfile, time_profiles
+from lightning_gradflow.detectors.trend import mann_kendall
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import Floats, History, Point, Row
+from lightning_gradflow.history import History, Point
 
-_MIN_STEPS = 8  # what is called fewer times is rather a shared layer than a recurrence
-_MIN_USABLE = 4  # norms that are above zero: a steep decay leaves no more before it underflows
 _PATIENCE = 100  # steps: a default LSTM or GRU over 64 steps heals in fewer, at learning rates from 5e-4 on
-_MAX_PATIENCE = 500
 _SHARE = 0.2  # of the planned steps: who plans a long run goes slowly, and can wait
 _SOONER = 1 / 3  # of the patience, where nothing heals
 _STILL_LOST = 0.75  # of the decades: default LSTMs and GRUs get half of them back in ten steps
 _SHORT_PATIENCE = 32  # steps, where two thirds of the gradient are lost at each time step
 _SHORT_MEMORY = 1.0  # steps; a default RNN has 1.8, a default LSTM and GRU 2.2
+_BOUNDED_DECAY = 6.0  # decades: what is left of usual gradients is then below Adam's eps of 1e-8
 _FALLING = -2.0  # z score of the loss from which on the run is left alone
 _MOVED = 0.3  # of its norm, by the layer that moves fastest: Adam at 1e-3 takes 50 to 100 steps for it
 _SHORT_MOVED = 0.15
 _MAX_BLOCKS = 200  # of the losses: a trend test looks at all pairs
 
-
-@dataclass(frozen=True)
-class TimeProfile:
-    """The gradient along the time axis of one point in one row.
-
-    Args:
-        point: where it was measured.
-        steps: time steps T of the recurrence; of a bidirectional one those to the nearer end.
-        decay: factor by which the gradient is multiplied on its way one step into the past.
-        reach: log10 of the gradient at the first step over that at the last; the decay carried on where it is zero.
-    """
-
-    point: Point
-    steps: int
-    decay: float
-    reach: float
-
-    @property
-    def span(self) -> float:
-        """Decades that the signal gains on its way to the first step, the smaller of two measures in size.
-
-        The decay carried over all steps, or the reach: a flat end, or a single odd step, makes no decay.
-        """
-        carried = math.log10(self.decay) * (self.steps - 1)
-        if carried * self.reach <= 0:
-            return 0.0
-        return math.copysign(min(abs(carried), abs(self.reach)), carried)
-
-    @property
-    def memory(self) -> float:
-        """Steps after which 1/e of the gradient is left, or e times as much is there."""
-        return math.inf if self.decay == 1 else 1 / abs(math.log(self.decay))
-
-
-def time_profile(history: History, point: Point, row: int = -1) -> TimeProfile | None:
-    """The time profile of a point in a row; None where it ran fewer than 8 times, or the gradient is nowhere usable.
-
-    With r_t the gradient norm at time step t of T: decay = exp(-slope of ln r_t), by Theil and Sen.
-
-    Args:
-        history: where to read.
-        point: an RNN, LSTM or GRU, or a layer that is called in a loop.
-        row: index of the row, as for a list.
-
-    Example:
-        >>> from lightning_gradflow.history import Row
-        >>> history, rnn = History(), Point("rnn", "rnn")
-        >>> history.add_points([rnn])
-        >>> history.append(Row(step=0, calls={"rnn": 0.5 ** np.arange(10.0)[::-1]}))
-        >>> profile = time_profile(history, rnn)
-        >>> round(profile.decay, 3), round(profile.reach, 3), round(profile.memory, 3)
-        (0.5, -2.709, 1.443)
-    """
-    source = history.rows[row]
-    # at every step, those of the longest patience are asked for at each row
-    return history.facts.of_row(
-        ("time profile", point), source.step, lambda: _time_profile(history, point, source), 2 * _MAX_PATIENCE
-    )
-
-
-def _time_profile(history: History, point: Point, source: Row) -> TimeProfile | None:
-    norms: Floats = source.calls.get(point.name, np.empty(0))
-    if len(norms) < _MIN_STEPS:
-        return None
-    calls = source.values.get("calls", np.empty(0))
-    at = history.point_axis.identity(point.name)
-    steps = int(calls[at]) if at < len(calls) and not math.isnan(calls[at]) else len(norms)
-    time = np.rint(np.linspace(0, steps - 1, len(norms)))  # of a longer loop an even selection is kept
-    usable = np.isfinite(norms) & (norms > 0)
-    if usable.sum() < _MIN_USABLE:
-        return None
-    logs = np.log10(norms[usable])
-    slope = theil_sen(time[usable], logs)
-    # what underflowed has been on its way down: the line goes on there
-    reach = float(logs[0] - logs[-1]) if norms[0] != 0 else float(logs[0] - logs[-1] - slope * time[usable][0])
-    return TimeProfile(point, steps, 10.0**-slope, reach)
+Spans = list[tuple[int, float]]
+"""Step and decades that the gradient gains, row by row."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +54,15 @@ class RecurrentGradient:
     quarters of the decades are still lost, a third of these steps will do; where the memory is one step or less, which
     none has in its usual initialisation, 32 steps and half of the way.
 
+    Of stacked layers, which torch runs as one module, it compares what comes to the biases of the first with what comes
+    to those of the last: `max_decay` decades lost between them are judged in the same way. An optimizer that evens the
+    updates out, as Adam does, moves the first layers all the same, and such a stack comes to life after a while; there
+    less than 6 decades stay an info.
+
     A gradient that explodes is a warning at once; where the gradients are clipped, when it has lasted as long and the
-    loss does not fall. A run that has learnt gets an info.
+    loss does not fall. Clipping bounds the steps, not the state: where no activation bounds that either, as with ReLU,
+    it has grown with the gradient, to more than 10 ** (max_growth / 2) times the inputs, and it is a warning at once
+    as well. A run that has learnt gets an info.
 
     Args:
         max_decay: decades that may be lost from the last to the first step, in (0, 100). By default 4, as with depth:
@@ -165,35 +99,66 @@ class RecurrentGradient:
         if not history.rows or is_skipped(history.rows[-1]):
             return []
         called = history.rows[-1].calls
-        newest = (
-            {point: _profiles(history, point, 2) for point in history.points if point.name in called} if called else {}
-        )
+        points = [point for point in history.points if point.name in called] if called else []
+        newest = {point: time_profiles(history, point, 2) for point in points}
         newest = {point: found for point, found in newest.items() if found and found[-1][0] == history.rows[-1].step}
         dying = {
-            point: _profiles(history, point)
+            point: time_profiles(history, point)
             for point, found in newest.items()
             if all(one.span <= -self.max_decay for _, one in found)
         }
         growing = {
-            point: _profiles(history, point)
+            point: time_profiles(history, point)
             for point, found in newest.items()
             if all(one.span >= self.max_growth for _, one in found)
         }
         findings = []
         if dying:
-            severity = self._severity_of_decay(history, dying)
+            short = any(all(one.memory <= _SHORT_MEMORY for _, one in found) for found in dying.values())
+            severity = self._severity_of_decay(history, _spans(dying), short=short)
             findings.append(_finding(history, FindingKind.VANISHING_GRADIENT, severity, dying))
+        elif stacks := self._dying_stacks(history):
+            findings.append(
+                Finding(
+                    kind=FindingKind.VANISHING_GRADIENT,
+                    severity=self._severity_of_stacks(history, stacks.values()),
+                    step=history.rows[-1].step,
+                    layers=tuple(stacks),
+                    cause="recurrence",
+                    evidence={"stack_gain": 10 ** min(spans[-1][1] for spans in stacks.values())},
+                )
+            )
         if growing:
             severity = self._severity_of_growth(history, growing)
             findings.append(_finding(history, FindingKind.EXPLODING_GRADIENT, severity, growing))
         return findings
 
-    def _severity_of_decay(self, history: History, dying: dict[Point, list[tuple[int, TimeProfile]]]) -> Severity:
-        short = any(all(one.memory <= _SHORT_MEMORY for _, one in found) for found in dying.values())
+    def _dying_stacks(self, history: History) -> dict[str, Spans]:
+        """Stacked recurrences in which as much is lost from the last layer to the first, and how much in each row."""
+        if "stack_gain" not in history.rows[-1].values:
+            return {}
+        with np.errstate(divide="ignore"):
+            decades = np.log10(history["stack_gain"])
+        counts = np.array([not is_skipped(row) for row in history.rows])
+        found = {}
+        for i in np.flatnonzero(decades[-1] <= -self.max_decay):
+            known = counts & ~np.isnan(decades[:, i])
+            if (decades[known, i][-2:] <= -self.max_decay).all():
+                found[history.layers[i]] = list(
+                    zip(history.steps[known].tolist(), decades[known, i].tolist(), strict=True)
+                )
+        return found
+
+    def _severity_of_stacks(self, history: History, dying: Collection[Spans]) -> Severity:
+        if history.scalar("normalised_updates")[-1] > 0 and not any(spans[-1][1] <= -_BOUNDED_DECAY for spans in dying):
+            return Severity.INFO
+        return self._severity_of_decay(history, dying)
+
+    def _severity_of_decay(self, history: History, dying: Collection[Spans], *, short: bool = False) -> Severity:
         patience = _SHORT_PATIENCE if short else _patience(history)
         lasts = any(
             self._lasts(found, _SOONER * patience if self._heals_slowly(found) and not short else patience)
-            for found in dying.values()
+            for found in dying
         )
         had_its_chance = lasts and _moved(history) >= (_SHORT_MOVED if short else _MOVED)
         stuck = had_its_chance and not has_learnt(history) and not _falls(history)
@@ -202,44 +167,45 @@ class RecurrentGradient:
     def _severity_of_growth(self, history: History, growing: dict[Point, list[tuple[int, TimeProfile]]]) -> Severity:
         if has_learnt(history):
             return Severity.INFO
-        if not history.scalar("clip_factor")[-1] < 1:
+        if not history.scalar("clip_factor")[-1] < 1 or self._state_grows(history, growing):
             return Severity.WARNING
-        lasts = any(self._lasts(found, _patience(history)) for found in growing.values())
+        lasts = any(self._lasts(spans, _patience(history)) for spans in _spans(growing))
         return Severity.WARNING if lasts and not _falls(history) else Severity.INFO
 
-    def _heals_slowly(self, found: list[tuple[int, TimeProfile]]) -> bool:
+    def _state_grows(self, history: History, growing: dict[Point, list[tuple[int, TimeProfile]]]) -> bool:
+        """Whether the state grows with the gradient, by half of the decades against the inputs: no bounds hold it."""
+        row = history.rows[-1]
+        if any(point.op in BOUNDED for point in history.points if point.name in row.calls):
+            return False
+        inputs = row.values.get("input_rms", np.empty(0))
+        inputs = inputs[np.isfinite(inputs)]
+        scale = max(1.0, math.sqrt(np.square(inputs).mean())) if inputs.size else 1.0
+        sizes = in_order(row.values.get("output_rms", np.empty(0)), history.point_axis.order)
+        return any(sizes[history.points.index(point)] > 10 ** (self.max_growth / 2) * scale for point in growing)
+
+    def _heals_slowly(self, found: Spans) -> bool:
         """Whether most of what was lost at first still is: what heals by itself does most of it in the first steps."""
-        first, last = -found[0][1].span, -found[-1][1].span
+        first, last = -found[0][1], -found[-1][1]
         return first >= self.max_decay and last >= _STILL_LOST * first
 
-    def _lasts(self, found: list[tuple[int, TimeProfile]], patience: float) -> bool:
+    def _lasts(self, found: Spans, patience: float) -> bool:
         """Whether the signal was lost in every sample of the last `patience` steps, and the run is that old.
 
         A chaotic recurrence makes it explode in one batch, and vanish in the next where its units saturate.
         """
         last = found[-1][0]
         before = [i for i, (step, _) in enumerate(found) if step <= last - patience]
-        spans = [one.span for _, one in found[before[-1] :]] if before else []
+        spans = [span for _, span in found[before[-1] :]] if before else []
         return bool(spans) and all(span <= -self.max_decay or span >= self.max_growth for span in spans)
+
+
+def _spans(found: Mapping[Point, list[tuple[int, TimeProfile]]]) -> list[Spans]:
+    return [[(step, one.span) for step, one in profiles] for profiles in found.values()]
 
 
 def _patience(history: History) -> float:
     planned = float(history.scalar("planned_steps")[-1])
-    return _PATIENCE if math.isnan(planned) else min(max(_PATIENCE, _SHARE * planned), _MAX_PATIENCE)
-
-
-def _profiles(history: History, point: Point, count: int | None = None) -> list[tuple[int, TimeProfile]]:
-    """Step and time profile of the newest `count` rows that have one, or of all that the longest patience asks for."""
-    found: list[tuple[int, TimeProfile]] = []
-    rows = history.rows
-    for i in range(len(rows) - 1, -1, -1):
-        if len(found) == count or (found and found[-1][0] <= found[0][0] - _MAX_PATIENCE):
-            break
-        if point.name in rows[i].calls and not is_skipped(rows[i]):
-            profile = time_profile(history, point, i)
-            if profile is not None:
-                found.append((rows[i].step, profile))
-    return found[::-1]
+    return _PATIENCE if math.isnan(planned) else min(max(_PATIENCE, _SHARE * planned), LONGEST)
 
 
 def _falls(history: History) -> bool:

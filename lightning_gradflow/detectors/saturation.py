@@ -12,6 +12,7 @@ from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped,
 from lightning_gradflow.detectors.known import first_values, layer_mask
 from lightning_gradflow.detectors.onset import loss_rose, weight_growth
 from lightning_gradflow.detectors.progress import has_learnt
+from lightning_gradflow.detectors.update_ratio import UpdateRatio
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
 
@@ -23,6 +24,7 @@ _LARGE_OUTPUT = 3.0  # rms: networks that learn start with less
 _PATIENCE = 50  # steps: as long as for units that are dead
 _OPEN = 0.5  # at most so many outputs are saturated in an activation that was well
 _GROWN = 1.5  # times the weight norm: an odd batch saturates an activation too, and leaves the weights as they are
+_SHUT = 0.01  # factor on the delta norm: of outputs that are wrong and at the bound, next to nothing comes back
 _GATE = 0.5  # of the places where it was seen (several ranks): they all run the same code
 
 
@@ -38,7 +40,10 @@ class SaturatedActivation:
     the first outputs of the last layer differ between samples by more than 3: that layer is too large as well. Gates,
     whose output is multiplied with another signal, and activations behind the last layer are left out: they saturate by
     design. Yet none is made to be shut at the start: where most of the gates are, in the first sample, and the last
-    layer is too large, they count like the others.
+    layer is too large, they count like the others; and so does each that is shut then, where inputs are unscaled.
+
+    Behind the last layer it is a finding only where the activation was shut from the start, lets at most 1 % of the
+    gradient through, and no step gets anywhere for it (see `UpdateRatio`).
 
     It is an alarm as long as the run has not learnt anything, or where the loss rose with it. Saturation that lets
     the gradient through is info until it has lasted 50 steps and nothing was learnt: of what comes in, such an
@@ -86,6 +91,40 @@ class SaturatedActivation:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
+        return self._hidden(history) or self._output(history)
+
+    def _output(self, history: History) -> list[Finding]:
+        """An activation behind the last layer that was shut from the start, for which no step gets anywhere."""
+        table, layers = history["saturated_fraction"], layer_mask(history)
+        outputs = np.asarray(np.logical_or.accumulate(layers) & ~_before_a_layer(history))
+        rows = np.flatnonzero(_known_rows(history, outputs))
+        if len(rows) < self.samples or rows[-1] != len(history) - 1:
+            return []
+        chosen = np.concatenate([rows[: self.samples], rows[-self.samples :]])
+        gains = _gains(history["delta_norm"][chosen])
+        shut = (table[chosen] >= self.max_saturated) & (gains <= _SHUT)
+        places = np.flatnonzero(outputs & shut.all(axis=0))
+        if not places.size:
+            return []
+        # a prior that is rare stands near the bound as well, and learns: there the steps are as large as anywhere
+        reach = next((found.evidence.get("reach") for found in UpdateRatio().judge(history)), None)
+        if reach is None:
+            return []
+        first = int(places[0])
+        shares = {"saturated_fraction": float(table[-1, first]), "activation_gain": float(gains[-1, first])}
+        before = [int(np.flatnonzero(layers[:i])[-1]) for i in places]
+        return [
+            Finding(
+                kind=FindingKind.SATURATED_ACTIVATION,
+                severity=Severity.WARNING,
+                step=history.rows[-1].step,
+                layers=tuple(dict.fromkeys(history.points[i].module for i in before)),
+                cause="weight_scale",
+                evidence={**shares, "reach": reach},
+            )
+        ]
+
+    def _hidden(self, history: History) -> list[Finding]:
         table, hidden = history["saturated_fraction"], self._judged(history)
         rows = np.flatnonzero(_known_rows(history, hidden))
         if not rows.size or rows[-1] != len(history) - 1:
@@ -128,13 +167,14 @@ class SaturatedActivation:
         ]
 
     def _judged(self, history: History) -> Mask:
-        """(P,) the activations before a layer; gates only where they were shut from the start, by large weights."""
+        """(P,) the activations before a layer; gates only where weights or unscaled inputs shut them from the start."""
         before_a_layer, gates = _before_a_layer(history), _gates(history)
-        if gates.any() and _starts_large(history):
-            first = first_values(history, "saturated_fraction")[before_a_layer & gates]
-            known = first[~np.isnan(first)]
-            if known.size and np.median(known) >= self.max_saturated:
-                return before_a_layer
+        first = np.where(before_a_layer & gates, first_values(history, "saturated_fraction"), np.nan)
+        known = first[~np.isnan(first)]
+        if known.size and _starts_large(history) and np.median(known) >= self.max_saturated:
+            return before_a_layer
+        if offending_features(history):
+            return np.asarray(before_a_layer & (~gates | (first >= self.max_saturated)))
         return np.asarray(before_a_layer & ~gates)
 
     def _lasts(self, history: History, rows: npt.NDArray[np.intp]) -> Mask:

@@ -77,10 +77,14 @@ def is_judged(history: History, patience: int = PATIENCE, young: float = _YOUNG)
     return needed <= steps_at_full_rate(history) <= young * needed
 
 
-def still_falls(history: History) -> bool:
+def still_falls(history: History, share: float = _FALLEN) -> bool:
     """Whether the loss has fallen since the middle of the run: to find the best constant is over soon.
 
     True too where there are too few losses to tell.
+
+    Args:
+        history: where to read.
+        share: of the loss that must be gone since then, in [0, 1).
 
     Example:
         >>> from lightning_gradflow.history import Row
@@ -96,7 +100,7 @@ def still_falls(history: History) -> bool:
     late = losses[-2 * quarter :]
     before, now = float(np.median(late[:quarter])), float(np.median(late[quarter:]))
     noise = 1.25 * float(np.median(np.abs(np.diff(late)))) / math.sqrt(quarter)
-    return before - now > max(_FALLEN * abs(before), _CLEAR * noise)
+    return before - now > max(share * abs(before), _CLEAR * noise)
 
 
 def starts_with_embedding(history: History) -> bool:

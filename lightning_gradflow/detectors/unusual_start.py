@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,10 @@ _OVERWRITTEN = 0.3  # of the weights, by the first step
 _LEARNT = 0.2  # of the starting loss: what is behind the sick layers learns a little by itself
 _HANDED_ON = 3.0  # rms of what differs between samples: a normalisation behind it makes it 1
 _DROWNED = 0.02  # of the largest table
+_MADE_UP = 0.5  # of a small change of the tables, in the loss: healthy runs start with up to 0.3
+_STAYS = 0.75  # of the first share: the more is learnt, the less is made up by the size
+_PART = 0.1  # of the largest share
+_HALVED = 0.5  # of the loss: one that halves from the third to the last quarter of the run gets there
 _YOUNG = 4.0  # times the steps that are needed to learn something: until then a loss may come down from an absurd start
 
 Seen = tuple[tuple[str, ...], dict[str, float]]
@@ -29,8 +34,14 @@ class UnusualStart:
     Such weights alone are no finding, for many a network learns with them. Together with a run that learns nothing
     (`stands_still`) they are the reason. It is enough if one of these was so:
 
-    - the recurrent weights of a layer had a spectral radius above `max_radius`: its state is chaos, which its bounds
-      hide (`recurrence`);
+    - the recurrent weights of a layer, or of a loop that is written by hand, had a spectral radius above `max_radius`:
+      its state is chaos, which its bounds hide (`recurrence`);
+    - tables that are multiplied with each other, or that the output is made by, make up the loss (`weight_scale`): from
+      the first sample to the newest one it would fall, if they were smaller by a small share, by more than half of that
+      share. A loss that is made by the size of outputs falls by as much (cross-entropy) or twice as much (squares), for
+      each of the factors, and goes on to do so; where outputs start small it is less than a third, and with all that
+      is learnt it comes down, by a quarter at least. A loss that is made up falls for ever so long. So here it is
+      enough that it has not halved from the third to the last quarter of the run;
     - the table of an embedding was larger than `max_embedding`, and hides the signal (`weight_scale`): the next layer
       that multiplies handed it on, or another embedding is fifty times as small, and drowns beside it. Such a run soon
       finds the best constant; so here it is enough that the loss does not fall any more.
@@ -76,6 +87,10 @@ class UnusualStart:
         has_learnt_nothing = stands_still(history, min_learnt=_LEARNT)
         if chaotic[0] and has_learnt_nothing:
             return [_finding(history, "recurrence", *chaotic)]
+        if not still_falls(history, _HALVED):
+            making_up = _making_up(history)
+            if making_up[0]:
+                return [_finding(history, "weight_scale", *making_up)]
         if embedded[0] and (has_learnt_nothing or not still_falls(history)):
             return [_finding(history, "weight_scale", *embedded)]
         return []
@@ -100,9 +115,43 @@ def _chaotic(history: History, max_radius: float) -> Seen:
     """Recurrences with weights far too large for their state to keep anything, the worst first."""
     # a first step that overwrites the weights has been made when they are measured
     kept = ~(first_values(history, "update_ratio") > _OVERWRITTEN)
-    radii = np.where(kept, np.nan_to_num(first_values(history, "recurrent_radius"), nan=0.0), 0.0)
+    radii = np.fmax(first_values(history, "recurrent_radius"), first_values(history, "loop_radius"))
+    radii = np.where(kept, np.nan_to_num(radii, nan=0.0), 0.0)
     worst = [int(i) for i in np.argsort(-radii, kind="stable") if radii[i] > max_radius]
-    return tuple(history.layers[i] for i in worst), {"recurrent_radius": float(radii[worst[0]])} if worst else {}
+    if not worst:
+        return (), {}
+    layers = [history.layers[i] for i in worst]
+    return tuple(dict.fromkeys([*layers, *_in_loops_of(history, layers)])), {"recurrent_radius": float(radii[worst[0]])}
+
+
+def _in_loops_of(history: History, layers: Collection[str]) -> list[str]:
+    """Layers that are called as often in a forward pass as one of these, and are no loops: they go into these."""
+    calls = dict(zip(history.points, first_values(history, "calls"), strict=True))
+    turns = {calls[point] for point in history.points if point.is_layer and point.module in layers}
+    own = dict(zip(history.layers, first_values(history, "loop_radius"), strict=True))
+    beside = [point.module for point in history.points if point.is_layer and calls[point] in turns]
+    return [name for name in beside if math.isnan(own.get(name, math.nan))]
+
+
+def _making_up(history: History) -> Seen:
+    """Tables whose size has made up the loss in all samples, the worst first."""
+    cosine = history["table_cosine"]
+    if not cosine.size or np.isnan(cosine[-1]).all():  # it is measured as long as it may be so
+        return (), {}
+    at = np.searchsorted(history.loss_steps, history.steps)
+    losses = np.append(history.losses, np.nan)[np.minimum(at, len(history.losses))]
+    losses[~(losses > 0)] = np.nan  # one that may be negative has no share
+    with np.errstate(all="ignore"):
+        shares = cosine * history["grad_norm"] * history["weight_norm"] / losses[:, None]
+    shares[~np.isfinite(shares)] = np.nan
+    newest = np.nan_to_num(shares[-1])
+    # the same ones in all samples: of those that were drawn anew the shares are gone, others may be left with the rest
+    worst = [int(i) for i in np.argsort(-newest, kind="stable") if newest[i] > _PART * newest.max()]
+    known = shares[:, worst][~np.isnan(shares[:, worst]).all(axis=1)]
+    together = np.nansum(known, axis=1)
+    if not together.size or not together.min() > max(_MADE_UP, _STAYS * together[0]):
+        return (), {}
+    return tuple(history.layers[i] for i in worst), {"loss_by_size": float(np.median(together))}
 
 
 def _embedded(history: History, max_embedding: float) -> Seen:
@@ -110,7 +159,8 @@ def _embedded(history: History, max_embedding: float) -> Seen:
     tables = first_values(history, "embedding_rms")
     with np.errstate(all="ignore"):
         growth = newest_values(history, "weight_norm") / first_values(history, "weight_norm")
-    tables = tables * np.where(np.isfinite(growth), growth, 1.0)
+        tables = tables * np.where(np.isfinite(growth), growth, 1.0)
+    tables[~np.isfinite(tables)] = np.nan
     if np.isnan(tables).all():
         return (), {}
     worst = int(np.nanargmax(tables))
@@ -129,7 +179,8 @@ def _behind(history: History, layer: int) -> float:
     behind = np.flatnonzero(at == layer)
     if not behind.size:
         return math.nan
-    differs = first_values(history, "output_rms") * first_values(history, "output_spread")
+    with np.errstate(invalid="ignore"):  # infinity times zero
+        differs = first_values(history, "output_rms") * first_values(history, "output_spread")
     multiplies = (at >= 0) & np.isfinite(norms[at]) & np.isfinite(differs)
     after = np.flatnonzero(multiplies & (np.arange(len(at)) > behind[0]))
     return float(differs[after[0]]) if after.size else math.nan

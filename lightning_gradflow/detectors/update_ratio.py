@@ -13,6 +13,8 @@ from lightning_gradflow.detectors.inputs import feature_evidence, offending_feat
 from lightning_gradflow.detectors.known import first_values
 from lightning_gradflow.detectors.overwritten import not_by_steps, overwritten
 from lightning_gradflow.detectors.progress import has_learnt
+from lightning_gradflow.detectors.rounding import MAX_LOST, lost_share
+from lightning_gradflow.detectors.smothered import was_smothered
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
 
@@ -59,11 +61,12 @@ class UpdateRatio:
     the start, or after 32 steps still above it. At the third loss twice `max_ratio` is asked for. A tenth of
     `max_ratio` is enough where, after 50 steps, the weights of the median layer have three times the norm they started
     with, which was no unusually small one, and 90 % of the very first loss is left: what the initialisation was made
-    for is gone, and nothing has come of it. Half of the loss is enough where a step was above `max_ratio` and the loss
-    stands still since. Later on it is a jump to 30 times the run's own ratio, or of the learning
-    rate, that makes the loss three times what it was. Large steps alone are no finding: many a network starts with one
-    and learns. Weights that were changed by something else than steps are told apart (see `overwritten`). Not judged
-    with several optimizers, whose losses play against each other.
+    for is gone, and nothing has come of it. So it is where some layer could tell the samples apart in the first row and
+    none can any more (see `best_share`): a collapse needs no growth where norms take the size out of the signal. Half
+    of the loss is enough where a step was above `max_ratio` and the loss stands still since. Later on it is a jump to
+    30 times the run's own ratio, or of the learning rate, that makes the loss three times what it was. Large steps
+    alone are no finding: many a network starts with one and learns. Weights that were changed by something else than
+    steps are told apart (see `overwritten`). Not judged with several optimizers, whose losses play against each other.
 
     Args:
         min_reach: share of its norm that some layer must be able to move by in the planned run, in [0, 1). By default
@@ -124,6 +127,9 @@ class UpdateRatio:
         clip = history.scalar("clip_factor")
         if np.isfinite(clip[-1]) and clip[-1] < _TAIL:
             evidence["clip_factor"] = float(clip[-1])
+        lost = lost_share(history)
+        if lost > MAX_LOST:  # of the steps that were meant the weights show nothing
+            return [_finding(history, "rounding", ratios[-1], evidence | {"unchanged_fraction": lost})]
         return [_finding(history, "learning_rate_too_small", ratios[-1], evidence)]
 
     def _too_large(self, history: History, ratios: Floats) -> list[Finding]:
@@ -172,7 +178,9 @@ class UpdateRatio:
         # to grow is the way out for weights that started too small
         usual = history["spectral_norm"][start] >= _USUAL_GAIN
         known = growth[np.isfinite(ratios[start + peak]) & np.isfinite(growth) & usual]
-        if medians[peak] < _LARGE * self.max_ratio or not known.size or np.median(known) < _OVERGROWN:
+        if medians[peak] < _LARGE * self.max_ratio or not known.size:
+            return []
+        if np.median(known) < _OVERGROWN and not was_smothered(history, start):
             return []
         is_stuck = medians[peak] >= self.max_ratio and now >= first - _LEFT * abs(first) and _stands(since)
         if not (now >= first - _GAINED * abs(first) or is_stuck):

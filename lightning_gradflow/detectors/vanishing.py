@@ -15,6 +15,7 @@ from lightning_gradflow.detectors.onset import loss_rose
 from lightning_gradflow.detectors.profile import is_same_pass, recent_profiles
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.saddle import saddle_of
+from lightning_gradflow.detectors.smothered import best_share, is_smothered
 from lightning_gradflow.detectors.underflow import MIN_HEADROOM, Underflow, recent_underflow, underflow_of
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
@@ -46,6 +47,9 @@ class VanishingGradient:
     are a warning at once. Where the updates are as small as the gradients, as with plain SGD, it is a warning at once.
     A run that has learnt gets an info, and a warning from `critical_decay` on: what it has learnt is in the last
     layers.
+
+    Less than `max_decay` is enough where a run had time to learn and stands still, and what its inputs differ by is
+    lost on the way forward as the gradient is on the way back, so that no layer has both (see `is_smothered`).
 
     The cause is where the loss of signal happens: in the activations (bounded ones: `saturation`; rectifiers:
     `dead_units`) or in the weights (`weight_scale` where a layer and its activation lose more than weights of the right
@@ -103,7 +107,7 @@ class VanishingGradient:
         if decay is not None and (underflow is None or decay.span <= -max(self.max_decay, _LASTING_DECAY)):
             return [self._of_decay(history, decay, underflow)]
         if underflow is None:
-            return self._of_saddle(history)
+            return self._of_saddle(history) or self._of_smothered(history)
         finding = self._of_underflow(history, underflow)
         return [finding] if underflow.is_sure or finding.severity.is_alarm else []
 
@@ -137,6 +141,24 @@ class VanishingGradient:
             )
         ]
 
+    def _of_smothered(self, history: History) -> list[Finding]:
+        """A decay that is short, of what the inputs differ by as well as of the gradient."""
+        newest = underflow_of(history, -1, self.min_headroom)
+        if newest is None or not newest.span < 0 or not is_smothered(history):
+            return []
+        profile = newest.profile
+        decay = Decay(profile, 0, len(profile.points), newest.span, newest.where)
+        return [
+            Finding(
+                kind=FindingKind.VANISHING_GRADIENT,
+                severity=Severity.WARNING,
+                step=profile.step,
+                layers=decay.layers or profile.modules(profile.usable)[:-1],
+                cause=cause_of(decay),
+                evidence={**decay.evidence, "best_share": best_share(history, len(history) - 1)},
+            )
+        ]
+
     def _of_underflow(self, history: History, underflow: Underflow) -> Finding:
         measured = ~np.isnan(underflow.profile.headroom)
         return Finding(
@@ -158,7 +180,7 @@ class VanishingGradient:
             return Severity.WARNING if is_critical else Severity.INFO
         if is_critical:
             return Severity.CRITICAL
-        if not is_evened_out(history, decay.layers):
+        if not is_evened_out(history, decay.layers) or is_smothered(history):
             return Severity.WARNING
         if decay.span <= -_BOUNDED_DECAY and cause == "saturation":
             return Severity.WARNING

@@ -14,7 +14,7 @@ from lightning_gradflow.history import Floats, Ints
 from lightning_gradflow.metrics import HISTOGRAM_BINS
 
 NORMS = "norm", "weight", "update", "clipped"
-SUMS = "sum", "nonzero", "nonfinite"
+SUMS = "sum", "nonzero", "nonfinite", "lost", "slope"
 OF_SIZE = "norm", "nonfinite"
 """What there is where the size of the gradients alone was read."""
 WIDTH = HISTOGRAM_BINS + 2
@@ -52,6 +52,7 @@ class GradientColumns:
         groups: the parameters that were read.
         without: owner and number of entries of each that has no gradient where one is due.
         host: what was fetched.
+        unheld: the number of entries, by layer, that get a gradient although no optimizer holds them.
         only_size: whether the size of the gradients alone was read.
     """
 
@@ -61,6 +62,7 @@ class GradientColumns:
         without: Sequence[tuple[str, int]],
         host: Mapping[Hashable, Floats],
         *,
+        unheld: Mapping[str, int] | None = None,
         only_size: bool = False,
     ) -> None:
         self._owners = [owner for group in groups for owner in group.owners]
@@ -68,6 +70,7 @@ class GradientColumns:
         self._numel = np.array([n for group in groups for n in group.numel], dtype=np.float64)
         self._is_frozen = np.array([frozen for group in groups for frozen in group.is_frozen], dtype=bool)
         self._without = without
+        self._unheld = unheld or {}
         self._has = _joined(
             host[key(i, group, "has")] > 0 if group.is_shared else np.ones(len(group.owners), dtype=bool)
             for i, group in enumerate(groups)
@@ -91,14 +94,14 @@ class GradientColumns:
         """
         on_no_rank = np.flatnonzero(~self._has & ~self._is_frozen)
         without = [*self._without, *((self._owners[i], self._numel[i]) for i in on_no_rank)]
-        layers = list(dict.fromkeys([*(owner for owner, _ in without), *self._owners]))
+        layers = list(dict.fromkeys([*(owner for owner, _ in without), *self._owners, *self._unheld]))
         number = {layer: i for i, layer in enumerate(layers)}
         at = np.array([number[owner] for owner in self._owners], dtype=np.int64)[self._has]
         n = len(layers)
 
         def total(name: str) -> Floats:
             column = self._columns[name]
-            if name == "update" and scaled:
+            if name in ("update", "lost") and scaled:
                 column = np.where(self._is_skipped(), np.nan, column)
             values = column[self._has]
             return _summed(at, np.square(values) if name in NORMS else values, n)
@@ -123,10 +126,14 @@ class GradientColumns:
                 "grad_zero_fraction": 1.0 - total("nonzero") / entries,
                 "update_norm": update,
                 "update_ratio": np.where(np.isinf(update) & np.isinf(weight), np.inf, ratio),
+                "unchanged_fraction": _share(total("lost"), total("slope")),
             }
         for values in found.values():
             values[entries == 0] = np.nan
         found["grad_missing_fraction"] = np.where(entries + missing > 0, missing / (entries + missing), np.nan)
+        unheld = np.array([self._unheld.get(layer, 0) for layer in layers], dtype=np.float64)
+        if self._unheld:
+            found["not_optimized_fraction"] = unheld / (entries + missing + unheld)
         return layers, {name: values for name, values in found.items() if not np.isnan(values).all()}
 
     def _is_skipped(self) -> npt.NDArray[np.bool_]:
@@ -161,6 +168,12 @@ class GradientColumns:
             name: np.rint(table[[owner in members for owner in self._owners]].sum(axis=0)).astype(np.int64)
             for name, members in thirds.items()
         }
+
+
+def _share(part: Floats, whole: Floats) -> Floats:
+    """NaN where there is nothing that it could be a share of."""
+    share: Floats = np.where((whole > 0) & np.isfinite(whole), np.minimum(part / whole, 1.0), np.nan)
+    return share
 
 
 def _column(column: Floats | None, group: Group, name: str) -> Floats:

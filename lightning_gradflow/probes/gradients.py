@@ -15,6 +15,7 @@ from lightning_gradflow.probes.gradient_columns import NORMS, SUMS, WIDTH, Gradi
 from lightning_gradflow.probes.kept import Kept
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.norms import norms, sizes
+from lightning_gradflow.probes.rounding import Rounding
 from lightning_gradflow.probes.shards import complete, copies, is_sharded, local
 from lightning_gradflow.probes.spread import coprime_stride
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
@@ -31,6 +32,7 @@ class _Measured(Group):
     parameters: list[nn.Parameter] = field(default_factory=list)
     has_gradient: list[bool] = field(default_factory=list)
     before: Kept | None = None  # the weights that the optimizer is about to change
+    rounding: Rounding | None = None  # those of them that are held in 16 bits
     found: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -68,6 +70,7 @@ class GradientProbe:
         self._only_size = only_size
         self._groups: list[_Measured] = []
         self._without: dict[int, tuple[str, int]] = {}  # no gradient where one is due: owner and number of entries
+        self._unheld: dict[str, int] = {}
 
     @torch.no_grad()
     def measure(self, optimizer: int, parameters: Iterable[nn.Parameter], multiplier: Tensor | float = 1.0) -> None:
@@ -98,6 +101,10 @@ class GradientProbe:
             self._measure_group(group, multiplier)
             self._groups.append(group)
 
+    def note_unheld(self, found: Mapping[str, int]) -> None:
+        """Takes the number of entries, by layer, that get a gradient although no optimizer holds them."""
+        self._unheld |= found
+
     def _measure_group(self, group: _Measured, multiplier: Tensor | float) -> None:
         ranks = self._transfer.topology.ranks
         gradients = [_gradient(parameter) for parameter in group.parameters]
@@ -114,7 +121,7 @@ class GradientProbe:
         if not self._only_size:
             put["exponents"] = _exponents(gradients, multiplier)
             weights = [_part(parameter.detach()) for parameter in group.parameters]
-            group.before = Kept(weights)
+            group.before, group.rounding = Kept(weights), Rounding(weights)
             put["weight"] = group.before.norms()
         if group.is_shared:
             # squares add up over ranks; a part that several ranks hold counts once
@@ -141,13 +148,17 @@ class GradientProbe:
             group.found["update"] = changed * group.found["has"].sign() if group.is_shared else changed
             group.before = None
             if not gradients_changed and [p.grad is not None for p in group.parameters] == group.has_gradient:
-                group.found["clipped"] = norms([_gradient(p) for p in group.parameters])
+                gradients = [_gradient(p) for p in group.parameters]
+                group.found["clipped"] = norms(gradients)
+                if group.rounding:
+                    group.found["lost"], group.found["slope"] = group.rounding.measure(now, gradients)
+            group.rounding = None
 
     @torch.no_grad()
     def finish(self) -> None:
         """Hands everything to the transfer."""
         for i, group in enumerate(self._groups):
-            group.before = None
+            group.before = group.rounding = None
             if not group.is_shared:
                 for name, tensor in group.found.items():
                     self._transfer.put(key(i, group, name), tensor)
@@ -168,7 +179,8 @@ class GradientProbe:
 
     def collect(self, host: Mapping[Hashable, Floats]) -> GradientColumns:
         """The statistics of all that was measured, out of what was fetched."""
-        return GradientColumns(self._groups, list(self._without.values()), host, only_size=self._only_size)
+        without = list(self._without.values())
+        return GradientColumns(self._groups, without, host, unheld=self._unheld, only_size=self._only_size)
 
 
 def _entries(parameter: nn.Parameter) -> int:

@@ -34,7 +34,8 @@ _BY_CHANNEL = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # (B, channels, ..
 class InputScale:
     """Root mean square and standard deviation of each feature of what goes into the first layer of a sampled step.
 
-    Taken from the layer's first positional floating-point tensor. The features are its last dimension; of what goes
+    Taken from the layer's first positional floating-point tensor; behind a frozen embedding, whose rows are data, from
+    that of the layer behind it. The features are its last dimension; of what goes
     into a convolution, or into a normalisation of channels, the channels. Columns that other layers have made, such as
     embeddings beside raw numbers, are not measured. Neither are whole numbers (tokens), keyword arguments, single
     vectors, more than `MAX_FEATURES` features and an input that is cut up over ranks.
@@ -147,7 +148,7 @@ def shut_gates(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor, i
 
     Example:
         >>> cell = nn.GRUCell(1, 2)
-        >>> _ = nn.init.ones_(cell.weight_ih), nn.init.zeros_(cell.bias_ih)
+        >>> _ = nn.init.ones_(cell.weight_ih), nn.init.zeros_(cell.bias_ih), nn.init.zeros_(cell.bias_hh)
         >>> [int(shut_gates(cell, (torch.full((3, 1), x),))[0]) for x in (1.0, 4.0, 1000.0)]  # the tanh is shut first
         [0, 6, 18]
     """

@@ -12,6 +12,22 @@ ROOT = "(root)"
 """Stands for the LightningModule itself where it owns parameters directly; its name in `named_modules()` is empty."""
 
 
+_LISTS = (nn.ParameterList, nn.ParameterDict)  # torch's own, but the matrices in them are the user's
+_WITHOUT = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Kinds of torch's that have no parameters of their own."""
+
+
+def is_of_torch(module: nn.Module) -> bool:
+    """Whether its parameters are those of a kind of torch's, which may be derived from.
+
+    Example:
+        >>> is_of_torch(nn.Linear(2, 2)), is_of_torch(nn.ParameterList())
+        (True, False)
+    """
+    kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.")]
+    return not isinstance(module, _LISTS) and any(kind not in _WITHOUT for kind in kinds)
+
+
 def module_named(model: nn.Module, layer: str) -> nn.Module:
     """The module of a layer, which may be the model itself.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,13 +21,14 @@ from lightning_gradflow.probes.flat_side import unit_axis
 from lightning_gradflow.probes.gates import Gates
 from lightning_gradflow.probes.gathering import Gathering, plus
 from lightning_gradflow.probes.inputs import InputScale, shut_gates
-from lightning_gradflow.probes.layers import LayerMap
+from lightning_gradflow.probes.layers import ROOT, LayerMap
 from lightning_gradflow.probes.observer import ForwardObserver, is_measurable
 from lightning_gradflow.probes.packing import Deltas, Seen, pack
 from lightning_gradflow.probes.points import PointNames
 from lightning_gradflow.probes.recurrence import RecurrentCall, Series, is_watchable, joined
 from lightning_gradflow.probes.segments import RepeatedCall, Segment, may_be_repeated
 from lightning_gradflow.probes.shards import is_cut, local
+from lightning_gradflow.probes.tables import EMBEDDINGS
 from lightning_gradflow.probes.transfer import Transfer
 from lightning_gradflow.probes.unpacking import Signals, unpack
 
@@ -80,6 +82,7 @@ class SignalProbe:
         self._seen: dict[Point, Seen] = {}
         self._gathering.drop()
         self._gates: Gates[Seen] = Gates()
+        self._turns: Counter[tuple[str, str, str]] = Counter()  # what was called since which layer, in this pass
         self._input = InputScale()
         self._before: dict[Point, Seen] = {}  # as it was when the batch began
         self._input_before = self._input
@@ -105,6 +108,14 @@ class SignalProbe:
         """Whether the forward pass is observed at present."""
         return self._observer.is_open and not self._repeats
 
+    @property
+    def turns(self) -> dict[str, int]:
+        """How often each module was called in the last forward pass, or applied one activation behind one layer."""
+        found: dict[str, int] = {}
+        for (name, *_), count in self._turns.items():
+            found[name] = max(found.get(name, 0), count)
+        return found
+
     def start_batch(self) -> None:
         """A batch of the sampled step starts; its backward passes are added to those of the batches before."""
         self._pass = 0
@@ -113,6 +124,7 @@ class SignalProbe:
         self._before = {point: copy.copy(seen) for point, seen in self._seen.items()}
         self._input_before = copy.copy(self._input)
         self._awaits_input = self._is_first = True
+        self._behind_table = False
         self._start_forward()
 
     def _start_forward(self) -> None:
@@ -121,6 +133,7 @@ class SignalProbe:
         self._repeats = False
         self._segment.clear()
         self._names.restart()
+        self._turns.clear()
         for seen in self._seen.values():
             seen.calls, seen.without_graph = 0, []
         self._observer.open()
@@ -175,9 +188,13 @@ class SignalProbe:
         if not self._awaits_input:
             return
         is_first, self._is_first = self._is_first, False
-        # behind an embedding another layer may be the first to take numbers; what a frozen one makes looks like them
-        may_follow = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters(recurse=False))
-        is_input = is_first or (may_follow and not self._observer.input_is_detached)
+        # behind an embedding another layer may be the first to take numbers; the rows of a frozen one are such numbers,
+        # and what another frozen layer makes looks like them
+        trains = any(p.requires_grad for p in module.parameters(recurse=False))
+        is_table = is_first and isinstance(module, EMBEDDINGS) and not trains
+        behind_table, self._behind_table = self._behind_table, is_table
+        may_follow = torch.is_grad_enabled() and (trains or is_table)
+        is_input = is_first or (may_follow and (behind_table or not self._observer.input_is_detached))
         is_input = is_input and self._input.take(module, arguments, is_first=is_first)
         self._awaits_input = may_follow and not is_input
         name = self._layers.name_of(module)
@@ -193,6 +210,7 @@ class SignalProbe:
             self._take_again(point, output)
         else:
             seen, _ = self._take(point, output)
+            self._turns[name, "", ""] += 1
             if name in self._shut:
                 shut, count = self._shut.pop(name)
                 seen.saturated, seen.bounded_count = plus(seen.saturated, shut), seen.bounded_count + count
@@ -206,6 +224,8 @@ class SignalProbe:
             waiting = {point for point, seen in self._seen.items() if seen.without_graph}
             self._take_again(self._names.known_activation(module, op, waiting), output)
             return
+        owner = module if not self._layers.is_activation(module) else module.rpartition(".")[0] or ROOT
+        self._turns[owner, self._names.last_layer, op] += 1
         seen, values = self._take(self._names.activation(module, op), output)
         # behind a layer that hands out its part as a plain tensor
         seen.is_cut |= self._cut_shape is not None and output.shape == self._cut_shape

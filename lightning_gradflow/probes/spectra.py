@@ -15,18 +15,19 @@ from lightning_gradflow.metrics import measured
 from lightning_gradflow.probes.copied_units import has_units, unit_spread
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.shards import is_sharded
+from lightning_gradflow.probes.state_weights import stack_gain, state_weights
+from lightning_gradflow.probes.tables import EMBEDDINGS, table_cosine, table_rms
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 from lightning_gradflow.probes.zero_weights import zero_weights
 
 _KEY = "spectra"
-_COPIED, _ZERO = ":copied", "::zero"
+_COPIED, _ZERO, _PULLED = ":copied", "::zero", ":pulled"
 _COPIES = 1e-4  # of their size: so much at most may be rounding
 _PRODUCTS = 2
 _SMALL, _TOGETHER = 1 << 14, 256  # entries of a matrix, and how many of them, that a call is shared by
 _SHARE = 0.25  # of the newest sample in the mean growth
 _TINY = 1e-30  # a weight of zeros has no logarithm
 _FIRST_PRODUCTS = 16  # to get near the leading direction; later samples start from where the last one ended
-_CANDIDATE = {nn.LSTM: 2, nn.LSTMCell: 2, nn.GRU: 2, nn.GRUCell: 2}  # the block of W_hh that makes the new content
 
 
 class SpectralProbe:
@@ -41,12 +42,13 @@ class SpectralProbe:
     the growth swings from product to product. Nothing is drawn: the first vector is a fixed one.
 
     Of a recurrence the matrices are all its W_hh, and the largest number counts; of LSTM and GRU the radius is that of
-    the block that makes the new content. Embeddings and biases are left out, and all weights of a model that is sharded
-    over ranks.
+    the block that makes the new content, and of a layer in a loop that of its square weight (see `state_weights`).
+    Embeddings and biases are left out, and all weights of a model that is sharded over ranks.
 
     In the first sample it is also seen whether the units of a layer are copies of one another, and get the same
     gradient, without which they don't stay copies; and whether weights are zero, and get a zero gradient. Where they
-    are, they are looked at in the later samples too. Of an embedding the first sample has the size of its table.
+    are, they are looked at in the later samples too. Of an embedding, and of matrices that are no layer's, the first
+    sample has the size, and the cosine with the gradient; the later samples too, as long as it has been above 0.
 
     Args:
         layers: whose weights are read.
@@ -71,12 +73,18 @@ class SpectralProbe:
         self._vectors: dict[str, Tensor] = {}
         self._copied: set[str] = set()  # layers whose units were copies once
         self._zero: set[str] = set()  # layers with weights that were zero, and got no gradient, so far
+        self._pulled: set[str] = set()  # tables whose gradient has pointed along them, so far
         self._is_first = True
         self._measured: list[list[tuple[str, str]]] = []  # layer, metric; a list for each device
 
     @torch.no_grad()
-    def measure(self) -> None:
-        """Reads the weights as they are now, and hands the numbers to the transfer."""
+    def measure(self, turns: Mapping[str, int] | None = None) -> None:
+        """Reads the weights as they are now, and hands the numbers to the transfer.
+
+        Args:
+            turns: how often each layer was called in the forward pass: those of a loop are recurrences too.
+        """
+        turns = turns or {}
         self._measured, self._is_first = [], not self._vectors
         names = self._layers.names
         # beside sharded parameters nobody sees to it that the others are the same on all ranks
@@ -88,7 +96,7 @@ class SpectralProbe:
         found = [
             (layer, metric, value)
             for layer in names
-            for metric, value in self._of_layer(layer, self._layers.module(layer))
+            for metric, value in self._of_layer(layer, self._layers.module(layer), turns.get(layer, 1))
         ]
         norms = self._norms([value for _, _, value in found if isinstance(value, _Matrix)])
         by_device: dict[torch.device, list[Tensor]] = {}
@@ -107,7 +115,7 @@ class SpectralProbe:
         numbers = [x for i in range(len(self._measured)) for x in host[_KEY, i]]
         found: dict[str, dict[str, float]] = {}
         for (layer, metric), x in zip(entries, numbers, strict=True):
-            if metric == "hh_to_ih":
+            if metric in ("hh_to_ih", "stack_gain", "table_cosine"):
                 if math.isfinite(x):  # 0 / 0 where the gradients are gone by now
                     found.setdefault(layer, {})[metric] = float(x)
                 continue
@@ -116,56 +124,61 @@ class SpectralProbe:
         self._copied |= {layer for layer, values in found.items() if values.get("unit_spread", math.inf) < _COPIES}
         counts = {layer: values["zero_weights"] for layer, values in found.items() if "zero_weights" in values}
         self._zero = (self._zero - counts.keys()) | {layer for layer, count in counts.items() if count > 0}
+        self._pulled = {layer for layer, values in found.items() if values.get("table_cosine", 0.0) > 0}
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
         """The vectors that the next sample starts from, and which layers it looks at once more."""
         copied = {f"{layer}{_COPIED}": torch.ones(()) for layer in sorted(self._copied)}
         zero = {f"{layer}{_ZERO}": torch.ones(()) for layer in sorted(self._zero)}
-        return {name: vector.clone() for name, vector in self._vectors.items()} | copied | zero
+        pulled = {f"{layer}{_PULLED}": torch.ones(()) for layer in sorted(self._pulled)}
+        return {name: vector.clone() for name, vector in self._vectors.items()} | copied | zero | pulled
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
         self._copied = {name.removesuffix(_COPIED) for name in state if name.endswith(_COPIED)}
         self._zero = {name.removesuffix(_ZERO) for name in state if name.endswith(_ZERO)}
-        vectors = {name: vector for name, vector in state.items() if not name.endswith((_COPIED, _ZERO))}
+        self._pulled = {name.removesuffix(_PULLED) for name in state if name.endswith(_PULLED)}
+        vectors = {name: vector for name, vector in state.items() if not name.endswith((_COPIED, _ZERO, _PULLED))}
         self._vectors = {name: torch.as_tensor(vector).clone() for name, vector in vectors.items()}
 
-    def _of_layer(self, layer: str, module: nn.Module) -> Iterator[tuple[str, Tensor | _Matrix]]:
+    def _of_layer(self, layer: str, module: nn.Module, turns: int) -> Iterator[tuple[str, Tensor | _Matrix]]:
         if (layer in self._zero or self._is_first) and (count := zero_weights(module)) is not None:
             yield "zero_weights", count
+        if (layer in self._pulled or self._is_first) and (cosine := table_cosine(module)) is not None:
+            yield "table_cosine", cosine
+        if self._is_first and (size := table_rms(module)) is not None:
+            yield "embedding_rms", size
         weights = {key: p for key, p in module.named_parameters(recurse=False) if _is_matrix(p)}
         if not weights:
             return
         key = max(weights, key=lambda key: weights[key].numel())
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            if self._is_first:
-                table = weights[key].detach()
-                wide = wide_dtype(table.device)
-                yield "embedding_rms", torch.linalg.vector_norm(table, dtype=wide) / math.sqrt(table.numel())
+        if isinstance(module, EMBEDDINGS):
             return
         if layer in self._copied or (self._is_first and has_units(module)):
             yield "unit_spread", unit_spread(module, weights[key])
             if (gradient := weights[key].grad) is not None:
                 yield "unit_grad_spread", unit_spread(module, gradient)
-        if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        is_recurrence = isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+        for name, square in state_weights(module, turns):
+            yield (
+                ("recurrent_radius" if is_recurrence else "loop_radius"),
+                self._radius(f"{layer}:{name}:radius", square),
+            )
+        if not is_recurrence:
             yield "spectral_norm", _Matrix(f"{layer}:{key}", weights[key].detach().flatten(1))
             return
         recurrent = {key: p for key, p in weights.items() if key.startswith("weight_hh")}
-        block = next((number for kind, number in _CANDIDATE.items() if isinstance(module, kind)), 0)
-        for key, parameter in recurrent.items():
-            weight = parameter.detach()
-            yield "spectral_norm", _Matrix(f"{layer}:{key}", weight)
-            size = module.hidden_size
-            square = weight[block * size : (block + 1) * size]
-            if square.shape[0] == square.shape[1]:  # not where the state is projected
-                yield "recurrent_radius", self._radius(f"{layer}:{key}:radius", square)
+        for name, parameter in recurrent.items():
+            yield "spectral_norm", _Matrix(f"{layer}:{name}", parameter.detach())
         inputs = [p.grad for key, p in weights.items() if key.startswith("weight_ih") and p.grad is not None]
         states = [p.grad for p in recurrent.values() if p.grad is not None]
         if inputs and states:
             wide = wide_dtype(inputs[0].device)
             above, below = (torch.stack(torch._foreach_norm(g, 2, dtype=wide)).norm() for g in (states, inputs))
             yield "hh_to_ih", above / below
+        if isinstance(module, nn.RNNBase) and (gain := stack_gain(module)) is not None:
+            yield "stack_gain", gain
 
     def _norms(self, matrices: Sequence[_Matrix]) -> dict[str, Tensor]:
         """By name the singular values, in the widest float; small matrices of one shape are multiplied together."""

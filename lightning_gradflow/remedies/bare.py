@@ -8,18 +8,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_gradflow.activations import BOUNDED
+from lightning_gradflow.probes.layers import is_of_torch
 from lightning_gradflow.remedies.bare_map import BareLinear, Layers
-from lightning_gradflow.remedies.bare_uses import Use, UseFinder, eager, is_of_torch, matrices
+from lightning_gradflow.remedies.bare_uses import Use, UseFinder, eager, matrices
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.recurrent import reinitialise_loop
 from lightning_gradflow.remedies.textbook import assign, is_writable
 from lightning_gradflow.remedies.training import RehearsalError, Training
 
-_FAR = 4.0  # factor between the weights of a loop and 1 / sqrt(fan_in), which no usual initialisation gives
+_FAR = 4.0  # factor between the weights of a loop and 1 / sqrt(fan_in), or 1, which no usual initialisation gives
 _GROWTH = 3.0  # decades, in a loop without bounds
 
 
@@ -51,6 +52,11 @@ class Bare:
                 forward()
             self.uses = finding.uses()
 
+    @property
+    def multiplied(self) -> frozenset[tuple[str, str]]:
+        """Owner and name of the parameters of which nothing but products is made."""
+        return frozenset((use.owner, use.key) for use in self.uses if use.is_own)
+
     def layers(self, model: nn.Module, *, with_loops: bool = True) -> Layers:
         """The modules of a model, or of a copy of it, and with them a layer for each of the matrices.
 
@@ -64,7 +70,8 @@ class Bare:
         """Draws matrices anew that get back what came of their own output, where that can't go well.
 
         They have no gain that could be measured from one layer to the next. Their weights are off `1 / sqrt(fan_in)` by
-        more than a factor of 4, which no usual initialisation gives; or what is not bounded by an activation would grow
+        more than a factor of 4, or have a spectral radius above 4, as small ones of one sign have, which no usual
+        initialisation gives; or what is not bounded by an activation would grow
         by more than three decades in as many steps as there are.
 
         Args:
@@ -83,7 +90,8 @@ class Bare:
                 continue
             size = float(layer.weight.detach().double().square().mean().sqrt()) * math.sqrt(layer.in_features)
             grows = use.op not in BOUNDED and size > 10 ** (_GROWTH / use.calls)
-            if (grows or not 1 / _FAR <= size <= _FAR) and reinitialise_loop(layer, [], use.op, generator):
+            is_far = size < 1 / _FAR or max(size, _radius(layer.weight)) > _FAR
+            if (grows or is_far) and reinitialise_loop(layer, [], use.op, generator):
                 drawn.append(name)
         layers.write()
         return self.owners(model, drawn)
@@ -93,6 +101,13 @@ class Bare:
         known = {use.name: use.owner for use in self.uses}
         modules = dict.fromkeys(known.get(name, name) for name in names)
         return {name: list(model.get_submodule(name).parameters(recurse=False)) for name in modules}
+
+
+def _radius(weight: Tensor) -> float:
+    """The spectral radius; 0 where it is not square."""
+    values = weight.detach().cpu().double()
+    is_square = values.shape[0] == values.shape[1] and bool(torch.isfinite(values).all())
+    return float(torch.linalg.eigvals(values).abs().max()) if is_square else 0.0
 
 
 @contextmanager

@@ -13,14 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_gradflow.probes.layers import is_of_torch
 from lightning_gradflow.probes.observer import ACTIVATIONS
 from lightning_gradflow.probes.shards import is_sharded
 from lightning_gradflow.remedies.bare_ops import ADDITIONS, LOOKUPS, Axes, Call, products
 from lightning_gradflow.remedies.through_time import comes_from
-
-_LISTS = (nn.ParameterList, nn.ParameterDict)  # torch's own, but the matrices in them are the user's
-_WITHOUT = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
-"""Kinds of torch's that have no parameters of their own."""
 
 Key = tuple[int, int, tuple[int, ...], tuple[int, ...], Axes]
 """The parameter's `id`, and what of it is used how."""
@@ -84,12 +81,6 @@ def matrices(model: nn.Module) -> dict[int, tuple[str, str, nn.Parameter]]:
             if p.dim() > 1 and p.is_floating_point() and owners[id(p)] == 1:
                 found[id(p)] = (name, key, p)
     return found
-
-
-def is_of_torch(module: nn.Module) -> bool:
-    """Whether its parameters are those of a kind of torch's, which may be derived from."""
-    kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.")]
-    return not isinstance(module, _LISTS) and any(kind not in _WITHOUT for kind in kinds)
 
 
 @contextmanager

@@ -66,6 +66,11 @@ class Treated:
         """Decades that the signal gains on its way back through all layers whose gain is known, before and after."""
         return _span(self.before), _span(self.after)
 
+    @property
+    def outputs(self) -> tuple[float, float]:
+        """The largest spread of an output that no layer takes, before and after; NaN where none is finite."""
+        return _last_spread(self.before), _last_spread(self.after)
+
 
 def make_critical(
     module: nn.Module,
@@ -98,7 +103,16 @@ def make_critical(
       where that is below 4: those behind it are made for 1;
     - as a last one, its weights are off `1 / sqrt(fan_in)` by more than a factor of 10, and not 0;
     - as an end of a branch, its gain and that of its weights alone are above what the gain is to be by more than a
-      factor of 4.
+      factor of 4;
+    - where others are drawn, its weights are above `1 / sqrt(fan_in)` by more than a factor of 4: they were drawn as
+      badly, and what follows, such as the norm of a sum of branches that are all too large, hides it;
+    - where no layer is off by itself, and an output that none takes has a spread above 10, they are above it by more
+      than a factor of 2: together they make it.
+
+    A random gradient tells how a layer treats noise. What samples differ in may grow far more: behind weights that have
+    a mean, or a sum or mean over numbers that are alike, as over the neighbours in a graph. Where it grows by more than
+    twice the gain, that counts as the gain, unless it is too small. The weights of the end of a branch never gain more
+    than 1 by themselves: through a softmax hardly any gradient comes, however large they are.
 
     The gain of a layer that is called several times in a pass is that of its first call, and counts as often in what
     layers do together.
@@ -219,7 +233,9 @@ class _Adjustment:
             # at variance 1 no activation is far from where its gain is 1; an output of that size is a safe start
             wanted = 1 / spread if spread > 0 else 1.0
             return wanted if math.isfinite(wanted) else 1.0
-        wanted = self.aims[name] / link.gain if link.gain > 0 else 1.0
+        wanted = self.aims[name] / link.growth if link.growth > 0 else 1.0
+        if not link.is_chain and link.own_gain > 0:  # past a softmax or a norm hardly anything comes through a branch
+            wanted = min(wanted, 1 / link.own_gain)
         return min(max(wanted, 1 / _MAX_FACTOR), _MAX_FACTOR) if math.isfinite(wanted) else 1.0
 
 
@@ -260,6 +276,11 @@ class _Look:
             if centre is not None:
                 self.centres[name] = centre
         return False
+
+
+def _last_spread(links: Mapping[str, Link]) -> float:
+    spreads = [link.spread for link in links.values() if not link.follower and math.isfinite(link.spread)]
+    return max(spreads, default=math.nan)
 
 
 def _span(links: Mapping[str, Link]) -> float:

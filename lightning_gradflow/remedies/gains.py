@@ -21,6 +21,7 @@ WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 _SOURCES = (nn.Embedding, nn.EmbeddingBag)  # where a residual connection may begin, besides at a layer
 _PROBES = 4  # random gradients: by chance alone, one in a hundred layers would seem to be normalised with a single one
+_CLEARLY = 2.0  # times the gain of noise: less may be chance, where few directions are left to a signal
 _INVARIANT = 0.01  # share of an output's scale that comes through: 0 behind a norm, but for its eps
 
 Adjust = Callable[[str, nn.Module, Tensor, Tensor], bool]
@@ -35,6 +36,8 @@ class Link:
         gain: factor by which the norm of a random gradient changes on its way back from the input of the next layer to
             the input of this one; NaN where no layer takes its output, or the numbers are not finite.
         own_gain: the share of the gain that the weights of this layer have, without what follows them.
+        signal_gain: factor by which what differs between samples grows, from the input of this layer to that of the
+            next; NaN where nothing does.
         is_chain: whether what the next layer takes comes from this layer alone, not from another layer or an embedding
             besides, as behind residuals, gates and branches. Data and bare parameters that are added are not seen.
         is_normalised: whether what the next layer takes does not depend on the scale of this layer's output.
@@ -46,6 +49,7 @@ class Link:
 
     gain: float = math.nan
     own_gain: float = math.nan
+    signal_gain: float = math.nan
     is_chain: bool = True
     is_normalised: bool = False
     is_first: bool = False
@@ -57,6 +61,11 @@ class Link:
     def is_known(self) -> bool:
         """Whether the gain was measured."""
         return not math.isnan(self.gain)
+
+    @property
+    def growth(self) -> float:
+        """The gain, or that of the signal, where it is clearly larger, as through a sum over what is alike."""
+        return self.signal_gain if self.signal_gain > _CLEARLY * self.gain else self.gain
 
 
 def unit_dim(layer: nn.Module) -> int:
@@ -215,15 +224,16 @@ class _Pass:
         self._is_back = True
         for name in [name for name, waiting in self._waiting.items() if waiting.edge.node in nodes]:
             link = self.links[name]
-            link.gain, link.own_gain, link.is_normalised = self._measured(x, self._waiting.pop(name))
+            self._measure(link, x, self._waiting.pop(name))
             link.is_chain = len(parents) == 1
             link.follower = follower
         self._is_back = False
 
-    def _measured(self, x: Tensor, waiting: _Waiting) -> tuple[float, float, bool]:
-        """The gain, that of the weights alone, and whether the scale of the output makes no difference."""
+    def _measure(self, link: Link, x: Tensor, waiting: _Waiting) -> None:
+        """The gains, and whether the scale of the output makes no difference."""
         z = waiting.output.double()
-        sent = passed = received = 0.0
+        differs, takes = _differing(z), _differing(waiting.source.detach().double()).square().mean().sqrt()
+        sent = passed = received = made = 0.0
         shares = []
         for _ in range(_PROBES):
             v = torch.randn(x.shape, generator=self._generator).to(x.device, x.dtype)
@@ -233,9 +243,12 @@ class _Pass:
             received += float(w.double().square().sum())
             u = u.double()
             passed += float(u.square().sum())
+            made += float((u * differs).flatten(1).sum(1).square().sum())
             shares.append(float((u * z).sum().abs() / (u * z).norm()))
-        own = math.sqrt(received / passed) if passed > 0 else math.nan
-        return math.sqrt(received / sent), own, all(share < _INVARIANT for share in shares)
+        link.own_gain = math.sqrt(received / passed) if passed > 0 else math.nan
+        link.gain = math.sqrt(received / sent)
+        link.signal_gain = math.sqrt(made / sent) / float(takes) if takes > 0 else math.nan
+        link.is_normalised = all(share < _INVARIANT for share in shares)
 
     def _parents(self, node: Any) -> set[Any]:
         """The outputs of layers and embeddings that `node` was computed from, without another layer between."""
@@ -250,6 +263,11 @@ class _Pass:
             else:
                 stack += [following for following, _ in at.next_functions]
         return found
+
+
+def _differing(values: Tensor) -> Tensor:
+    """What is not the same for all samples, as what padding makes of a mean is."""
+    return values - values.mean(0)
 
 
 def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Recurrences that are written by hand: which linear layers of a loop do what."""
+"""Recurrences that are written by hand: which layers of a loop do what."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_gradflow.history import History
-from lightning_gradflow.remedies.through_time import TimeWatch
+from lightning_gradflow.remedies.through_time import Looped, TimeWatch
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A linear layer that gets its own output back at the next time step.
+    """A linear layer or convolution that gets its own output back at the next time step.
 
     Args:
         again: its name.
         op: the activation in between.
         ways_in: the layers whose output is added to its own, and that get none of it back.
-        columns: (inputs,) which of its inputs are the state; None for all.
+        columns: (inputs,) which of its inputs, or channels, are the state; None for all.
     """
 
     again: str
@@ -30,12 +30,12 @@ class Loop:
 
 
 def loops_among(
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Looped],
     history: History,
     watch: TimeWatch | None,
     behind: Mapping[str, tuple[str, bool]] | None = None,
 ) -> dict[str, Loop]:
-    """The loops that some linear layers make, by the name of the layer that gets the state.
+    """The loops that some layers make, by the name of the layer that gets the state.
 
     It is known from the graph of a forward pass: what goes into the second call of such a layer came out of its first.
     Without one, a square layer is taken for it if it is the only one, and the others of its size for the ways in.
@@ -44,27 +44,28 @@ def loops_among(
     another size than the state, as where several gates are computed together.
 
     Args:
-        layers: the candidates, by name: linear layers that are called once at each time step.
+        layers: the candidates, by name: linear layers and convolutions that are called once at each time step.
         history: tells which activation stands behind a layer.
         watch: one forward pass; None where there is none.
         behind: for layers that the history does not know, the activation that follows, and whether it makes a gate.
 
     Example:
+        >>> from torch import nn
         >>> layers = {"again": nn.Linear(4, 4), "enter": nn.Linear(2, 4)}
         >>> loops_among(layers, History(), None)
         {'again': Loop(again='again', op='', ways_in=('enter',), columns=None)}
     """
     if watch is None:
-        square = [name for name, layer in layers.items() if layer.in_features == layer.out_features]
+        square = [name for name, layer in layers.items() if layer.weight.shape[0] == layer.weight.shape[1]]
         if len(square) != 1:
             return {}
         (again,) = square
         states: dict[str, Tensor | None] = {again: None}
-        size = layers[again].out_features
-        feeding = {again: tuple(n for n, layer in layers.items() if n != again and layer.out_features == size)}
+        size = len(layers[again].weight)
+        feeding = {again: tuple(n for n, layer in layers.items() if n != again and len(layer.weight) == size)}
     else:
         columns = {name: watch.state_columns(name) for name in layers}
-        fitting = {n: c for n, c in columns.items() if c is not None and int(c.sum()) == layers[n].out_features}
+        fitting = {n: c for n, c in columns.items() if c is not None and int(c.sum()) == len(layers[n].weight)}
         states = {name: None if bool(c.all()) else c for name, c in fitting.items()}
         feeding = {
             name: tuple(one for one in layers if columns[one] is None and watch.feeds(one, name)) for name in fitting

@@ -58,8 +58,8 @@ they that are drawn anew.
 UNTOUCHED = (FindingKind.LOSS_PLATEAU, "unscaled_inputs")
 """Kind and cause of a run that can have learnt nothing but a constant: there is nothing to go back to."""
 
-NOT_FOR = frozenset({"underflow", "learning_rate_too_small", "no_signal_in_data"})
-"""Causes that only the user can cure: number format, learning rate, data."""
+NOT_FOR = frozenset({"underflow", "rounding", "learning_rate_too_small", "no_signal_in_data", "not_optimized"})
+"""Causes that only the user can cure: number format, learning rate, data, and what the optimizer is given."""
 
 BY_BIRTH = frozenset(
     {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradflow.activations import BOUNDED, RECTIFIERS, SIGMOIDS
 from lightning_gradflow.remedies.textbook import assign, gain_between, initialise, is_writable
+from lightning_gradflow.remedies.through_time import Looped
 
 GATED = (nn.LSTM, nn.LSTMCell, nn.GRU, nn.GRUCell)
 
@@ -95,8 +97,8 @@ def is_relu(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def reinitialise_loop(
-    again: nn.Linear,
-    ways_in: Sequence[nn.Linear],
+    again: Looped,
+    ways_in: Sequence[Looped],
     op: str,
     generator: torch.Generator,
     columns: Tensor | None = None,
@@ -104,25 +106,32 @@ def reinitialise_loop(
     gain: float = 1.0,
     input_gain: float = 1.0,
 ) -> list[nn.Parameter]:
-    r"""Draws a recurrence anew that is written by hand: a linear layer that gets its own output back, through `op`.
+    r"""Draws a recurrence anew that is written by hand: a layer that gets its own output back, through `op`.
 
     The weights of the state are orthogonal, before a ReLU and its kin a permutation, before a sigmoid 4 times
     orthogonal with the bias `-W.sum(1) / 2`: `sigmoid(x) = (1 + tanh(x / 2)) / 2`, so that such a loop is one of tanh
     units that starts at -1. The weights of the input are Glorot, twice as large before a sigmoid. All other biases are
     0.
 
+    Of a convolution it is the tap in the middle that hands the state on so, and the others are 0: what is kept stays
+    where it is, and the kernel learns to move it.
+
     Args:
-        again: the layer that gets the state.
+        again: the linear layer or convolution that gets the state.
         ways_in: layers whose output is added to its own.
         op: the activation that follows: `tanh`, `relu`, `sigmoid`, ... or "" for none.
         generator: on the CPU.
-        columns: (inputs,) which of its inputs are the state, by default all; as many as it has outputs.
+        columns: (inputs,) which of its inputs, or channels, are the state, by default all; as many as it has outputs.
         gain: of the weights of the state, in (0, inf), before a bounded activation; 1 before any other.
         input_gain: of the weights of the input, in (0, inf), in the same place.
 
     Returns:
         The parameters that were drawn anew; nothing where the state has another size than the output, as with gates
-        that are computed together, or where the weight is frozen or parametrized.
+        that are computed together, and as with groups of channels, or where the weight is frozen or parametrized.
+
+    References:
+        Saxe et al. 2014; Le et al. 2015, A simple way to initialize recurrent networks of rectified linear units; Xiao
+        et al. 2018, Dynamical isometry and a mean field theory of CNNs (the tap in the middle).
 
     Example:
         >>> again = nn.Linear(4, 4)
@@ -130,17 +139,20 @@ def reinitialise_loop(
         >>> torch.allclose(again.weight.T @ again.weight, torch.eye(4), atol=1e-5), len(changed)
         (True, 4)
     """
-    columns = torch.ones(again.in_features, dtype=torch.bool) if columns is None else columns
-    if int(columns.sum()) != again.out_features or not is_writable(again.weight):
+    size, inputs = again.weight.shape[:2]
+    columns = torch.ones(inputs, dtype=torch.bool) if columns is None else columns
+    if int(columns.sum()) != size or getattr(again, "groups", 1) > 1 or not is_writable(again.weight):
         return []
-    square = torch.empty(again.out_features, again.out_features)
+    square = torch.empty(size, size)
     _fill_block(square, "weight_hh", op in RECTIFIERS, generator)
     if op in BOUNDED:
         square *= gain * gain_between(op, op)
     fresh = torch.empty(again.weight.shape)
     inlet = input_gain * gain_between("", op) if op in BOUNDED else 1.0  # the state adds what a rectifier takes
     nn.init.xavier_normal_(fresh, gain=inlet, generator=generator)
-    fresh[:, columns] = square
+    fresh[:, columns] = 0
+    middle: tuple[Any, ...] = (slice(None), columns, *[(taps - 1) // 2 for taps in fresh.shape[2:]])
+    fresh[middle] = square
     assign(again.weight, fresh)
     changed = [again.weight]
     for layer in ways_in:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from lightning_gradflow.detectors.recurrence import time_profile
+from lightning_gradflow.detectors.time_profile import time_profile
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
 from lightning_gradflow.probes.layers import ROOT
@@ -20,7 +21,8 @@ from lightning_gradflow.remedies.bare_uses import Use
 from lightning_gradflow.remedies.loops import Loop, loops_among
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.recurrent import reinitialise_loop, reinitialise_recurrence
-from lightning_gradflow.remedies.through_time import TimeWatch
+from lightning_gradflow.remedies.stacked import level
+from lightning_gradflow.remedies.through_time import Looped, TimeWatch
 from lightning_gradflow.remedies.training import Training
 
 _MEASURES = ("time_decades", "time_steps")
@@ -59,7 +61,7 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
     be lost to them is given back: the recurrent weights are drawn with a gain that is larger by
     10 ** (-time_decades / (T - 1)), and measured anew, until half of the gradient comes through. Where that takes a
     gain above 1.15, it is the input that keeps the units at their bounds at every step: its weights are halved, until a
-    tenth comes through.
+    tenth comes through. The layers of a stack are set to one size (see `stacked.level`).
 
     Args:
         training: the run.
@@ -77,8 +79,8 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
     behind = {name: (use.op, _is_gate(history, use)) for name, use in uses.items()}
     with _watched(training, names) as watch:
         before = _measured(training, watch, names)
-        linears = {name: m for name in names if isinstance(m := modules[name], nn.Linear)}
-        loops = loops_among(linears, history, watch, behind)
+        called = {name: m for name in names if isinstance(m := modules[name], Looped)}
+        loops = loops_among(called, history, watch, behind)
     steps = {name: _steps(history, name, modules[name]) for name in names}
     gain = input_gain = 1.0
     after: dict[str, float] = {}
@@ -88,6 +90,10 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
             return None
         with _watched(training, names) as watch:
             found = _measured(training, watch, names)
+            sequences = {name: watch.sequence(name) for name in layers} if watch is not None else {}
+        if _levelled(training, modules, sequences):
+            with _watched(training, names) as watch:
+                found = _measured(training, watch, names)
         if found == after:  # there is nothing that a gain has a say in
             break
         after = found
@@ -139,15 +145,24 @@ def _drawn(
     for name in names:
         module, loop = modules[name], loops.get(name)
         ways_in: tuple[str, ...] = ()
-        if loop is not None and isinstance(module, nn.Linear):
+        if loop is not None and isinstance(module, Looped):
             ways_in = loop.ways_in
-            others = [layer for one in ways_in if isinstance(layer := modules[one], nn.Linear)]
+            others = [layer for one in ways_in if isinstance(layer := modules[one], Looped)]
             fresh = reinitialise_loop(module, others, loop.op, generator, loop.columns, **gains)
         else:
             fresh = reinitialise_recurrence(module, generator, steps[name], **gains)
         layers += [name, *ways_in] if fresh else []
         changed += fresh
     return tuple(dict.fromkeys(layers)), tuple(dict.fromkeys(changed))
+
+
+def _levelled(
+    training: Training, modules: Mapping[str, nn.Module], sequences: Mapping[str, Tensor | PackedSequence | None]
+) -> bool:
+    """Sets the layers of stacked recurrences to one size; whether there are any."""
+    stacks = [(modules[name], x) for name, x in sequences.items() if x is not None]
+    levelled = [level(stack, x, training.averaged) for stack, x in stacks if isinstance(stack, nn.RNNBase)]
+    return any(levelled)
 
 
 @contextmanager

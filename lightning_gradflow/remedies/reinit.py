@@ -15,8 +15,9 @@ from lightning_gradflow.findings import Finding, FindingKind
 from lightning_gradflow.history import History, Point
 from lightning_gradflow.probes.layers import ROOT, module_named
 from lightning_gradflow.probes.shards import is_sharded
+from lightning_gradflow.remedies.attention import draw_attention
 from lightning_gradflow.remedies.bare import Bare, initialise_bare, with_bare
-from lightning_gradflow.remedies.critical import Centre, centre_of, make_critical
+from lightning_gradflow.remedies.critical import Centre, Treated, centre_of, make_critical
 from lightning_gradflow.remedies.draw_zeros import draw_zeros
 from lightning_gradflow.remedies.fill import fill_missing
 from lightning_gradflow.remedies.fresh import looks_fresh
@@ -25,6 +26,7 @@ from lightning_gradflow.remedies.recurrent import reinitialise_recurrence
 from lightning_gradflow.remedies.recurrent_treatment import treat
 from lightning_gradflow.remedies.sick_layers import FAR, MAX_OFF, MAX_SPREAD
 from lightning_gradflow.remedies.symmetry import break_symmetry
+from lightning_gradflow.remedies.tables import draw_tables
 from lightning_gradflow.remedies.textbook import gain_between, initialise, name_for
 from lightning_gradflow.remedies.through_time import TimeWatch
 from lightning_gradflow.remedies.training import RehearsalError, Training
@@ -33,6 +35,7 @@ _SATURATED = 0.5  # of an activation's outputs, at its bounds; of a gate that is
 _SHUT = 4.0  # of a bias: a sigmoid is within 2 % of its bound
 _MOST = 0.5  # of the gates: biases made for a long memory shut two kinds out of four
 _MAX_GROWTH = 3.0  # decades through time: networks that learn gain up to 2.5
+_SMALLER = 0.5  # times what outputs were that were too large, for weights that cure it
 _UNUSUAL = 10.0  # factor between the weights of a recurrence, or an embedding, and 1 / sqrt(fan_in)
 
 
@@ -57,11 +60,12 @@ def reinitialise(training: Training, finding: Finding, *, only_far: bool = False
     """Draws layers anew, and lets the optimizers forget what they know of them.
 
     Recurrences are treated as `recurrent_treatment.treat` says, where the finding is about them. Everything else is
-    made critical on a batch of the run (see `make_critical`). Recurrences and embeddings whose weights are off all that
-    is usual by more than a factor of 10 are drawn by the book then, unless `only_far` is set, and so are recurrences
-    whose biases shut most of their gates, and those in which a gradient gains three decades through time. Where no
-    batch can be had, the layers that the finding names are drawn by the initialisation that suits the activations
-    around them (see `textbook`).
+    made critical on a batch of the run (see `make_critical`). Tables that a finding is about are drawn with rows of
+    length 1 (see `draw_tables`), and the optimizers forget all that they know. Else recurrences and embeddings whose
+    weights are off all that is usual by more than a factor of 10 are drawn by the book then, unless `only_far` is set,
+    and so are recurrences whose biases shut most of their gates, and those in which a gradient gains three decades
+    through time. Where no batch can be had, the layers that the finding names are drawn by the initialisation that
+    suits the activations around them (see `textbook`).
 
     Bare matrices, which modules of the user's own multiply with, count as layers in all of this (see `bare`).
 
@@ -83,9 +87,14 @@ def reinitialise(training: Training, finding: Finding, *, only_far: bool = False
         return _without_zeros(training, finding)
     if training.rehearse is not None:
         try:
-            return _from_data(training, finding, only_far)
+            done = _from_data(training, finding, only_far)
         except RehearsalError:
             pass
+        else:
+            # what shuts an output may be its bias alone, which no gain tells of
+            is_output = finding.kind is FindingKind.SATURATED_ACTIVATION and "reach" in finding.evidence
+            if done is not None or not is_output:
+                return done
     return None if only_far else _by_the_book(training, finding)
 
 
@@ -113,25 +122,40 @@ def _without_zeros(training: Training, finding: Finding) -> Reinit | None:
 
 def _from_data(training: Training, finding: Finding, only_far: bool) -> Reinit | None:
     assert training.rehearse is not None
+    is_of_tables = (finding.kind, finding.cause) == (FindingKind.LOSS_PLATEAU, "weight_scale")
     with training.rehearse() as (module, run):
-        drawn = {} if only_far else fill_missing(module, training.seed) | _draw_unusual(module, run, training.seed)
+        drawn = {} if only_far else fill_missing(module, training.seed)
+        # a table of zeros beside those that are too large is so on purpose
+        drawn |= {} if only_far or is_of_tables else _draw_unusual(module, run, training.seed)
+        drawn |= {} if only_far else draw_attention(module, training.seed)
         if finding.cause == "symmetry":
             around = activations_around(training.history.points)
             drawn |= break_symmetry(module, finding.layers, around, training.seed)
         max_off, max_spread = FAR if only_far else MAX_OFF, _max_spread(finding, training.history, only_far)
         bare = Bare(module, run)
+        if is_of_tables:
+            drawn |= draw_tables(module, finding.layers, bare.multiplied, training.seed)
         drawn |= bare.draw_loops(module, training.seed)
         whole = bare.layers(module, with_loops=False)
         treated = make_critical(whole, whole.routed(run), training.seed, max_off, max_spread)
+        if "output_growth" in finding.evidence and not _helps_outputs(treated):
+            return None
         drawn |= bare.owners(module, treated.changed)
         fresh = {name: [p.detach().clone() for p in parameters] for name, parameters in drawn.items()}
     changed = _copied(training.model, fresh)
     if not changed:
         return None
-    forget(training.optimizers, changed)
+    # what an optimizer knows of the layers behind a table is the size that this has given their gradients
+    forget(training.optimizers, training.model.parameters() if is_of_tables else changed)
     before, after = treated.spans
     layers = tuple(name or ROOT for name in fresh)
     return Reinit(layers, {"span": before}, {"span": after}, treated.centres)
+
+
+def _helps_outputs(treated: Treated) -> bool:
+    """Whether outputs that were too large are not any more: a loss that falls from there would fall without it too."""
+    before, after = treated.outputs
+    return not after > before * _SMALLER
 
 
 def _centres(training: Training, layers: Sequence[str]) -> dict[str, Centre]:

@@ -23,6 +23,7 @@ _MAX_OFF_BRANCH = 4.0  # the same beside a residual connection, past which the s
 _MAX_STRETCH = 10.0
 """Factor by which the layers of a stretch may change the signal together: a single sigmoid layer takes seven, the
 untrained end of a residual branch more; and with it the outputs of a first layer, and the weights of a last one."""
+_UNUSUAL = 2.0  # the size of weights: He's are of size 1.4
 _TELLING = 16  # rows and columns: a trained head of 10 units looks as if it had been drawn
 
 
@@ -55,13 +56,21 @@ class Choice:
             if name in self.may
             and (name in broken or _is_sick(modules[name], links[name], aims[name], stretches.get(name, 0.0), limits))
         ]
-        if not sick or max_off >= FAR or self._is_trained:
+        if max_off >= FAR or self._is_trained:
             return sick
-        return [
-            name
-            for name in links
-            if name in sick or (name in self.may and _is_quiet(modules[name], links[name], max_off))
-        ]
+        if not sick:
+            return self._loud_together(links)
+        others = self.may - {*sick}
+        too = {name for name in others if _is_quiet(modules[name], links[name], max_off)}
+        too |= {name for name in others if _is_loud(modules[name], links[name])}
+        return [name for name in links if name in sick or name in too]
+
+    def _loud_together(self, links: Mapping[str, Link]) -> list[str]:
+        """Layers none of which is off by far by itself, and which make outputs that are."""
+        ends = [link.spread for link in links.values() if not link.follower]
+        if not any(_MAX_STRETCH < spread < math.inf for spread in ends):
+            return []
+        return [name for name in links if name in self.may and _is_loud(self._modules[name], links[name], _UNUSUAL)]
 
     def aims(self, links: Mapping[str, Link]) -> dict[str, float]:
         """The gain that each layer is to have: less before a last layer that is too large and has to stay as it is."""
@@ -81,6 +90,11 @@ class Choice:
 
 def decades(link: Link) -> float:
     """What a layer gains or loses, as a power of ten."""
+    return math.log10(link.growth) if link.growth > 0 else -math.inf
+
+
+def _noise(link: Link) -> float:
+    """The same of a random gradient."""
     return math.log10(link.gain) if link.gain > 0 else -math.inf
 
 
@@ -115,9 +129,10 @@ def _stretches(links: Mapping[str, Link]) -> dict[str, float]:
             before[link.follower] = run
     found: dict[str, float] = {}
     for run in runs:
-        own = (0.0 if links[name].is_normalised else links[name].calls * decades(links[name]) for name in run)
-        sums = list(accumulate(own, initial=0.0))
-        found |= dict.fromkeys(run, max(sums) - min(sums))
+        chained = [links[name] for name in run]
+        gains, growths = ([0.0 if it.is_normalised else it.calls * f(it) for it in chained] for f in (_noise, decades))
+        sums = [list(accumulate(own, initial=0.0)) for own in (gains, growths)]
+        found |= dict.fromkeys(run, max(max(one) - min(one) for one in sums))
     return found
 
 
@@ -128,10 +143,7 @@ class _Limits:
 
 
 def _is_sick(layer: nn.Module, link: Link, aim: float, stretch: float, limits: _Limits) -> bool:
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    by_output = weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight.detach()
-    if link.is_normalised or not looks_fresh(by_output):
+    if link.is_normalised or not _looks_drawn(layer):
         return False
     size = _size(layer)
     if not link.is_known:  # zero is a usual choice for an output layer
@@ -140,18 +152,31 @@ def _is_sick(layer: nn.Module, link: Link, aim: float, stretch: float, limits: _
     if link.is_first:  # its gain is that of its weights, which depends on what data are like, times a slope
         return size == 0 or _is_off(link.spread, 1.0, _MAX_STRETCH) or _is_off(link.gain / size, 1.0, _MAX_STRETCH)
     if not link.is_chain:  # what follows where branches meet, such as a norm, is the same for all of them
-        return min(link.gain, link.own_gain) > aim * _MAX_OFF_BRANCH
+        return min(link.growth, link.own_gain) > aim * _MAX_OFF_BRANCH
     if link.spread > limits.max_spread:
         return True
-    return _is_off(link.gain, aim, limits.max_off) and (link.gain > aim * FAR or stretch > math.log10(_MAX_STRETCH))
+    # a signal that is all but lost is no sign that it comes through
+    is_off = link.growth > aim * limits.max_off or link.gain < aim / limits.max_off
+    return is_off and (link.growth > aim * FAR or stretch > math.log10(_MAX_STRETCH))
 
 
 def _is_quiet(layer: nn.Module, link: Link, max_off: float) -> bool:
     """Whether a first layer gives those behind it, which are drawn anew, another size than they are made for."""
+    return link.is_first and not link.is_normalised and _is_off(link.spread, 1.0, max_off) and _looks_drawn(layer)
+
+
+def _is_loud(layer: nn.Module, link: Link, limit: float = FAR) -> bool:
+    """Whether no usual initialisation gives its weights, in a network in which others are drawn anew: as badly drawn.
+
+    What follows may hide it, as the norm behind the sum of many branches that are all too large does.
+    """
+    return not link.is_normalised and _size(layer) > limit and _looks_drawn(layer)
+
+
+def _looks_drawn(layer: nn.Module) -> bool:
     weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    by_output = weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight.detach()
-    return link.is_first and not link.is_normalised and _is_off(link.spread, 1.0, max_off) and looks_fresh(by_output)
+    assert isinstance(weight, Tensor)
+    return looks_fresh(weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight)
 
 
 def _size(layer: nn.Module) -> float:

@@ -46,7 +46,8 @@ def slow_down(patient: Patient) -> tuple[Numbers, Numbers] | None:
         return None
     held.rate.factor = max(min(factor, held.rate.factor), _SMALLEST_FACTOR)
     held.rate.cap = min(held.rate.cap, cap)
-    held.slowest = min(held.slowest, held.rate.factor)
+    share = _in_force(held, now) / now if 0 < now < math.inf else 1.0
+    held.slowest = min(held.slowest, held.rate.factor, max(share, _SMALLEST_FACTOR))
     held.rollbacks += 1
     return _changed(before, _rate_facts(held, now))
 
@@ -131,10 +132,17 @@ def _from_the_start(training: Training, held: Held) -> tuple[float, float]:
 
 
 def _rises(training: Training, rate: float) -> bool:
-    """Whether the schedule has raised the learning rate since the start."""
+    """Whether the schedule has raised the learning rate since the start, or above what the optimizer was given.
+
+    What it comes down to afterwards is what was meant to be trained with, and is not to be lowered as well.
+    """
     rates = training.history.scalar("lr")
     rates = rates[np.isfinite(rates)]
-    return math.isfinite(rate) and rates.size > 0 and max(rate, float(rates[-1])) > rates[0]
+    if not math.isfinite(rate) or not rates.size:
+        return False
+    given = training.optimizers[0].param_groups[0].get("initial_lr")  # what a scheduler of torch notes
+    is_lifted = isinstance(given, (Real, Tensor)) and rate > _RISEN * float(given) > 0
+    return is_lifted or max(rate, float(rates[-1])) > rates[0]
 
 
 def _tried(training: Training, held: Held) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lightning_gradflow.detectors.recurrence import TimeProfile, time_profile
+from lightning_gradflow.detectors.time_profile import TimeProfile, time_profile
 from lightning_gradflow.history import History, Point, Row
 from lightning_gradflow.probes.observer import first_tensor
 from lightning_gradflow.probes.recurrence import by_distance_to_the_end, joined
@@ -19,6 +19,19 @@ from lightning_gradflow.probes.transfer import wide_dtype
 
 _MAX_COLUMNS = 4096  # of an input that is looked through column by column
 _MAX_NODES = 100_000  # of the graph between two calls
+
+Looped = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+"""What may be called once a time step in a loop that is written by hand."""
+
+
+def unit_axis(layer: Looped) -> int:
+    """The axis of its inputs and outputs that counts the units.
+
+    Example:
+        >>> unit_axis(nn.Linear(1, 1)), unit_axis(nn.Conv2d(1, 1, 3))
+        (-1, -3)
+    """
+    return -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
 
 
 @dataclass
@@ -34,13 +47,13 @@ class TimeWatch:
     """Watches one forward pass of a rehearsal: what the named recurrences do with a gradient, and who feeds whom.
 
     A random gradient is sent into the last state of each recurrence, and read off at its input (of torch's own) or at
-    its output (of a linear layer in a loop) time step by time step. Against the gradient of the loss this leaves out
+    its output (of a layer in a loop) time step by time step. Against the gradient of the loss this leaves out
     ways around the recurrence, such as a loss at each step: it shows what the weights do, and nothing else.
 
     Args:
         model: the module that is rehearsed; its inputs are made to require a gradient while this watches.
-        names: the layers to look at, as in `named_modules()`; what is not there or not a recurrence or linear layer is
-            left out.
+        names: the layers to look at, as in `named_modules()`; what is not there or not a recurrence, linear layer or
+            convolution is left out.
         run: one forward pass of it.
         seed: of the random gradient, which is drawn on the CPU; the same seed gives comparable numbers.
 
@@ -54,7 +67,7 @@ class TimeWatch:
 
     def __init__(self, model: nn.Module, names: Iterable[str], run: Callable[[], None], seed: int = 0) -> None:
         modules = dict(model.named_modules())
-        kinds = (nn.RNNBase, nn.RNNCellBase, nn.Linear)
+        kinds = (nn.RNNBase, nn.RNNCellBase, Looped)
         self._calls = {name: _Calls(modules[name]) for name in names if isinstance(modules.get(name), kinds)}
         self._seed = seed
         with ExitStack() as hooks:
@@ -82,12 +95,24 @@ class TimeWatch:
         history.append(Row(0, calls={name: norms.cpu().double().numpy()}))
         return time_profile(history, point)
 
+    def sequence(self, name: str) -> Tensor | PackedSequence | None:
+        """What went into one of torch's recurrences at its first call, without a graph.
+
+        Args:
+            name: one of the layers.
+        """
+        calls = self._calls.get(name)
+        if calls is None or not calls.inputs or not isinstance(calls.module, nn.RNNBase):
+            return None
+        first = calls.inputs[0]
+        return first._replace(data=first.data.detach()) if isinstance(first, PackedSequence) else first.detach()
+
     def _norms(self, name: str) -> Tensor | None:
         calls = self._calls.get(name)
         if calls is None or not calls.outputs:
             return None
         is_fused = isinstance(calls.module, nn.RNNBase)
-        sources = calls.outputs if isinstance(calls.module, nn.Linear) else [_values(x) for x in calls.inputs]
+        sources = calls.outputs if isinstance(calls.module, Looped) else [_values(x) for x in calls.inputs]
         ends = [_state(calls.module, output) for output in calls.outputs]
         is_loop = not is_fused or all(_length(calls.module, x) == 1 for x in calls.inputs)
         generator = torch.Generator().manual_seed(self._seed)
@@ -105,23 +130,25 @@ class TimeWatch:
         return sums.sqrt()
 
     def state_columns(self, name: str) -> Tensor | None:
-        """(inputs,) which columns of a linear layer in a loop get its own state back; None where it gets none.
+        """(inputs,) which inputs of a layer in a loop get its own state back; None where it gets none.
 
-        What goes into its second call is followed back: a column counts if it came out of the first.
+        What goes into its second call is followed back: an input counts if it came out of the first; of a convolution
+        an input is a channel.
 
         Args:
             name: one of the layers.
         """
         calls = self._calls.get(name)
-        if calls is None or not isinstance(calls.module, nn.Linear) or len(calls.outputs) < 2:
+        if calls is None or not isinstance(calls.module, Looped) or len(calls.outputs) < 2:
             return None
         now, before = calls.inputs[1], calls.outputs[0]
         if not comes_from(now, before):
             return None
-        width = now.shape[-1]
-        if width == calls.module.out_features or width > _MAX_COLUMNS:
+        axis = unit_axis(calls.module)
+        width = now.shape[axis]
+        if width == len(calls.module.weight) or width > _MAX_COLUMNS:
             return torch.ones(width, dtype=torch.bool)
-        sums = now.flatten(0, -2).sum(dim=0) if now.ndim > 1 else now
+        sums = now.movedim(axis, -1).reshape(-1, width).sum(dim=0)
         found = [torch.autograd.grad(sums[i], before, retain_graph=True, allow_unused=True)[0] for i in range(width)]
         return torch.tensor([g is not None and bool(g.any()) for g in found])
 
@@ -162,7 +189,7 @@ def comes_from(tensor: Tensor, source: Tensor) -> bool:
 def _before(calls: _Calls, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if not args:
         return None
-    if isinstance(calls.module, nn.Linear):
+    if isinstance(calls.module, Looped):
         calls.inputs.append(args[0])
         return None
     # raw data has no gradient; what has one may come from the state, and stays as it is

@@ -15,8 +15,8 @@ VOCABULARY = {
         "vanishing_gradient dead_units saturation weight_scale recurrence unscaled_inputs learning_rate_too_small "
         "learning_rate_too_large no_signal_in_data unknown"
     ),
-    "no_gradient": "detached initialisation unused",
-    "update_ratio": "learning_rate_too_small learning_rate_too_large unscaled_inputs overwritten",
+    "no_gradient": "detached initialisation unused not_optimized",
+    "update_ratio": "rounding learning_rate_too_small learning_rate_too_large unscaled_inputs overwritten",
 }
 PAIRS = [(FindingKind(kind), cause) for kind, causes in VOCABULARY.items() for cause in causes.split()]
 EVIDENCE = {

@@ -19,10 +19,12 @@ from tests.advice.cases import PAIRS, Net, finding, history_of
 ANY_MODEL = {
     "clip",
     "find_rate",
+    "keep_float32",
     "larger_eps",
     "loosen_clipping",
     "lower_rate",
     "lower_rate_where_clipped",
+    "master_weights",
     "overfit_batch",
     "raise_rate",
     "scale_gradients",
@@ -265,3 +267,16 @@ def test_inputs_are_scaled_where_they_go_in():
     history.append(Row(0, scalars={"input_layer": 1.0}))
     code = suggest(finding("dead_units", "unscaled_inputs"), history)[0].code
     assert 'first = model.get_submodule("fc1")' in code
+
+
+@pytest.mark.parametrize("evidence", [{"loss_by_size": 1.8}, {"embedding_rms": 300.0}, {}])
+def test_tables_that_are_too_large_get_rows_of_length_one(evidence):
+    model = nn.ModuleDict({"user": nn.Embedding(400, 64), "other": nn.Embedding(400, 64)})
+    found = replace(finding("loss_plateau", "weight_scale", layers=("user",)), evidence=evidence)
+    (cure, *_) = [*suggest(found, history_of(Net())), None]
+    is_told = cure is not None and "rows" in cure.title
+    assert is_told == bool(evidence)
+    if is_told:
+        exec(cure.code, {"model": model})
+        assert float(model["user"].weight.detach().square().sum(1).mean()) == pytest.approx(1, rel=0.05)
+        assert float(model["other"].weight.detach().std()) == pytest.approx(1, rel=0.05)

@@ -47,6 +47,13 @@ def test_another_cause_is_another_fault():
     ]
 
 
+def test_beside_a_table_that_is_too_large_a_gradient_that_vanishes_is_a_consequence():
+    table, lost = finding(PLATEAU, "weight_scale"), finding(VANISHING, "depth")
+    assert severities([table, lost]) == [WARNING, INFO]
+    assert severities([table, finding(VANISHING, "saturation")]) == [WARNING, WARNING]
+    assert severities([table, finding(UPDATES, "learning_rate_too_large")]) == [INFO, WARNING]
+
+
 def test_nothing_but_the_severity_changes():
     (told, _) = consolidate([finding(PLATEAU, "vanishing_gradient"), finding(VANISHING, "depth")], [])
     assert told == Finding(PLATEAU, INFO, 400, cause="vanishing_gradient")

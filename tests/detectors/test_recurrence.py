@@ -3,7 +3,9 @@ import math
 import numpy as np
 import pytest
 
-from lightning_gradflow.detectors.recurrence import RecurrentGradient, time_profile
+from lightning_gradflow.advice.explanations import explain
+from lightning_gradflow.detectors.recurrence import RecurrentGradient
+from lightning_gradflow.detectors.time_profile import time_profile
 from lightning_gradflow.history import MAX_CALLS, History, Point, Row
 from tests.detectors.runs import verdict
 
@@ -21,6 +23,7 @@ def run(*rows, at=(0, 50, 100), losses=None, points=(RNN,), layers=(), **scalars
     history = History()
     history.layer_axis.merge(layers)
     history.add_points(points)
+    history.add_features(3)
     last = -1
     for step, row in zip(at, rows, strict=False):
         calls = row if isinstance(row, dict) else {"rnn": np.array(row, dtype=float)}
@@ -104,6 +107,83 @@ def test_a_run_whose_weights_hardly_move_is_given_time():
         row = {"rnn": curve(9), "values": {"update_ratio": np.array([ratio])}}
         history = run(*[dict(row) for _ in range(3)], layers=["rnn"])
         assert verdict(RecurrentGradient().judge(history)) == expected
+
+
+STATE = [Point("rec", "rec"), Point("rec/op", "rec", "relu")]
+
+
+def _state(size, inputs=1.0, op="relu", **kwargs):
+    """A loop that grows and is clipped, once: the size of its state, and of the inputs."""
+    values = {"output_rms": np.array([1.0, size]), "input_rms": np.full(3, inputs)}
+    row = {"rec": curve(-9), "rec/op": curve(-9), "values": values}
+    points = [STATE[0], Point("rec/op", "rec", op)]
+    return verdict(RecurrentGradient().judge(run(row, points=points, clip_factor=0.1, **kwargs)))
+
+
+@pytest.mark.parametrize(
+    ("found", "severity"),
+    [
+        (_state(31.0), "info"),
+        (_state(32.0), "warning"),
+        (_state(inf), "warning"),
+        (_state(nan), "info"),
+        (_state(3100.0, inputs=100.0), "info"),
+        (_state(3200.0, inputs=100.0), "warning"),
+        (_state(32.0, inputs=0.01), "warning"),
+        (_state(31.0, inputs=0.01), "info"),
+        (_state(1e9, op="tanh"), "info"),
+        (_state(32.0, inputs=nan), "warning"),
+    ],
+)
+def test_clipping_holds_no_state_that_grows_with_the_gradient(found, severity):
+    assert found == [(severity, "recurrence", ("rec",))]
+
+
+def test_a_state_that_is_large_without_growing_is_none_of_it():
+    row = {"rec": curve(-2.9), "values": {"output_rms": np.array([1e9])}}
+    assert verdict(RecurrentGradient().judge(run(row, points=STATE[:1], clip_factor=0.1))) == []
+
+
+def _stack(*decades, others=None, **kwargs):
+    rows = [{**(others or {}), "values": {"stack_gain": 10.0 ** np.array([nan, lost])}} for lost in decades]
+    return run(*rows, layers=["out", "rnn"], **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        (_stack(-3.9, -3.9, -3.9), []),
+        (_stack(-4.1), INFO),
+        (_stack(-4.1, -4.1, -4.1), WARNING),
+        (_stack(-9, -4.1), INFO),
+        (_stack(-9, -7), WARNING),
+        (_stack(0, 0, -9), []),
+        (_stack(0, -9, -9), INFO),
+        (_stack(-inf, -inf, -inf), WARNING),
+        (_stack(-9, -9, nan), []),
+        (_stack(-9, -9, -9, planned_steps=2000.0), INFO),
+        (_stack(-9, -9, -9, losses=np.linspace(2.3, 1.0, 101)), INFO),
+        (_stack(-9, -9, -9, step_skipped=1.0), []),
+        (_stack(-5.9, -5.9, -5.9, normalised_updates=1.0), INFO),
+        (_stack(-6.1, -6.1, -6.1, normalised_updates=1.0), WARNING),
+        (_stack(-5.9, -5.9, -5.9, normalised_updates=0.0), WARNING),
+    ],
+)
+def test_a_stack_is_judged_as_time_is(history, expected):
+    assert verdict(RecurrentGradient().judge(history)) == expected
+
+
+def test_what_is_lost_in_a_stack_is_told():
+    (finding,) = RecurrentGradient().judge(_stack(-9, -9, -6))
+    assert (finding.kind, finding.evidence) == ("vanishing_gradient", {"stack_gain": pytest.approx(1e-6)})
+    assert "from the last layer of the stack to the first a share of 1.0e-6 is left" in explain(finding)
+    assert "through time" not in explain(finding)
+
+
+def test_what_is_lost_through_time_is_told_first():
+    (finding,) = RecurrentGradient().judge(_stack(-9, -9, -9, others={"rnn": curve(9)}))
+    assert "stack_gain" not in finding.evidence
+    assert "through time" in explain(finding)
 
 
 def test_a_growth_that_has_learnt_is_no_alarm():

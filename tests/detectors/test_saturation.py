@@ -309,3 +309,61 @@ def test_gates_that_shut_in_training_are_left_out():
     rows = [((0.1, 0.1), OPEN), *[(FULL, BLOCKED)] * 3]
     history = _with(run(*rows), gate_fraction=gates, output_rms=sizes, output_spread=spread)
     assert SaturatedActivation().judge(history) == []
+
+
+def _output(*, share=1.0, gain=1e-8, ratio=1e-9, rows=3, opened=()):
+    """A network whose last sigmoid is shut, and the ratio of the steps that come of it."""
+    history = History()
+    history.layer_axis.merge(["fc0", "out"])
+    history.add_points([Point("fc0", "fc0"), Point("out", "out"), Point("out/sigmoid", "out", "sigmoid")])
+    for step in range(rows):
+        is_open = step in opened
+        values = {
+            "saturated_fraction": np.array([nan, nan, 0.2 if is_open else share]),
+            "delta_norm": np.array([gain, gain, 1.0]),
+            "update_ratio": np.full(2, ratio),
+            "update_norm": np.full(2, ratio),
+            "grad_norm": np.full(2, gain),
+            "weight_norm": np.ones(2),
+        }
+        scalars = {"planned_steps": 300.0, "lr": 0.1, "loss": 0.3}
+        history.append(Row(step, values, scalars, losses=np.array([0.3])))
+    return history
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        ({}, True),
+        ({"gain": 0.01}, True),
+        ({"gain": 0.011}, False),
+        ({"share": 0.89}, False),
+        ({"rows": 2}, False),
+        ({"rows": 9, "opened": (1,)}, False),  # not shut from the start
+        ({"rows": 9, "opened": (7,)}, False),
+        ({"ratio": 1e-3}, False),  # a rare class, say: its samples give all the gradient it takes
+    ],
+)
+def test_an_output_that_is_shut_from_the_start_is_found_where_no_step_gets_anywhere_for_it(made, found):
+    expected = [("warning", "weight_scale", ("out",))] if found else []
+    assert verdict(SaturatedActivation().judge(_output(**made))) == expected
+
+
+@pytest.mark.parametrize(
+    ("shares", "size", "expected"),
+    [
+        ((0.95, 0.0), 300.0, [("warning", "unscaled_inputs", ("act0",))]),
+        ((0.95, 0.0), 1.0, []),
+        ((0.89, 0.0), 300.0, []),
+    ],
+)
+def test_gates_count_where_unscaled_inputs_shut_them_from_the_start(shares, size, expected):
+    gates = [nan, 1.0, nan, 1.0, nan]
+    history = _with(run(*[(shares, BLOCKED)] * 3), gate_fraction=gates, inputs=[size])
+    assert verdict(SaturatedActivation().judge(history)) == expected
+
+
+def test_gates_that_shut_behind_unscaled_inputs_in_training_are_left_out():
+    rows = [((0.1, 0.1), OPEN), *[(FULL, BLOCKED)] * 3]
+    history = _with(run(*rows), gate_fraction=[nan, 1.0, nan, 1.0, nan], inputs=[300.0])
+    assert SaturatedActivation().judge(history) == []

@@ -75,6 +75,24 @@ def test_a_recurrence_is_judged_by_its_spectral_radius(values, expected):
     assert judged(values=values) == expected
 
 
+def loops(*values, calls):
+    return {"loop_radius": values, "calls": calls}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (loops(nan, 4.01, nan, nan, calls=[nan, 20, nan, nan]), ("fc1",)),
+        (loops(nan, 3.99, nan, nan, calls=[nan, 20, nan, nan]), ()),
+        # what is called as often goes into it, but for what is a loop of its own
+        (loops(nan, 9.0, nan, 0.9, calls=[20, 20, 19, 20]), ("fc1", "fc0")),
+        (loops(nan, 9.0, nan, nan, calls=[nan, nan, nan, nan]), ("fc1",)),
+    ],
+)
+def test_a_loop_by_hand_is_judged_in_the_same_way(values, expected):
+    assert judged(values=values) == ([("warning", "recurrence", expected)] if expected else [])
+
+
 def test_the_numbers_behind_it_are_told():
     (finding,) = UnusualStart().judge(run(values=CHAOS, losses=STILL[:61]))
     assert (finding.kind, finding.step) == ("loss_plateau", 60)
@@ -136,6 +154,74 @@ def test_an_embedding_that_was_drawn_anew_is_well():
 def test_beside_a_large_embedding_a_loss_that_falls_no_more_is_enough(losses, is_found):
     assert bool(judged(points=EMBEDDED, values=embedding(), losses=losses)) is is_found
     assert judged(values=CHAOS, losses=losses) == []
+
+
+def tables(*shares, loss=2.3, **more):
+    """Cosines with which the loss falls by these shares of itself, for each share that the tables are smaller by."""
+    sizes = {"grad_norm": [0.5] * len(shares), "weight_norm": [8.0] * len(shares)}
+    return {"table_cosine": [share * loss / 4.0 for share in shares], **sizes, **more}
+
+
+TABLES = [Point("u", "u"), Point("v", "v")]
+SLOW = np.linspace(2.3, 1.3, 101)
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ((0.51, 0.01), ("u",)),
+        ((0.48, 0.01), ()),
+        ((0.2, 0.31), ("v", "u")),  # several make it up together
+        ((0.2, 0.29), ()),
+        ((nan, 0.6), ("v",)),
+        ((nan, nan), ()),
+    ],
+)
+def test_tables_that_make_up_the_loss_are_found(shares, expected):
+    found = UnusualStart().judge(run(points=TABLES, values=tables(*shares)))
+    assert verdict(found) == ([("warning", "weight_scale", expected)] if expected else [])
+    if expected:
+        named = [share for share, point in zip(shares, TABLES, strict=True) if point.name in expected]
+        assert found[0].evidence["loss_by_size"] == pytest.approx(sum(named))
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_the_unit_of_a_loss_that_tables_make_up_does_not_matter(factor):
+    for share in (0.51, 0.49):
+        values = tables(share, 0.0)
+        values["grad_norm"] = [factor * norm for norm in values["grad_norm"]]
+        assert bool(judged(points=TABLES, values=values, losses=STILL * factor)) == (share > 0.5)
+
+
+def test_it_is_enough_that_a_loss_made_by_tables_does_not_halve():
+    # the gradient falls with the loss, which is made up by the tables all along
+    values = tables(1.0, 0.1, loss=2.3)
+    assert judged(points=TABLES, values=values, losses=SLOW)
+    assert not judged(points=TABLES, values=values, losses=np.geomspace(2.3, 0.1, 101))
+
+
+def test_a_loss_that_tables_made_up_at_first_only_is_another_matter():
+    sick = tables(1.0, 0.1)
+    for later in (tables(0.4, 0.1), {name: column for name, column in sick.items() if name != "table_cosine"}):
+        assert not judged(points=TABLES, values=sick, later=later)
+        assert not judged(points=TABLES, values=later, later=sick) or "table_cosine" not in later
+    assert judged(points=TABLES, values=sick, later=tables(0.8, 0.1))
+
+
+def test_tables_that_are_left_when_others_were_drawn_anew_are_no_new_finding():
+    assert judged(points=TABLES, values=tables(1.5, 0.6), later=tables(0.01, 0.6))
+    assert not judged(points=TABLES, values=tables(1.5, 0.05), later=tables(0.01, 0.6))
+
+
+@pytest.mark.parametrize(("later", "is_found"), [(1.14, True), (1.12, False)])
+def test_a_share_that_comes_down_tells_that_something_is_learnt(later, is_found):
+    found = judged(points=TABLES, values=tables(1.0, 0.5), later=tables(later / 2, later / 2))
+    assert bool(found) is is_found
+
+
+def test_a_loss_that_may_be_negative_has_no_share():
+    assert not judged(points=TABLES, values=tables(1.0, 1.0), losses=-STILL)
+    assert not judged(points=TABLES, values=tables(1.0, 1.0), losses=0 * STILL)
 
 
 def test_what_takes_numbers_is_no_embedding():

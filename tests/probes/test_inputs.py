@@ -430,10 +430,26 @@ def test_columns_that_are_not_measured_at_the_end_are_left_out():
     np.testing.assert_allclose(_of_table(Ahead(), torch.full((4, 2), 7.0)).input_rms, [7.0, 7.0])
 
 
-def test_what_a_frozen_layer_makes_is_no_input():
+def test_the_rows_of_a_frozen_table_are_data():
     model = Table()
-    model.lookup.requires_grad_(requires_grad=False)
-    assert not _of_table(model, torch.full((4, 2), 7.0)).input_rms.size
+    nn.init.constant_(model.lookup.requires_grad_(requires_grad=False).weight, 300.0)
+    found = _of_table(model, torch.full((4, 2), 7.0))
+    assert found.input_layer == "mixed"
+    np.testing.assert_allclose(found.input_rms, [300.0] * 3 + [7.0] * 2)
+
+
+def test_what_another_frozen_layer_makes_is_no_input():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lookup, self.body, self.head = nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+            self.lookup.requires_grad_(requires_grad=False)
+            self.body.requires_grad_(requires_grad=False)
+
+        def forward(self, keys, _):
+            return self.head(self.body(self.lookup(keys)))
+
+    assert not _of_table(Frozen(), torch.full((4, 2), 7.0)).input_rms.size
 
 
 def test_a_nan_in_a_column_of_an_embedding_leaves_the_raw_ones():

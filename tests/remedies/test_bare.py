@@ -320,6 +320,15 @@ def test_a_state_that_only_grows_is_drawn_anew_whatever_the_finding_is_about():
     torch.testing.assert_close(net.a.T @ net.a, torch.eye(16), rtol=0, atol=1e-4)
 
 
+def test_a_state_with_small_weights_of_one_sign_is_drawn_anew_for_their_radius_is_large():
+    net = StateSpace(1.0, torch.tanh)
+    net.a.data = torch.rand(16, 16)
+    assert net.a.square().mean().sqrt() * 4 < 4 < torch.linalg.eigvals(net.a.detach()).abs().max()
+    done = reinitialise(_training(net, _x(4, 20, 3)), SICK)
+    assert done.layers == ("(root)",)
+    torch.testing.assert_close(net.a.T @ net.a, torch.eye(16), rtol=0, atol=1e-4)
+
+
 def test_a_state_that_fades_as_it_may_stays():
     net = StateSpace(0.6)
     before = net.a.detach().clone()

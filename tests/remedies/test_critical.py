@@ -623,3 +623,128 @@ def test_before_a_tied_output_layer_that_is_too_large_the_signal_is_made_smaller
 def test_before_a_tied_output_layer_of_the_usual_size_it_keeps_its_size():
     net = _made(lambda: _Tied(1.0))
     assert _treated(net, _tokens()).after["back"].gain == pytest.approx(1.0, rel=0.1)
+
+
+class Graphs(nn.Module):
+    """Layers over nodes that are summed over all neighbours, or averaged."""
+
+    def __init__(self, depth=5, *, divides=False, draw=None):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
+        self.head = nn.Linear(WIDTH, 2)
+        self._divides = divides
+        if draw is not None:
+            _drawn_with(self, draw)
+
+    def forward(self, x):
+        nodes = x.shape[1]
+        joined = (torch.rand(nodes, nodes, generator=torch.Generator().manual_seed(0)) < 0.7).float()
+        joined = joined / joined.sum(-1, keepdim=True) if self._divides else joined
+        for layer in self.layers:
+            x = layer(joined @ x).relu()
+        return self.head(x.mean(1))
+
+
+def _graphs(seed=0):
+    """Nodes that have something in common with those around them."""
+    return _batch(32, 20, WIDTH, seed=seed) + _batch(32, 1, WIDTH, seed=seed + 1)
+
+
+@pytest.mark.parametrize("depth", [3, 5, 10])
+@pytest.mark.parametrize("divides", [False, True])
+def test_what_neighbours_have_in_common_keeps_its_size_through_a_graph_network(divides, depth):
+    net = _made(lambda: Graphs(depth, divides=divides, draw=None if not divides else SMALL))
+    treated = _treated(net, _graphs())
+    assert len(treated.changed) >= depth
+    sizes = [treated.after[f"layers.{i}"].spread for i in range(1, depth - 1)]
+    assert all(0.2 < size < 2 for size in sizes)
+    assert net(_graphs()).std() < 8
+
+
+def _positive(w):
+    nn.init.uniform_(w, 0, 2)
+
+
+def test_an_output_layer_that_was_drawn_as_badly_as_the_others_is_drawn_with_them():
+    net = _made(lambda: _stack(nn.ReLU, 3, draw=_positive))
+    treated = _treated(net, _batch(64, WIDTH).abs())
+    assert "6" in treated.changed
+    assert treated.after["6"].spread == pytest.approx(1, rel=0.1)
+    before, after = treated.outputs
+    assert (before > 1000, after) == (True, treated.after["6"].spread)
+
+
+def test_and_left_where_the_others_are_healthy():
+    net = _made(lambda: _he(_stack(nn.ReLU, 3)))
+    nn.init.uniform_(net[-1].weight, 0, 1.5)
+    treated = _treated(net, _batch(64, WIDTH))
+    assert treated.changed == {}
+    assert treated.outputs[0] == treated.outputs[1]
+
+
+class Normed(nn.Module):
+    """Residual branches behind norms, on a stream without one at its end."""
+
+    def __init__(self, std, depth=4):
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(depth))
+        self.ups = nn.ModuleList(nn.Linear(WIDTH, 2 * WIDTH) for _ in range(depth))
+        self.downs = nn.ModuleList(nn.Linear(2 * WIDTH, WIDTH) for _ in range(depth))
+        self.head = nn.Linear(WIDTH, 4)
+        if std is not None:
+            _drawn_with(self, lambda w: nn.init.normal_(w, std=std))
+
+    def forward(self, x):
+        x = self.first(x)
+        for norm, up, down in zip(self.norms, self.ups, self.downs, strict=True):
+            x = x + down(up(norm(x)).relu())
+        return self.head(x)
+
+
+@pytest.mark.parametrize("std", [1.0, 3.0])
+def test_branches_that_hide_each_other_behind_norms_are_all_drawn(std):
+    net = _made(lambda: Normed(std))
+    treated = _treated(net, _batch(64, WIDTH))
+    assert {"head", *(f"{part}.{i}" for part in ("ups", "downs") for i in range(4))} <= {*treated.changed}
+    assert net(_batch(64, WIDTH)).std() < 2
+    assert all(treated.after[f"downs.{i}"].own_gain <= 1.05 for i in range(4))
+
+
+def test_branches_of_the_usual_size_are_left():
+    _assert_untouched(_made(lambda: Normed(None)), _batch(64, WIDTH))
+
+
+def test_weights_before_a_softmax_are_not_made_large_because_no_gradient_comes_through():
+    net = _made(lambda: _drawn_with(Attending(), nn.init.normal_))
+    treated = _treated(net, _batch(16, 10, WIDTH))
+    assert {"q", "k"} <= {*treated.changed}
+    assert all(treated.after[name].own_gain <= 1.05 for name in "qk")
+
+
+class Attending(nn.Module):
+    """Attention that is written out."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(5))
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        shares = (self.q(x) @ self.k(x).transpose(1, 2) / math.sqrt(WIDTH)).softmax(-1)
+        return self.head((x + self.o(shares @ self.v(x))).mean(1))
+
+
+@pytest.mark.parametrize(("size", "is_drawn"), [(3.5, True), (1.9, False)])
+def test_layers_none_of_which_is_off_by_far_are_drawn_where_together_they_make_outputs_that_are(size, is_drawn):
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 64) for _ in range(3)]
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=size / 8)
+    net, x = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]), torch.randn(256, 64)
+    before = float(net(x).detach().std())
+    treated = make_critical(net, lambda: net(x))
+    assert (before > 10) is is_drawn
+    assert (set(treated.changed) == {"0", "2", "4"}) is is_drawn
+    assert float(net(x).detach().std()) < (2 if is_drawn else 10)

@@ -607,3 +607,68 @@ def test_layers_are_adjusted_in_order_of_execution_before_what_they_give_is_take
     Gains(net, lambda: net(_batch(4, 8))).measure(adjust)
     assert order == ["layers.first", "layers.second"]
     assert torch.equal(seen[0], torch.full((4, 8), 3.0))
+
+
+TOKENS = 9
+
+
+class Alike(nn.Module):
+    """A layer over positions that are all the same, or not, and what makes one of them."""
+
+    def __init__(self, join, *, same):
+        super().__init__()
+        self.layer, self.next = nn.Linear(SIZE, SIZE, bias=False), nn.Linear(SIZE, 2)
+        nn.init.orthogonal_(self.layer.weight)
+        self._join, self._same = join, same
+
+    def forward(self, x):
+        shape = (len(x), TOKENS, SIZE)
+        return self.next(self._join(self.layer(x[:, None].expand(shape) if self._same else x.view(shape)), 1))
+
+
+@pytest.mark.parametrize(("join", "noise", "signal"), [(torch.mean, 1 / 3, 1.0), (torch.sum, 3.0, 9.0)])
+def test_a_signal_that_is_the_same_at_all_positions_grows_by_more_than_noise_does(join, noise, signal):
+    torch.manual_seed(0)
+    link = _measured(Alike(join, same=True), _batch(64, SIZE))["layer"]
+    assert link.gain == pytest.approx(noise, rel=0.1)
+    assert link.signal_gain == pytest.approx(signal, rel=0.1)
+    assert link.growth == link.signal_gain
+
+
+@pytest.mark.parametrize(("join", "gain"), [(torch.mean, 1 / 3), (torch.sum, 3.0)])
+def test_where_positions_have_nothing_to_do_with_each_other_it_grows_as_noise_does(join, gain):
+    torch.manual_seed(0)
+    link = _measured(Alike(join, same=False), _batch(64, TOKENS * SIZE))["layer"]
+    assert link.signal_gain == pytest.approx(gain, rel=0.1)
+    assert link.growth == link.gain == pytest.approx(gain, rel=0.1)
+
+
+def test_behind_weights_with_a_mean_a_signal_with_a_mean_grows_with_the_width():
+    """c in each entry of n x n: n c for what all units share, sqrt(n) c for what they do not."""
+    net = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False), nn.Linear(SIZE, 2))
+    nn.init.constant_(net[0].weight, 0.5)
+    link = _measured(net, _batch(64, 1).expand(64, SIZE))["0"]
+    assert link.signal_gain == pytest.approx(SIZE / 2, rel=0.2)
+    assert link.gain == pytest.approx(math.sqrt(SIZE) / 2, rel=0.2)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Identity])
+def test_behind_weights_without_one_it_grows_no_faster_than_noise_does(activation):
+    link = _between(activation)
+    assert link.growth == link.gain
+    assert 0 < link.signal_gain < 1.25 * link.gain
+
+
+def test_what_is_the_same_for_all_samples_is_no_signal():
+    """The border that padding makes of a mean, which is larger than what differs."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(8, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=1))
+    x = _batch(64, 8, 12)
+    near, far = (_measured(net, size * x + 1)["0"] for size in (1.0, 1e-3))
+    assert far.signal_gain == pytest.approx(near.signal_gain, rel=1e-3)
+
+
+def test_a_single_sample_tells_nothing_of_it():
+    link = _measured(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), _batch(1, 8))["0"]
+    assert math.isnan(link.signal_gain)
+    assert link.growth == link.gain

@@ -248,10 +248,32 @@ def test_of_a_layer_that_gets_input_and_state_together_the_columns_of_the_state_
     assert again.weight[:, :5].var().item() == pytest.approx(2 / (5 + 2 * SIZE), rel=0.35)
 
 
+@pytest.mark.parametrize(("kind", "kernel"), [(nn.Conv1d, (3,)), (nn.Conv2d, (3, 5)), (nn.Conv2d, 1), (nn.Conv3d, 3)])
+def test_a_convolution_hands_each_place_on_by_itself(kind, kernel):
+    again, (enter,), _ = _loop("tanh", again=kind(SIZE, SIZE, kernel, padding="same"), ways_in=[kind(5, SIZE, kernel)])
+    places = [1] * len(again.kernel_size)
+    x = torch.randn(2, SIZE, *[6 * one for one in places])
+    torch.testing.assert_close(again(x).norm(dim=1), x.norm(dim=1))
+    assert _is_orthogonal(again(torch.eye(SIZE).view(SIZE, SIZE, *places)).flatten(1))
+    taps = math.prod(again.kernel_size)
+    assert enter.weight.var().item() == pytest.approx(2 / (5 + SIZE) / taps, rel=0.3)
+    assert not enter.bias.any()
+
+
+def test_of_channels_that_stand_beside_the_input_only_those_of_the_state_are():
+    columns = torch.arange(5 + SIZE) < SIZE
+    conv = nn.Conv2d(5 + SIZE, SIZE, 3, padding=1)
+    again, _, _ = _loop("relu", again=conv, ways_in=[], columns=columns)
+    middle = again.weight[:, :SIZE, 1, 1]
+    assert middle.sum(dim=0).tolist() == middle.sum(dim=1).tolist() == [1.0] * SIZE
+    assert again.weight[:, :SIZE].abs().sum() == SIZE
+    assert again.weight[:, SIZE:].all()
+
+
 @pytest.mark.parametrize(
     "again",
-    [nn.Linear(SIZE, 2 * SIZE), nn.Linear(SIZE, SIZE).requires_grad_(False)],
-    ids=["several gates", "frozen"],
+    [nn.Conv1d(SIZE, SIZE, 3, groups=2), nn.Linear(SIZE, 2 * SIZE), nn.Linear(SIZE, SIZE).requires_grad_(False)],
+    ids=["groups", "several gates", "frozen"],
 )
 def test_a_loop_that_cannot_be_treated_is_left_whole(again):
     before = again.weight.clone()

@@ -194,6 +194,52 @@ def test_the_optimizer_forgets_what_was_drawn_anew_and_no_more():
     assert set(optimizer.state) == set(model.read.parameters())
 
 
+class Pictures(nn.Module):
+    """A recurrence of convolutions by hand; the input and the state in two layers, or side by side in one."""
+
+    def __init__(self, activation, joined, gain):
+        super().__init__()
+        self.joined = joined
+        self.enter = nn.Conv2d(1, 6, 3, padding=1)
+        self.again = nn.Conv2d(7 if joined else 6, 6, 3, padding=1, bias=False)
+        self.again.weight.data *= gain
+        self.activation = activation()
+
+    def forward(self, x):
+        x = x.reshape(STEPS, 4, 1, 4, 4)
+        state = x.new_zeros(4, 6, 4, 4)
+        for now in x:
+            new = self.again(torch.cat([now, state], 1)) if self.joined else self.enter(now) + self.again(state)
+            state = self.activation(new)
+        return state.mean()
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(("activation", "op", "gain"), [(nn.ReLU, "relu", 6.0), (nn.Tanh, "tanh", 0.3)])
+def test_a_loop_of_convolutions_is_treated_as_one_of_linear_layers(activation, op, gain, joined):
+    model, treatment = _treat_loop(lambda: Pictures(activation, joined, gain), op)
+    assert set(treatment.layers) == ({"again"} if joined else {"again", "enter"})
+    assert abs(treatment.before["time_decades"]) > 4
+    assert abs(treatment.after["time_decades"]) < 1
+    state = model.again.weight[:, -6:].flatten(2).detach().clone()
+    middle = state[:, :, 4].clone()
+    state[:, :, 4] = 0
+    assert not state.any()
+    torch.testing.assert_close(middle @ middle.T / (middle @ middle.T)[0, 0], torch.eye(6), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "kwargs"), [(nn.RNN, {"nonlinearity": "relu"}), (nn.LSTM, {})])
+def test_the_layers_of_a_stack_are_set_to_one_size(kind, kwargs):
+    model = _seeded(lambda: Fused(kind, num_layers=8, **kwargs))
+    treatment = treat(_training(model, _history(["rnn"])), _finding("rnn"))
+    assert treatment.changed == tuple(model.rnn.parameters())
+    x = torch.randn(STEPS, 4, SIZE, generator=torch.Generator().manual_seed(0))
+    lowest = kind(SIZE, SIZE, **kwargs)
+    lowest.load_state_dict({key: p for key, p in model.rnn.state_dict().items() if key.endswith("l0")})
+    size, last = lowest(x)[0].norm().item(), model.rnn(x)[0].norm().item()
+    assert last == pytest.approx(size, rel=0.15)
+
+
 def test_layers_that_the_finding_does_not_name_are_left_as_they_are():
     model = _seeded(Loop)
     before = copy.deepcopy(model.state_dict())

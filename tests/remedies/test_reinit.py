@@ -456,6 +456,44 @@ def test_so_are_embeddings_and_those_that_are_usual_are_left(std, frozen, expect
     assert not net.embed.weight[0].any()
 
 
+def _of_tables(*layers):
+    return Finding(FindingKind.LOSS_PLATEAU, Severity.WARNING, step=60, layers=layers, cause="weight_scale")
+
+
+class Pairs(nn.Module):
+    """Two tables whose rows are multiplied with each other, and one of zeros on purpose."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right, self.wide = nn.Embedding(50, 64), nn.Embedding(50, 64), nn.Embedding(50, 1)
+        nn.init.zeros_(self.wide.weight)
+
+    def forward(self, x):
+        return (self.left(x) * self.right(x)).sum(-1) + self.wide(x)[..., 0]
+
+
+def test_tables_that_a_finding_names_get_rows_of_length_one_and_the_optimizer_starts_anew():
+    net, x = Pairs(), torch.arange(40).view(8, 5)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(x).square().sum().backward()
+    optimizer.step()
+    right, wide = net.right.weight.clone(), net.wide.weight.clone()
+    done = reinitialise(_training(net, _copying(net, x), optimizer, _bare()), _of_tables("left"))
+    assert done.layers == ("left",)
+    assert net.left.weight.std().item() == pytest.approx(1 / 8, rel=0.05)
+    assert torch.equal(net.right.weight, right)
+    assert torch.equal(net.wide.weight, wide)
+    assert not optimizer.state  # of the other tables it knows gradients that were as much too large
+
+
+def test_without_a_finding_about_them_tables_are_left():
+    net, x = Pairs(), torch.arange(40).view(8, 5)
+    left = net.left.weight.clone()
+    reinitialise(_training(net, _copying(net, x), history=_bare()), _finding("left"))
+    assert torch.equal(net.left.weight, left)
+
+
 def _saturated(share, gates=math.nan):
     history = History()
     history.add_points([Point("0", "0"), Point("1", "1", "tanh"), Point("2", "2")])
@@ -480,3 +518,43 @@ def test_what_an_activation_at_its_bounds_holds_back_is_drawn_whatever_the_alarm
     net = _held_back()
     done = reinitialise(_training(net, _copying(net), history=_saturated(share, gates)), _finding(cause="weight_scale"))
     assert (done is not None and "2" in done.layers) == is_drawn
+
+
+class _Beside(nn.Module):
+    """A stack that blows the signal up, and beside it, added to its output, a layer that is far too large as well."""
+
+    def __init__(self, *, frozen):
+        super().__init__()
+        self.stack = _net(nn.ReLU)
+        self.beside = nn.Linear(WIDTH, 2)
+        for layer in (*self.stack[::2], self.beside):
+            nn.init.normal_(layer.weight, std=1000.0 if layer is self.beside else 1.0)
+        self.beside.requires_grad_(requires_grad=not frozen)
+        nn.init.normal_(self.stack[-1].weight, std=1e-4)
+
+    def forward(self, x):
+        return self.stack(x) + self.beside(x)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("evidence", [{}, {"output_growth": 100.0}])
+def test_weights_that_leave_outputs_as_large_as_they_were_are_no_cure_of_them(frozen, evidence):
+    net = _Beside(frozen=frozen)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    found = replace(_finding(cause="weight_scale"), kind=FindingKind.EXPLODING_GRADIENT, evidence=evidence)
+    done = reinitialise(_training(net, _copying(net)), found)
+    assert (done is None) == (frozen and bool(evidence))
+    assert (done is None) == all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_attention_that_is_hidden_from_what_measures_gains_is_drawn_with_the_others():
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, 0.0, batch_first=True)
+    for parameter in net.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=2.0)
+    x = torch.randn(8, 5, WIDTH)
+    done = reinitialise(_training(net, _copying(net, x)), _finding("linear1", cause="weight_scale"))
+    assert done is not None
+    assert {"self_attn", "self_attn.out_proj"} <= {*done.layers}
+    assert net.self_attn.in_proj_weight.std() < 0.5

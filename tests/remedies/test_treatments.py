@@ -125,6 +125,23 @@ def test_a_schedule_that_fell_keeps_its_shape():
     assert (run.held.rate.factor, run.held.rate.cap) == (pytest.approx(0.02), math.inf)
 
 
+def test_a_schedule_that_lifts_the_rate_above_what_the_optimizer_was_given_is_held_and_left_alone_below():
+    run = _paced(_sampled([0.5, 0.4], rates=[1.0, 1.0]), best=1e-2)
+    run.optimizer.param_groups[0]["initial_lr"] = 0.01
+    treat("rollback", _patient(run))
+    assert (run.held.rate.factor, run.held.rate.cap) == (1.0, pytest.approx(1e-2 / math.sqrt(10)))
+    run.training = replace(run.training, pace=None)
+    treat("rollback", _patient(run))  # once more: slower than what was held, not than what the schedule asks for
+    assert run.held.rate.factor == pytest.approx(1e-3 / math.sqrt(10))
+
+
+def test_a_schedule_that_came_down_from_what_the_optimizer_was_given_keeps_its_shape():
+    run = _paced(_sampled([0.5, 0.4], rates=[2.0, 1.0]), best=1e-2)
+    run.optimizer.param_groups[0]["initial_lr"] = 2.0
+    treat("rollback", _patient(run))
+    assert (run.held.rate.factor, run.held.rate.cap) == (pytest.approx(1e-2 / math.sqrt(10)), math.inf)
+
+
 def test_of_several_groups_no_rate_is_named_and_none_is_capped():
     run = _sampled([0.02, 0.4, 9.0], rates=[0.02, 0.4, 1.0])
     run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.1})

@@ -1,0 +1,102 @@
+"""Cures that change how weights are held: by number format, and by whom.
+
+Each takes a `Site` and returns its suggestions, none where it does not apply.
+"""
+
+from __future__ import annotations
+
+import math
+
+from lightning_gradflow.advice.site import PASTE, Site, literal
+from lightning_gradflow.findings import Suggestion
+
+
+def keep_float32(site: Site) -> list[Suggestion]:
+    """Mixed precision in the place of weights in 16 bits."""
+    del site  # the same for every model
+    return [
+        Suggestion(
+            "Keep the weights in float32, and compute in bf16",
+            "import lightning as L\n\n"
+            'trainer = L.Trainer(precision="bf16-mixed")  # not "bf16-true", and no model.to(torch.bfloat16)\n'
+            "model = model.float()",
+            "In float32 a weight takes steps of 1e-7 of itself. Under autocast the matrix products are as fast as with "
+            "weights in bf16, and only the weights take twice the memory.",
+            "Micikevicius et al. 2018, Mixed precision training; Kalamkar et al. 2019, A study of bfloat16",
+        )
+    ]
+
+
+def master_weights(site: Site) -> list[Suggestion]:
+    """Copies of the weights in float32, for the optimizer alone."""
+    rate = 1e-3 if math.isnan(site.lr) else site.lr
+    code = [
+        "# in the LightningModule",
+        "import torch",
+        "",
+        "def configure_optimizers(self):",
+        "    self.masters = [(p, p.detach().float().requires_grad_()) for p in self.parameters()]",
+        f"    optimizer = torch.optim.AdamW([master for _, master in self.masters], lr={rate:.3g})",
+        "    optimizer.register_step_post_hook(lambda *_: [p.data.copy_(master) for p, master in self.masters])",
+        "    return optimizer",
+        "",
+        "def on_before_optimizer_step(self, optimizer):",
+        "    for p, master in self.masters:",
+        "        master.grad, p.grad = (None if p.grad is None else p.grad.float()), None",
+    ]
+    return [
+        Suggestion(
+            "If the model has to be in 16 bits, let the optimizer step on float32 copies of the weights",
+            "\n".join(code),
+            "Steps that are too small for the weights add up in the copies until they show. Stochastic rounding, or a "
+            "compensated sum, does without the copies: so do some optimizers made for weights in bf16.",
+            "Micikevicius et al. 2018, Mixed precision training; Zamirai et al. 2020, Revisiting BFloat16 training",
+        )
+    ]
+
+
+def hold(site: Site) -> list[Suggestion]:
+    """An optimizer that holds all layers."""
+    code = [
+        "# at the end of configure_optimizers, where model is self; make the optimizer there, when all layers are made",
+        "from torch import Tensor, nn",
+        "",
+        "made, known = [], {id(p) for group in optimizer.param_groups for p in group['params']}",
+        f"for name in {literal(site.named)}:",
+        "    place, _, attribute = name.rpartition('.')",
+        "    owner = model.get_submodule(place)",
+        "    layer = getattr(owner, attribute) if attribute else model",
+        "    if not isinstance(layer, (nn.Module, Tensor)):  # a list or dict, which parameters() does not look into",
+        "        layer = nn.ModuleDict(layer) if isinstance(layer, dict) else nn.ModuleList(layer)",
+        "        setattr(owner, attribute, layer)",
+        "    made += [layer] if isinstance(layer, Tensor) else layer.parameters()",
+        "optimizer.add_param_group({'params': [p for p in made if p.requires_grad and id(p) not in known]})",
+    ]
+    return [
+        Suggestion(
+            "Give these parameters to the optimizer",
+            "\n".join(code),
+            "An optimizer changes the parameters that it was given, and no others. One that is made in __init__ misses "
+            "the layers that come later; layers belong into an nn.ModuleList or nn.ModuleDict, tensors into an "
+            "nn.Parameter.",
+            "Paszke et al. 2019, PyTorch: an imperative style, high-performance deep learning library",
+        )
+    ]
+
+
+def freeze_left_out(site: Site) -> list[Suggestion]:
+    """Layers that are left out on purpose: frozen."""
+    code = [
+        PASTE,
+        f"for name in {literal(site.named)}:",
+        "    model.get_submodule(name).requires_grad_(False)",
+    ]
+    return [
+        Suggestion(
+            "If they are left out on purpose, freeze them",
+            "\n".join(code),
+            "Gradients that nobody uses take time and memory, and are summed up from step to step, for no optimizer "
+            "sets them to zero.",
+            "Paszke et al. 2017, Automatic differentiation in PyTorch",
+        )
+    ]

@@ -1,0 +1,30 @@
+"""Cures for tables that are looked up in."""
+
+from __future__ import annotations
+
+from lightning_gradflow.advice.site import PASTE, Site, literal
+from lightning_gradflow.findings import Suggestion
+
+
+def shorten_rows(site: Site) -> list[Suggestion]:
+    """Tables with rows of length 1."""
+    if not {"embedding_rms", "loss_by_size"} & set(site.finding.evidence):
+        return []
+    code = [
+        PASTE,
+        "from torch import nn",
+        "",
+        f"for name in {literal(site.finding.layers)}:",
+        "    for table in model.get_submodule(name).parameters(recurse=False):",
+        "        if table.ndim > 1:",
+        "            nn.init.normal_(table, std=table.shape[-1] ** -0.5)",
+    ]
+    return [
+        Suggestion(
+            "Draw these tables with a standard deviation of 1 / sqrt(width), so that their rows have length 1",
+            "\n".join(code),
+            "PyTorch draws an embedding with a deviation of 1: the product of two rows of 64 entries then has 8, "
+            "and so have the outputs of a layer that shares its weight with the embedding.",
+            "LeCun et al. 1998, Efficient BackProp; Rendle 2010, Factorization machines",
+        )
+    ]

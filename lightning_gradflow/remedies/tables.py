@@ -1,0 +1,67 @@
+"""Tables that are far too large for what is done with their rows, drawn anew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradflow.probes.layers import ROOT, module_named
+from lightning_gradflow.probes.tables import EMBEDDINGS, tables
+from lightning_gradflow.remedies.fresh import looks_fresh
+from lightning_gradflow.remedies.textbook import assign
+
+_MAX_ROW = 2.0  # norm of a row: two of a product that are as long make it up to four, which any loss bears
+
+
+@torch.no_grad()
+def draw_tables(
+    module: nn.Module, layers: Collection[str], multiplied: Collection[tuple[str, str]], seed: int
+) -> dict[str, Sequence[nn.Parameter]]:
+    r"""Draws the tables of these layers so that their rows have length 1.
+
+    A row of d entries with variance :math:`1 / d` has length 1, and the product of two of them, which lies in
+    [-1, 1], the variance :math:`1 / d`: so it is for two tables whose rows are multiplied with each other, for one that
+    is the output matrix as well, and takes what a normalisation gives, and for the sum over the pairs of a few. What
+    has the size of a row is no more than what others add to it. This is LeCun's rule, with the width as the fan-in.
+
+    Args:
+        module: whose parameters are changed.
+        layers: the embeddings, and modules of the user's own, that it is about.
+        multiplied: owner and name of matrices that something is multiplied by as by those of a layer: they are none.
+        seed: the same on all ranks.
+
+    Returns:
+        By the names of their modules, the parameters of these. Left alone are tables that are frozen, look trained, or
+        whose rows are not longer than 2; rows for padding stay zero.
+
+    References:
+        LeCun et al. 1998, Efficient BackProp, section 4.6; Rendle 2010, Factorization machines.
+
+    Example:
+        >>> net = nn.Sequential(nn.Embedding(50, 16))
+        >>> list(draw_tables(net, ["0"], (), seed=0)), bool(net[0].weight.std() < 0.3)
+        (['0'], True)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[str, Sequence[nn.Parameter]] = {}
+    for layer in layers:
+        part, name = module_named(module, layer), "" if layer == ROOT else layer
+        own = {id(p): key for key, p in part.named_parameters(recurse=False)}
+        for table in tables(part):
+            if (name, own[id(table)]) in multiplied or not table.requires_grad or not _is_large(table):
+                continue
+            fresh = torch.empty(table.shape).normal_(0, 1 / math.sqrt(table.shape[-1]), generator=generator)
+            if isinstance(part, EMBEDDINGS) and part.padding_idx is not None:
+                fresh[part.padding_idx] = 0
+            assign(table, fresh)
+            drawn[name] = list(part.parameters(recurse=False))
+    return drawn
+
+
+def _is_large(table: Tensor) -> bool:
+    """Whether its rows are too long, and as they were drawn."""
+    rows = table.detach().reshape(-1, table.shape[-1])
+    return float(rows.double().square().sum(1).mean().sqrt()) > _MAX_ROW and looks_fresh(rows)
