@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,21 +22,16 @@ from lightning_gradflow.remedies.draw_zeros import draw_zeros
 from lightning_gradflow.remedies.fill import fill_missing
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.optimizer_state import forget
-from lightning_gradflow.remedies.recurrent import reinitialise_recurrence
 from lightning_gradflow.remedies.recurrent_treatment import treat
 from lightning_gradflow.remedies.sick_layers import FAR, MAX_OFF, MAX_SPREAD
 from lightning_gradflow.remedies.symmetry import break_symmetry
 from lightning_gradflow.remedies.tables import draw_tables
 from lightning_gradflow.remedies.textbook import gain_between, initialise, name_for
-from lightning_gradflow.remedies.through_time import TimeWatch
 from lightning_gradflow.remedies.training import RehearsalError, Training
+from lightning_gradflow.remedies.unusual import draw_unusual
 
 _SATURATED = 0.5  # of an activation's outputs, at its bounds; of a gate that is what it is for
-_SHUT = 4.0  # of a bias: a sigmoid is within 2 % of its bound
-_MOST = 0.5  # of the gates: biases made for a long memory shut two kinds out of four
-_MAX_GROWTH = 3.0  # decades through time: networks that learn gain up to 2.5
 _SMALLER = 0.5  # times what outputs were that were too large, for weights that cure it
-_UNUSUAL = 10.0  # factor between the weights of a recurrence, or an embedding, and 1 / sqrt(fan_in)
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ def _from_data(training: Training, finding: Finding, only_far: bool) -> Reinit |
     with training.rehearse() as (module, run):
         drawn = {} if only_far else fill_missing(module, training.seed)
         # a table of zeros beside those that are too large is so on purpose
-        drawn |= {} if only_far or is_of_tables else _draw_unusual(module, run, training.seed)
+        drawn |= {} if only_far or is_of_tables else draw_unusual(module, run, training.seed)
         drawn |= {} if only_far else draw_attention(module, training.seed)
         if finding.cause == "symmetry":
             around = activations_around(training.history.points)
@@ -192,62 +187,6 @@ def _max_spread(finding: Finding, history: History, only_far: bool) -> float:
     gates = history["gate_fraction"]
     at_bounds = shares.size > 0 and bool(((shares[-1] > _SATURATED) & ~(gates[-1] > _SATURATED)).any())
     return MAX_SPREAD if at_bounds else math.inf
-
-
-def _draw_unusual(module: nn.Module, run: Callable[[], None], seed: int) -> dict[str, Sequence[nn.Parameter]]:
-    """Draws recurrences and embeddings anew whose weights no usual initialisation gives, by the book.
-
-    They have no gain that could be measured from one layer to the next. That of a recurrence from one time step to the
-    next is taken to the power of their number: weights of a usual size are unusual where it blows a gradient up.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    steps = _blown_up(module, run, seed)
-    owners = Counter(p for part in module.modules() for p in part.parameters(recurse=False))
-    drawn: dict[str, Sequence[nn.Parameter]] = {}
-    for name, part in module.named_modules():
-        if not isinstance(part, (nn.RNNBase, nn.RNNCellBase, nn.Embedding)):
-            continue
-        own = list(part.parameters(recurse=False))
-        weights = [p for p in own if p.dim() > 1]
-        is_own = all(owners[p] == 1 and p.requires_grad and looks_fresh(p) for p in weights)
-        is_usual = all(_is_usual(part, p) for p in weights) and not _is_shut(part) and name not in steps
-        if not is_own or is_usual:
-            continue
-        if isinstance(part, nn.Embedding):
-            fresh = initialise(part, "lecun", generator)
-        else:
-            fresh = reinitialise_recurrence(part, generator, steps.get(name))
-        if fresh:
-            drawn[name] = own
-    return drawn
-
-
-def _blown_up(module: nn.Module, run: Callable[[], None], seed: int) -> dict[str, int]:
-    """Recurrence -> its time steps, of those in which a random gradient gains more than any that learns does."""
-    names = [name for name, part in module.named_modules() if isinstance(part, (nn.RNNBase, nn.RNNCellBase))]
-    if not names:
-        return {}
-    watch = TimeWatch(module, names, run, seed)
-    profiles = {name: watch.profile(name) for name in names}
-    return {name: it.steps for name, it in profiles.items() if it is not None and it.span > _MAX_GROWTH}
-
-
-def _is_usual(part: nn.RNNBase | nn.RNNCellBase | nn.Embedding, weight: Tensor) -> bool:
-    """Initialisations differ in what they go by: inputs or units of the state, one token or the width of embeddings."""
-    size = float(weight.detach().double().square().mean().sqrt())
-    fans = (1, weight.shape[1]) if isinstance(part, nn.Embedding) else (weight.shape[1], part.hidden_size)
-    return size * math.sqrt(max(fans)) >= 1 / _UNUSUAL and size * math.sqrt(min(fans)) <= _UNUSUAL
-
-
-@torch.no_grad()
-def _is_shut(part: nn.Module) -> bool:
-    """Whether the biases alone shut most of the gates of a recurrence, in some layer of it."""
-    biases: dict[str, Tensor] = {}
-    for key, bias in part.named_parameters(recurse=False):
-        if key.startswith("bias_") and not isinstance(part, nn.Embedding):
-            layer = key.replace("_ih", "").replace("_hh", "")
-            biases[layer] = biases.get(layer, torch.zeros(())) + bias.cpu().double()
-    return any(float((bias.abs() > _SHUT).double().mean()) > _MOST for bias in biases.values())
 
 
 @torch.no_grad()

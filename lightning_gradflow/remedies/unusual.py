@@ -1,0 +1,91 @@
+"""Recurrences and embeddings that no usual initialisation gives, drawn anew by the book."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradflow.remedies.fresh import looks_fresh
+from lightning_gradflow.remedies.recurrent import reinitialise_recurrence
+from lightning_gradflow.remedies.textbook import initialise
+from lightning_gradflow.remedies.through_time import TimeWatch
+
+_SHUT = 4.0  # of a bias: a sigmoid is within 2 % of its bound
+_MOST = 0.5  # of the gates: biases made for a long memory shut two kinds out of four
+_MAX_GROWTH = 3.0  # decades through time: networks that learn gain up to 2.5
+_UNUSUAL = 10.0  # factor between the weights of a recurrence, or an embedding, and 1 / sqrt(fan_in)
+
+
+def draw_unusual(module: nn.Module, run: Callable[[], None], seed: int) -> dict[str, Sequence[nn.Parameter]]:
+    """Draws recurrences and embeddings anew whose weights no usual initialisation gives, by the book.
+
+    They have no gain that could be measured from one layer to the next. That of a recurrence from one time step to the
+    next is taken to the power of their number: weights of a usual size are unusual where it blows a gradient up. So are
+    biases that shut most of the gates.
+
+    Args:
+        module: whose parameters are changed.
+        run: makes a forward pass of it.
+        seed: the same on all ranks.
+
+    Returns:
+        By the names of their modules, the parameters of these. Left alone is what is frozen, tied or looks trained.
+
+    Example:
+        >>> net = nn.Sequential(nn.Embedding(50, 16))
+        >>> net[0].weight.data *= 100
+        >>> list(draw_unusual(net, lambda: None, seed=0)), bool(net[0].weight.std() < 2)
+        (['0'], True)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    steps = _blown_up(module, run, seed)
+    owners = Counter(p for part in module.modules() for p in part.parameters(recurse=False))
+    drawn: dict[str, Sequence[nn.Parameter]] = {}
+    for name, part in module.named_modules():
+        if not isinstance(part, (nn.RNNBase, nn.RNNCellBase, nn.Embedding)):
+            continue
+        own = list(part.parameters(recurse=False))
+        weights = [p for p in own if p.dim() > 1]
+        is_own = all(owners[p] == 1 and p.requires_grad and looks_fresh(p) for p in weights)
+        is_usual = all(_is_usual(part, p) for p in weights) and not _is_shut(part) and name not in steps
+        if not is_own or is_usual:
+            continue
+        if isinstance(part, nn.Embedding):
+            fresh = initialise(part, "lecun", generator)
+        else:
+            fresh = reinitialise_recurrence(part, generator, steps.get(name))
+        if fresh:
+            drawn[name] = own
+    return drawn
+
+
+def _blown_up(module: nn.Module, run: Callable[[], None], seed: int) -> dict[str, int]:
+    """Recurrence -> its time steps, of those in which a random gradient gains more than any that learns does."""
+    names = [name for name, part in module.named_modules() if isinstance(part, (nn.RNNBase, nn.RNNCellBase))]
+    if not names:
+        return {}
+    watch = TimeWatch(module, names, run, seed)
+    profiles = {name: watch.profile(name) for name in names}
+    return {name: it.steps for name, it in profiles.items() if it is not None and it.span > _MAX_GROWTH}
+
+
+def _is_usual(part: nn.RNNBase | nn.RNNCellBase | nn.Embedding, weight: Tensor) -> bool:
+    """Initialisations differ in what they go by: inputs or units of the state, one token or the width of embeddings."""
+    size = float(weight.detach().double().square().mean().sqrt())
+    fans = (1, weight.shape[1]) if isinstance(part, nn.Embedding) else (weight.shape[1], part.hidden_size)
+    return size * math.sqrt(max(fans)) >= 1 / _UNUSUAL and size * math.sqrt(min(fans)) <= _UNUSUAL
+
+
+@torch.no_grad()
+def _is_shut(part: nn.Module) -> bool:
+    """Whether the biases alone shut most of the gates of a recurrence, in some layer of it."""
+    biases: dict[str, Tensor] = {}
+    for key, bias in part.named_parameters(recurse=False):
+        if key.startswith("bias_") and not isinstance(part, nn.Embedding):
+            layer = key.replace("_ih", "").replace("_hh", "")
+            biases[layer] = biases.get(layer, torch.zeros(())) + bias.cpu().double()
+    return any(float((bias.abs() > _SHUT).double().mean()) > _MOST for bias in biases.values())
