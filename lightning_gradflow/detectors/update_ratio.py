@@ -10,24 +10,18 @@ import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import feature_evidence, offending_features
-from lightning_gradflow.detectors.known import first_values
 from lightning_gradflow.detectors.overwritten import not_by_steps, overwritten
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.detectors.rounding import MAX_LOST, lost_share
+from lightning_gradflow.detectors.small_steps import too_small
 from lightning_gradflow.detectors.smothered import was_smothered
-from lightning_gradflow.findings import Finding, FindingKind, Severity
+from lightning_gradflow.detectors.update_sizes import finding_of, medians_of, ratios_of
+from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import Floats, History
 
 Bools = npt.NDArray[np.bool_]
 
 _MIN_SAMPLES = 3  # the first step of momentum is a tenth of what is to come, the third a third
-_MIN_GAIN = 0.05  # of the loss: what the gradient itself promises for the whole run
-_SHORT = 50  # planned steps: a shorter run is a trial of the code
-_ENDLESS = 1e5  # steps of a run without an end: most are shorter
-_WARM = 50  # steps that a schedule gets before it is judged
-_FADED = 0.01  # of the largest learning rate, throughout the last 32 steps and early in the run: not meant to be
-_FADED_FOR = 32
-_TAIL = 0.1  # of the largest learning rate: below, a schedule is meant to stand still
+_WARM = 50  # steps that steps get before they are judged by what they left of the weights
 _AT_ONCE = 2.0  # times max_ratio: what may be judged by the third loss
 _WORSE = 3.0  # times the loss at the start: weights that were merely shaken do better within four steps
 _NO_BETTER = 1.1  # times the loss at the start, when there was time to recover
@@ -101,42 +95,16 @@ class UpdateRatio:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        ratios = _ratios(history)
+        ratios = ratios_of(history)
         if not ratios.size or np.isnan(ratios[-1]).all():
             return []
-        return self._too_small(history, ratios) or self._too_large(history, ratios)
-
-    def _too_small(self, history: History, ratios: Floats) -> list[Finding]:
-        most = _largest(history)
-        # the largest is finite unless something is infinite
-        if (~np.isnan(most)).sum() < _MIN_SAMPLES or not (np.isfinite(most).any() or np.isfinite(ratios).any()):
-            return []
-        counts = np.ones(len(ratios), dtype=bool)
-        if _has_faded(history):
-            counts = history.steps > history.rows[-1].step - _FADED_FOR
-        elif not _at_full_rate(history):
-            return []
-        largest = float(np.nanmax(most[counts]))
-        planned = float(history.scalar("planned_steps")[-1])
-        steps = planned if planned > 0 else _ENDLESS
-        if steps < _SHORT or largest * steps >= self.min_reach:
-            return []
-        if _promise(history, counts) * steps >= _MIN_GAIN or has_learnt(history):
-            return []
-        evidence = {"update_ratio": largest, "reach": largest * steps, "planned_steps": steps}
-        clip = history.scalar("clip_factor")
-        if np.isfinite(clip[-1]) and clip[-1] < _TAIL:
-            evidence["clip_factor"] = float(clip[-1])
-        lost = lost_share(history)
-        if lost > MAX_LOST:  # of the steps that were meant the weights show nothing
-            return [_finding(history, "rounding", ratios[-1], evidence | {"unchanged_fraction": lost})]
-        return [_finding(history, "learning_rate_too_small", ratios[-1], evidence)]
+        return too_small(history, ratios, self.min_reach) or self._too_large(history, ratios)
 
     def _too_large(self, history: History, ratios: Floats) -> list[Finding]:
         steps, losses = history.loss_steps, history.losses
         if history.scalar("optimizers")[-1] > 1 or len(losses) < _MIN_SAMPLES or not np.isfinite(losses[-1]):
             return []
-        medians = _medians(history)
+        medians = medians_of(history)
         return (
             self._from_the_start(history, ratios, medians, losses)
             or self._all_together(history, ratios, medians, losses)
@@ -234,95 +202,12 @@ def _start_of_steps(history: History) -> int:
 
 def overwrites(history: History, row: int, max_ratio: float = 1.0) -> bool:
     """Whether one of the three samples before a row changed the median layer by more than there was of it."""
-    recent = _medians(history)[max(0, row - _MIN_SAMPLES) : row]
+    recent = medians_of(history)[max(0, row - _MIN_SAMPLES) : row]
     return bool((recent >= max_ratio).any())
-
-
-def _ratios(history: History) -> Floats:
-    """(R, L) update ratios, NaN for layers that were zero when they were first seen."""
-    ratios, without = history["update_ratio"], _without_scale(history)
-    return history.facts.of_now("ratios", lambda: np.where(without, np.nan, ratios)) if without.any() else ratios
-
-
-def _without_scale(history: History) -> Bools:
-    """(L,) layers that were zero when they were first seen."""
-    return np.asarray(first_values(history, "weight_norm") == 0)
-
-
-def _medians(history: History) -> Floats:
-    """(R,) the median over the layers; NaN where none was measured."""
-    ratios, key = _ratios(history), ("median ratios", _without_scale(history).tobytes())
-    return history.facts.of_rows(
-        key,
-        len(ratios),
-        lambda start: np.array(
-            [np.median(row[~np.isnan(row)]) if not np.isnan(row).all() else np.nan for row in ratios[start:]]
-        ),
-    )
-
-
-def _largest(history: History) -> Floats:
-    """(R,) the largest one of the layers; NaN where none was measured."""
-    ratios, key = _ratios(history), ("largest ratios", _without_scale(history).tobytes())
-    return history.facts.of_rows(
-        key, len(ratios), lambda start: np.asarray(np.fmax.reduce(ratios[start:], axis=1, initial=np.nan))
-    )
-
-
-def _promise(history: History, counts: Bools) -> float:
-    """Share of the loss that the largest of some steps (R,) promised to gain, by the gradient it was made with."""
-    updates, norms = history["update_norm"], history["grad_norm"]
-
-    def find(start: int) -> Floats:
-        with np.errstate(invalid="ignore", over="ignore"):  # infinity times zero, and twice infinity
-            return np.asarray(np.nan_to_num(updates[start:] * norms[start:]).sum(axis=1))
-
-    gains = history.facts.of_rows("promises", len(updates), find)
-    losses = np.abs(history.scalar("loss"))
-    known = counts & np.isfinite(losses) & (losses > 0)
-    return float((gains[known] / losses[known]).max(initial=0.0))
-
-
-def _at_full_rate(history: History) -> bool:
-    """Whether the learning rate is what the run is going to have, or was."""
-    rates, epoch = history.scalar("lr"), float(np.nan_to_num(history.scalar("steps_per_epoch")[-1]))
-    rates = rates[np.isfinite(rates)]
-    constant = not rates.size or bool((rates == rates[0]).all())
-    if constant and history.scalar("lr_scheduled")[-1] != 1:
-        return True
-    step, planned = history.rows[-1].step, float(history.scalar("planned_steps")[-1])
-    # schedulers may step once an epoch, and the first epochs of a warm-up may be of next to no rate
-    if step < max(_WARM, 2 * epoch) or len(rates) < 2:
-        return False
-    may_rise = bool((np.diff(rates) > 0).any()) and rates[-1] == rates.max() and not step > planned / 2
-    return bool(not may_rise and rates[-1] <= rates[-2] and rates[-1] >= _TAIL * rates.max())
-
-
-def _has_faded(history: History) -> bool:
-    """Whether a schedule has brought the learning rate to next to nothing in the first half of the run."""
-    rates, planned = history.scalar("lr"), float(history.scalar("planned_steps")[-1])
-    step = history.rows[-1].step
-    if not step >= _WARM or not step < planned / 2 or not np.isfinite(rates).all():
-        return False
-    recent = rates[history.steps > step - _FADED_FOR]
-    return bool((np.diff(rates) <= 0).all() and recent.max() < _FADED * rates.max())
 
 
 def _too_large(history: History, badness: Floats, evidence: dict[str, float]) -> Finding:
     """Whoever feeds inputs of a size that the weights are not made for makes any step too large."""
     if offending_features(history):
-        return _finding(history, "unscaled_inputs", badness, evidence | feature_evidence(history))
-    return _finding(history, "learning_rate_too_large", badness, evidence)
-
-
-def _finding(history: History, cause: str, badness: Floats, evidence: dict[str, float]) -> Finding:
-    """A warning that names the measured layers, the one with the lowest `badness` (L,) first."""
-    order = [int(i) for i in np.argsort(badness, kind="stable") if not np.isnan(badness[i])]
-    return Finding(
-        kind=FindingKind.UPDATE_RATIO,
-        severity=Severity.WARNING,
-        step=history.rows[-1].step,
-        layers=tuple(history.layers[i] for i in order),
-        cause=cause,
-        evidence=evidence,
-    )
+        return finding_of(history, "unscaled_inputs", badness, evidence | feature_evidence(history))
+    return finding_of(history, "learning_rate_too_large", badness, evidence)
