@@ -56,11 +56,10 @@ def reinitialise(training: Training, finding: Finding, *, only_far: bool = False
 
     Recurrences are treated as `recurrent_treatment.treat` says, where the finding is about them. Everything else is
     made critical on a batch of the run (see `make_critical`). Tables that a finding is about are drawn with rows of
-    length 1 (see `draw_tables`), and the optimizers forget all that they know. Else recurrences and embeddings whose
-    weights are off all that is usual by more than a factor of 10 are drawn by the book then, unless `only_far` is set,
-    and so are recurrences whose biases shut most of their gates, and those in which a gradient gains three decades
-    through time. Where no batch can be had, the layers that the finding names are drawn by the initialisation that
-    suits the activations around them (see `textbook`).
+    length 1 (see `draw_tables`), and the optimizers forget all that they know. Else recurrences and embeddings that no
+    usual initialisation gives are drawn by the book then, unless `only_far` is set (see `draw_unusual`). Where no batch
+    can be had, the layers that the finding names are drawn by the initialisation that suits the activations around them
+    (see `textbook`).
 
     Bare matrices, which modules of the user's own multiply with, count as layers in all of this (see `bare`).
 

@@ -17,13 +17,14 @@ from lightning_gradflow.remedies.through_time import TimeWatch
 _SHUT = 4.0  # of a bias: a sigmoid is within 2 % of its bound
 _MOST = 0.5  # of the gates: biases made for a long memory shut two kinds out of four
 _MAX_GROWTH = 3.0  # decades through time: networks that learn gain up to 2.5
-_UNUSUAL = 10.0  # factor between the weights of a recurrence, or an embedding, and 1 / sqrt(fan_in)
+_SMALL, _LARGE = 0.1, 4.0  # the weights of a recurrence, or an embedding, times sqrt(fan_in); large ones make chaos
 
 
 def draw_unusual(module: nn.Module, run: Callable[[], None], seed: int) -> dict[str, Sequence[nn.Parameter]]:
     """Draws recurrences and embeddings anew whose weights no usual initialisation gives, by the book.
 
-    They have no gain that could be measured from one layer to the next. That of a recurrence from one time step to the
+    They have no gain that could be measured from one layer to the next: it is their weights that are above
+    `4 / sqrt(fan_in)`, or below `0.1 / sqrt(fan_in)`. That of a recurrence from one time step to the
     next is taken to the power of their number: weights of a usual size are unusual where it blows a gradient up. So are
     biases that shut most of the gates.
 
@@ -77,7 +78,7 @@ def _is_usual(part: nn.RNNBase | nn.RNNCellBase | nn.Embedding, weight: Tensor) 
     """Initialisations differ in what they go by: inputs or units of the state, one token or the width of embeddings."""
     size = float(weight.detach().double().square().mean().sqrt())
     fans = (1, weight.shape[1]) if isinstance(part, nn.Embedding) else (weight.shape[1], part.hidden_size)
-    return size * math.sqrt(max(fans)) >= 1 / _UNUSUAL and size * math.sqrt(min(fans)) <= _UNUSUAL
+    return size * math.sqrt(max(fans)) >= _SMALL and size * math.sqrt(min(fans)) <= _LARGE
 
 
 @torch.no_grad()
