@@ -58,6 +58,11 @@ SEEN: dict[FindingKind, Text] = {
 """What is seen, for each kind."""
 
 SEEN_SO: dict[tuple[FindingKind, str], Text] = {
+    (FindingKind.LOSS_PLATEAU, "weight_scale"): (
+        "Next to nothing is learnt",
+        "it has had {steps} steps",
+        "the loss is {loss}",
+    ),
     (FindingKind.NO_GRADIENT, "initialisation"): (
         "The weights of {layers} are zero, and so is the gradient that would change them",
     ),
@@ -180,7 +185,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "they are all but the same: their deviation is {input_deviation} and their mean {input_mean} (rms)",
     ),
     (FindingKind.LOSS_PLATEAU, "weight_scale"): (
-        "Nothing is learnt with weights as large as those that {layers} started from",
+        "The weights that {layers} started from are too large",
         "the table of the embedding is {embedding_rms} (rms), where 1 is usual",
         "they make up the loss, which falls by {loss_by_size} % for each 1 % that they are smaller",
     ),

@@ -55,22 +55,34 @@ def master_weights(site: Site) -> list[Suggestion]:
     ]
 
 
+_TENSORS = [
+    "from torch import Tensor, nn",
+    "",
+    "def tensors(part, own=True):  # of a layer its own, of a list or dict all that are in it",
+    "    if isinstance(part, nn.Module):",
+    "        return list(part.parameters(recurse=not own))",
+    "    if isinstance(part, Tensor):",
+    "        return [part]",
+    "    items = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ()",
+    "    return [p for item in items for p in tensors(item, own=False)]",
+]
+
+
 def hold(site: Site) -> list[Suggestion]:
     """An optimizer that holds all layers."""
     code = [
         "# at the end of configure_optimizers, where model is self; make the optimizer there, when all layers are made",
-        "from torch import Tensor, nn",
+        *_TENSORS,
         "",
-        "made, known = [], {id(p) for group in optimizer.param_groups for p in group['params']}",
+        "known = {id(p) for group in optimizer.param_groups for p in group['params']}",
+        "left_out = {}",
         f"for name in {literal(site.named)}:",
         "    place, _, attribute = name.rpartition('.')",
-        "    owner = model.get_submodule(place)",
-        "    layer = getattr(owner, attribute) if attribute else model",
-        "    if not isinstance(layer, (nn.Module, Tensor)):  # a list or dict, which parameters() does not look into",
-        "        layer = nn.ModuleDict(layer) if isinstance(layer, dict) else nn.ModuleList(layer)",
-        "        setattr(owner, attribute, layer)",
-        "    made += [layer] if isinstance(layer, Tensor) else layer.parameters()",
-        "optimizer.add_param_group({'params': [p for p in made if p.requires_grad and id(p) not in known]})",
+        "    part = getattr(model.get_submodule(place), attribute) if attribute else model",
+        "    if isinstance(part, (list, tuple)) and all(isinstance(item, nn.Module) for item in part):",
+        "        setattr(model.get_submodule(place), attribute, nn.ModuleList(part))",
+        "    left_out |= {id(p): p for p in tensors(part) if p.requires_grad and id(p) not in known}",
+        "optimizer.add_param_group({'params': list(left_out.values())})",
     ]
     return [
         Suggestion(
@@ -88,8 +100,13 @@ def freeze_left_out(site: Site) -> list[Suggestion]:
     """Layers that are left out on purpose: frozen."""
     code = [
         PASTE,
+        *_TENSORS,
+        "",
         f"for name in {literal(site.named)}:",
-        "    model.get_submodule(name).requires_grad_(False)",
+        "    place, _, attribute = name.rpartition('.')",
+        "    part = getattr(model.get_submodule(place), attribute) if attribute else model",
+        "    for p in tensors(part):",
+        "        p.requires_grad_(False)",
     ]
     return [
         Suggestion(

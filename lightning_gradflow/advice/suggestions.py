@@ -99,7 +99,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.LOSS_PLATEAU, "vanishing_gradient"): (initialise, pre_norm, residuals, normalise, swap_activations),
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_small"): (loosen_clipping, raise_rate, find_rate),
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_large"): (lower_rate, warm_up, pre_norm, find_rate),
-    (FindingKind.LOSS_PLATEAU, "weight_scale"): (shorten_rows, initialise, normalise),
+    (FindingKind.LOSS_PLATEAU, "weight_scale"): (shorten_rows,),
     (FindingKind.LOSS_PLATEAU, "recurrence"): (initialise_recurrence, gate_recurrence, normalise_recurrence),
     (FindingKind.LOSS_PLATEAU, "saturation"): (initialise, normalise, swap_activations, scale_inputs),
     (FindingKind.LOSS_PLATEAU, "dead_units"): (initialise, leak, lower_rate),

@@ -8,16 +8,17 @@ from lightning_gradflow.findings import Suggestion
 
 def shorten_rows(site: Site) -> list[Suggestion]:
     """Tables with rows of length 1."""
-    if not {"embedding_rms", "loss_by_size"} & set(site.finding.evidence):
-        return []
     code = [
         PASTE,
         "from torch import nn",
         "",
         f"for name in {literal(site.finding.layers)}:",
-        "    for table in model.get_submodule(name).parameters(recurse=False):",
-        "        if table.ndim > 1:",
+        "    part = model.get_submodule(name)",
+        "    for table in part.parameters(recurse=False):",
+        "        if table.ndim > 1 and table.any():  # zeros are there on purpose",
         "            nn.init.normal_(table, std=table.shape[-1] ** -0.5)",
+        "    if getattr(part, 'padding_idx', None) is not None:",
+        "        nn.init.zeros_(part.weight.data[part.padding_idx])",
     ]
     return [
         Suggestion(

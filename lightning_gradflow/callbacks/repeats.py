@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ def _rows(batch: Any) -> list[bytes] | None:
     """What each sample consists of; None where that cannot be told."""
     parts = _parts(batch)
     tensors = [part for part in (parts or {}).values() if isinstance(part, Tensor)]
+    if any(isinstance(part, (Mapping, list, tuple)) for part in (parts or {}).values()):
+        return None
     if not tensors or any(not tensor.dim() or len(tensor) != len(tensors[0]) for tensor in tensors):
         return None
     if any(tensor.layout is not torch.strided or len(tensor) == 0 for tensor in tensors):

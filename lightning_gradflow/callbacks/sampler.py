@@ -22,7 +22,7 @@ from lightning_gradflow.probes.ranks import RankFailedError, Topology
 from lightning_gradflow.probes.signals import SignalProbe
 from lightning_gradflow.probes.spectra import SpectralProbe
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
-from lightning_gradflow.probes.unheld import find_unregistered, unheld
+from lightning_gradflow.probes.unheld import Unheld
 from lightning_gradflow.probes.unpacking import Signals
 
 _NONE = np.empty(0)
@@ -88,7 +88,7 @@ class Sampler:
         if before is not None:
             self._spectra.load_state_dict(before["spectra"])
         self._gradients = GradientProbe(self._layers, self._transfer)
-        self._unregistered = find_unregistered(self._model)
+        self._unheld = Unheld(self._model, self._layers)
 
     @property
     def is_open(self) -> bool:
@@ -226,7 +226,7 @@ class Sampler:
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         if optimizers and not self.gradients_only:
             held = (p for each in optimizers for group in each.param_groups for p in group["params"])
-            self._gradients.note_unheld(unheld(self._model, self._layers, self._unregistered, held))
+            self._gradients.note_unheld(self._unheld.measure(held))
         self._gradients.measure(self._read.index(id(optimizer)), parameters, multiplier)
 
     @paused_collector()

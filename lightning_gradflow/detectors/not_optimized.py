@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.detectors.standstill import is_judged
+from lightning_gradflow.detectors.standstill import is_judged, still_falls
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
@@ -25,8 +25,9 @@ class NotOptimized:
     half of its entries had a gradient, wanted one, and were held by no optimizer of the Trainer.
 
     Who trains a new head on a backbone that is not frozen leaves it out on purpose, and so does who steps by hand: it
-    is an info as long as the run learns, and with several optimizers. It is a warning where there was time to learn and
-    nothing was learnt (see `is_judged` and `has_learnt`).
+    is an info as long as the run learns, and with several optimizers. It is a warning where there was time to learn,
+    nothing was learnt and the loss does not fall. What changes from sample to sample does not count: something else
+    than an optimizer of the Trainer trains it.
 
     References:
         Paszke et al. 2019, PyTorch: an imperative style, high-performance deep learning library.
@@ -47,7 +48,7 @@ class NotOptimized:
         left_out = np.flatnonzero((shares > _MOST).all(axis=0)) if len(shares) == _SAMPLES else np.empty(0, dtype=int)
         if not left_out.size:
             return []
-        in_vain = is_judged(history, young=math.inf) and not has_learnt(history)
+        in_vain = is_judged(history, young=math.inf) and not has_learnt(history) and not still_falls(history)
         return [
             Finding(
                 kind=FindingKind.NO_GRADIENT,

@@ -29,6 +29,7 @@ _SMALL_LR = 0.1  # of the largest one so far: below, the tail of a schedule expl
 _STILL = 1e-3  # of the weights, in a whole window: healthy runs move as much in one step
 _SLOW = 0.05  # in a window: so much is gained by learning noise by heart; it only leads to a measurement
 _LEFT = 0.5  # of the starting loss: below, something was learnt
+_EARLY_PAIRED = 1.0  # z score: a weak relation has hardly shown yet in a short run
 _LATE = 0.6  # of the planned steps: a run that is well has learnt something by then
 _LONG_EPOCH = 5  # windows: longer epochs are not waited for
 
@@ -110,9 +111,11 @@ class LossPlateau:
             is_sure = length is not None
             if length is None and self._hardly_moves(history) and steps[-1] - steps[0] + 1 >= 1.5 * self.window:
                 length = float(self.window)
-        if not is_sure and is_unpaired(history) and self.suspects(history):
+        if not is_sure and self.suspects(history):
             shortest = self._suspected(history, steps)
-            if (cause := cause_of(history)) == "no_signal_in_data":
+            is_early = shortest < self._shortest(steps, self._epoch(history))
+            is_lost = is_unpaired(history, _EARLY_PAIRED) if is_early else is_unpaired(history)
+            if is_lost and (cause := cause_of(history)) == "no_signal_in_data":
                 return [self._finding(history, steps, losses, shortest, cause, Severity.WARNING)]
         if length is None:
             return []

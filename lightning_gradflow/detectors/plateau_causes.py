@@ -132,11 +132,16 @@ def _cause_by_line(history: History) -> str:
     return "unknown" if learns else "no_signal_in_data"
 
 
-def is_unpaired(history: History) -> bool:
-    """Whether the last measurement found no relation between inputs and targets, and no direction to go."""
+def is_unpaired(history: History, limit: float = _UNPAIRED) -> bool:
+    """Whether the last measurement found no relation between inputs and targets, and no direction to go.
+
+    Args:
+        history: where to read.
+        limit: z score from which on there is one.
+    """
     line = line_of(history)
     # longer steps are not asked for: those of an optimizer with a memory help on batches that it has seen
     if not {"gradient_agreement", "line_shuffled", "pairing_agreement"} <= set(line):
         return False
-    is_paired = line["line_shuffled"] >= _BY_HEART or line["pairing_agreement"] >= _UNPAIRED
+    is_paired = line["line_shuffled"] >= _BY_HEART or line["pairing_agreement"] >= limit
     return not is_paired and line["gradient_agreement"] < AGREE

@@ -10,7 +10,7 @@ import numpy as np
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.known import newest_known
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.detectors.standstill import is_judged, steps_at_full_rate
+from lightning_gradflow.detectors.standstill import is_judged, steps_at_full_rate, still_falls
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
 
@@ -31,7 +31,7 @@ class RoundedSteps:
 
     What is left is the worse for it: noise makes large steps, which pass, and what all batches agree on small ones.
     It is a finding if the median layer loses more than `max_lost`, in the median of the samples since the learning rate
-    last rose, and if there was time to learn and nothing was learnt (see `is_judged` and `has_learnt`). Small weights
+    last rose, and if there was time to learn, nothing was learnt and the loss does not fall. Small weights
     do move: where these are enough, as at the end of most trainings in pure bf16, all is well and nothing is said.
     Not judged: weights in float32, as under mixed precision; several optimizers.
 
@@ -62,7 +62,9 @@ class RoundedSteps:
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
         lost = lost_share(history)
-        if not lost > self.max_lost or not is_judged(history, young=math.inf) or has_learnt(history):
+        if not lost > self.max_lost or not is_judged(history, young=math.inf):
+            return []
+        if has_learnt(history) or still_falls(history):  # rounding at random loses no step in the long run
             return []
         newest = newest_known(history, "unchanged_fraction")
         shares: Floats = np.nan_to_num(newest) if newest is not None else np.empty(0)

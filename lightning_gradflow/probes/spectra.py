@@ -74,7 +74,7 @@ class SpectralProbe:
         self._copied: set[str] = set()  # layers whose units were copies once
         self._zero: set[str] = set()  # layers with weights that were zero, and got no gradient, so far
         self._pulled: set[str] = set()  # tables whose gradient has pointed along them, so far
-        self._is_first = True
+        self._has_begun, self._is_first = False, True
         self._measured: list[list[tuple[str, str]]] = []  # layer, metric; a list for each device
 
     @torch.no_grad()
@@ -85,7 +85,8 @@ class SpectralProbe:
             turns: how often each layer was called in the forward pass: those of a loop are recurrences too.
         """
         turns = turns or {}
-        self._measured, self._is_first = [], not self._vectors
+        self._measured, self._is_first = [], not (self._vectors or self._has_begun)
+        self._has_begun = True
         names = self._layers.names
         # beside sharded parameters nobody sees to it that the others are the same on all ranks
         alike = self._transfer.is_alone or not any(

@@ -34,8 +34,9 @@ def state_weights(module: nn.Module, turns: int) -> Iterator[tuple[str, Tensor]]
         >>> [tuple(w.shape) for turns in (1, 20) for _, w in state_weights(nn.Conv2d(4, 4, 3), turns)]
         [(4, 4)]
     """
-    own = {k: p.detach() for k, p in module.named_parameters(recurse=False) if p.is_floating_point()}
-    own = {key: p for key, p in own.items() if p.ndim >= 2 and p.numel() > 0 and not p.is_meta and not is_sharded(p)}
+    there = {k: p for k, p in module.named_parameters(recurse=False) if not isinstance(p, nn.UninitializedParameter)}
+    own = {k: p.detach() for k, p in there.items() if p.is_floating_point() and not p.is_meta and not is_sharded(p)}
+    own = {k: p for k, p in own.items() if p.ndim >= 2 and p.numel() > 0}
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         block = next((number for kind, number in _CANDIDATE.items() if isinstance(module, kind)), 0)
         size = module.hidden_size

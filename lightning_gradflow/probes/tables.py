@@ -11,6 +11,7 @@ from lightning_gradflow.probes.layers import is_of_torch
 from lightning_gradflow.probes.shards import is_sharded
 from lightning_gradflow.probes.transfer import wide_dtype
 
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 _MOST = 1 << 30  # entries of a product that all libraries can count
@@ -56,7 +57,7 @@ def table_cosine(module: nn.Module) -> Tensor | None:
     factor on them. What scales the gradients, such as clipping or a gradient scaler, makes no difference to c.
 
     Returns:
-        None where there is no table with a gradient; NaN where both are zero.
+        None where there is no table with a gradient, or it is sparse; NaN where both are zero.
 
     Example:
         >>> table = nn.Embedding(1, 2)
@@ -67,6 +68,8 @@ def table_cosine(module: nn.Module) -> Tensor | None:
     """
     known = {id(table) for table in tables(module)}
     parts = [p for p in module.parameters(recurse=False) if _is_there(p) and p.grad is not None]
+    if any(p.grad is not None and p.grad.is_sparse for p in parts):  # to sort its rows would cost more than all else
+        return None
     of_tables = [p for p in parts if id(p) in known]
     if not of_tables:
         return None
@@ -75,7 +78,7 @@ def table_cosine(module: nn.Module) -> Tensor | None:
     dot = torch.stack([_dot(p).to(device, wide) for p in of_tables]).sum()
     norms = [
         torch.stack([torch.linalg.vector_norm(one, dtype=wide_dtype(one.device)).to(device) for one in some]).norm()
-        for some in (parts, [_entries(p) for p in parts])
+        for some in (parts, [p.grad for p in parts if p.grad is not None])
     ]
     cosine: Tensor = dot / (norms[0] * norms[1])
     return cosine.clamp(0.0, 1.0)
@@ -84,22 +87,13 @@ def table_cosine(module: nn.Module) -> Tensor | None:
 def _is_there(parameter: nn.Parameter) -> bool:
     if isinstance(parameter, nn.UninitializedParameter) or is_sharded(parameter) or parameter.is_meta:
         return False
-    return parameter.numel() > 0 and parameter.is_floating_point()
-
-
-def _entries(parameter: nn.Parameter) -> Tensor:
-    """Those of the gradient, of a sparse one the stored ones."""
-    assert parameter.grad is not None
-    return parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
+    return parameter.numel() > 0 and parameter.dtype in _FLOATS
 
 
 def _dot(parameter: nn.Parameter) -> Tensor:
     gradient = parameter.grad
     assert gradient is not None
     weight = parameter.detach()
-    if gradient.is_sparse:
-        gradient = gradient.coalesce()
-        weight, gradient = weight[gradient.indices()[0]], gradient.values()
     weight, gradient = weight.flatten(), gradient.flatten()
     if weight.dtype in (torch.float16, torch.bfloat16):
         weight, gradient = weight.float(), gradient.float()

@@ -46,7 +46,7 @@ def draw_attention(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Parame
     for name, part in module.named_modules():
         if not isinstance(part, nn.MultiheadAttention):
             continue
-        weights = [p for p in part.parameters() if p.dim() == 2]
+        weights = [p for p in part.parameters() if p.dim() == 2 and p.requires_grad]
         is_own = all(owners[p] == 1 and looks_fresh(p) for p in weights)
         if not is_own or all(_size(p) <= FAR for p in weights):
             continue

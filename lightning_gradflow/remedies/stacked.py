@@ -53,6 +53,7 @@ def level(
     is_tanh = isinstance(module, nn.RNN) and not is_relu(module)
     if is_tanh or module.num_layers < 2:
         return False
+    sequence = sequence.to(module.get_parameter("weight_ih_l0").dtype)  # autocast made it another
     wanted = _size(module, 1, sequence, averaged)
     for layer in range(1, module.num_layers):
         keys = [f"weight_ih_l{layer}{end}" for end in ("", "_reverse") if hasattr(module, f"weight_ih_l{layer}{end}")]

@@ -13,7 +13,7 @@ from lightning_gradflow.probes.tables import EMBEDDINGS, tables
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.textbook import assign
 
-_MAX_ROW = 2.0  # norm of a row: two of a product that are as long make it up to four, which any loss bears
+_MAX_PRODUCT = 2.0  # deviation of the product of two rows: those that were trained for targets of size 1 give less
 
 
 @torch.no_grad()
@@ -34,8 +34,8 @@ def draw_tables(
         seed: the same on all ranks.
 
     Returns:
-        By the names of their modules, the parameters of these. Left alone are tables that are frozen, look trained, or
-        whose rows are not longer than 2; rows for padding stay zero.
+        By the names of their modules, the parameters of these. Left alone are tables that are frozen or look trained,
+        and those of which the product of two rows has a deviation of 2 or less; rows for padding stay zero.
 
     References:
         LeCun et al. 1998, Efficient BackProp, section 4.6; Rendle 2010, Factorization machines.
@@ -62,6 +62,7 @@ def draw_tables(
 
 
 def _is_large(table: Tensor) -> bool:
-    """Whether its rows are too long, and as they were drawn."""
+    """Whether products of its rows are too large, and it is as it was drawn."""
     rows = table.detach().reshape(-1, table.shape[-1])
-    return float(rows.double().square().sum(1).mean().sqrt()) > _MAX_ROW and looks_fresh(rows)
+    product = float(rows.double().square().mean()) * math.sqrt(rows.shape[1])
+    return product > _MAX_PRODUCT and looks_fresh(rows)

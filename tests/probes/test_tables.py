@@ -65,7 +65,7 @@ def test_a_gradient_that_asks_for_larger_tables_counts_as_nothing():
 def test_the_form_and_the_scale_of_the_gradient_make_no_difference():
     table = _embedding()
     expected = float(table_cosine(table))
-    assert float(table_cosine(_embedding(sparse=True))) == pytest.approx(expected)
+    assert table_cosine(_embedding(sparse=True)) is None
     table.weight.grad *= 1e-6
     assert float(table_cosine(table)) == pytest.approx(expected)
     assert float(table_cosine(_embedding(dtype=torch.bfloat16))) == pytest.approx(expected, rel=0.02)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_gradflow.probes.layers import LayerMap
-from lightning_gradflow.probes.unheld import find_unregistered, unheld
+from lightning_gradflow.probes.unheld import Unheld, find_unregistered
 
 
 def net():
@@ -15,7 +15,7 @@ def net():
 
 
 def found(model, held):
-    return unheld(model, LayerMap(model), find_unregistered(model), held)
+    return Unheld(model, LayerMap(model)).measure(held)
 
 
 def test_what_is_held_frozen_or_without_a_gradient_is_left_out():
@@ -51,3 +51,25 @@ def test_a_tensor_that_is_no_parameter_is_found():
     model.kept = model.scale * 2  # no leaf
     model.scale.sum().backward()
     assert found(model, model.parameters()) == {"scale": 3}
+
+
+def test_what_changes_from_sample_to_sample_is_trained_by_something_else():
+    model = net()
+    unheld = Unheld(model, LayerMap(model))
+    assert unheld.measure([]) == {"0": 9, "1": 4}
+    with torch.no_grad():
+        model[0].weight += 1
+        model[0].bias += 1
+    assert unheld.measure([]) == {"1": 4}
+    assert unheld.measure([]) == {"0": 9, "1": 4}
+
+
+class Strange(list):
+    def __iter__(self):
+        raise RuntimeError
+
+
+def test_what_cannot_be_looked_into_is_passed_over():
+    model = net()
+    model.strange, model.data = Strange([1]), list(range(10**6))
+    assert find_unregistered(model) == {}
