@@ -19,6 +19,7 @@ _FULL = 0.1  # of the largest learning rate: below, nothing can be expected
 _YOUNG = 2.0  # times the patience: what sets in later has another reason
 _FALLEN = 0.02  # of the loss, over the second half of the run so far
 _CLEAR = 2.0  # z score of such a fall
+_PRESENT = 20  # losses: one alone is that of a batch
 
 
 def steps_needed(history: History, patience: int = PATIENCE) -> float:
@@ -75,6 +76,20 @@ def is_judged(history: History, patience: int = PATIENCE, young: float = _YOUNG)
     if history.steps[-1] < needed or not np.isfinite(history.losses).any():
         return False
     return needed <= steps_at_full_rate(history) <= young * needed
+
+
+def present_loss(history: History) -> float:
+    """Where the loss stands: the median of the newest twenty that are finite; NaN without any.
+
+    Example:
+        >>> from lightning_gradflow.history import Row
+        >>> history = History()
+        >>> history.append(Row(step=3, losses=np.array([9.0, 2.0, 2.2, 2.1])))
+        >>> present_loss(history)
+        2.15
+    """
+    losses = history.losses[np.isfinite(history.losses)][-_PRESENT:]
+    return float(np.median(losses)) if losses.size else math.nan
 
 
 def still_falls(history: History, share: float = _FALLEN) -> bool:

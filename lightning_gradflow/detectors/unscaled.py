@@ -17,7 +17,7 @@ from lightning_gradflow.detectors.inputs import (
 )
 from lightning_gradflow.detectors.known import input_point, known_rows, layer_mask, newest_known
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.detectors.standstill import steps_at_full_rate, steps_needed, still_falls
+from lightning_gradflow.detectors.standstill import present_loss, steps_at_full_rate, steps_needed, still_falls
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
@@ -136,7 +136,7 @@ class UnscaledInputs:
             cause="unscaled_inputs",
             evidence={
                 "steps": float(steps_at_full_rate(history)),
-                "loss": float(history.losses[np.isfinite(history.losses)][-1]),
+                "loss": present_loss(history),
                 **evidence,
             },
         )

@@ -10,7 +10,13 @@ import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.known import columns_of_layers, first_values, newest_values
-from lightning_gradflow.detectors.standstill import is_judged, stands_still, steps_at_full_rate, still_falls
+from lightning_gradflow.detectors.standstill import (
+    is_judged,
+    present_loss,
+    stands_still,
+    steps_at_full_rate,
+    still_falls,
+)
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
@@ -105,7 +111,7 @@ def _finding(history: History, cause: str, layers: tuple[str, ...], evidence: di
         cause=cause,
         evidence={
             "steps": float(steps_at_full_rate(history)),
-            "loss": float(history.losses[np.isfinite(history.losses)][-1]),
+            "loss": present_loss(history),
             **evidence,
         },
     )
