@@ -84,9 +84,9 @@ def present_loss(history: History) -> float:
     Example:
         >>> from lightning_gradflow.history import Row
         >>> history = History()
-        >>> history.append(Row(step=3, losses=np.array([9.0, 2.0, 2.2, 2.1])))
+        >>> history.append(Row(step=3, losses=np.array([9.0, 2.0, 2.5, 3.0])))
         >>> present_loss(history)
-        2.15
+        2.75
     """
     losses = history.losses[np.isfinite(history.losses)][-_PRESENT:]
     return float(np.median(losses)) if losses.size else math.nan
