@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
-from lightning_gradflow.detectors.plateau_causes import AGREE, cause_of, forgets, is_unpaired, line_of
+from lightning_gradflow.detectors.plateau_causes import AGREE, cause_of, is_unpaired, line_of
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.trend import mann_kendall, steepest_fall, theil_sen
 from lightning_gradflow.findings import Finding, FindingKind, Severity
@@ -29,8 +29,6 @@ _SMALL_LR = 0.1  # of the largest one so far: below, the tail of a schedule expl
 _STILL = 1e-3  # of the weights, in a whole window: healthy runs move as much in one step
 _SLOW = 0.05  # in a window: so much is gained by learning noise by heart; it only leads to a measurement
 _LEFT = 0.5  # of the starting loss: below, something was learnt
-_EARLY_PAIRED = 1.0  # z score: a weak relation has hardly shown yet in a short run
-_LATE = 0.6  # of the planned steps: a run that is well has learnt something by then
 _LONG_EPOCH = 5  # windows: longer epochs are not waited for
 
 
@@ -111,11 +109,9 @@ class LossPlateau:
             is_sure = length is not None
             if length is None and self._hardly_moves(history) and steps[-1] - steps[0] + 1 >= 1.5 * self.window:
                 length = float(self.window)
-        if not is_sure and self.suspects(history):
-            shortest = self._suspected(history, steps)
-            is_early = shortest < self._shortest(steps, self._epoch(history))
-            is_lost = is_unpaired(history, _EARLY_PAIRED) if is_early else is_unpaired(history)
-            if is_lost and (cause := cause_of(history)) == "no_signal_in_data":
+        if not is_sure and is_unpaired(history) and self.suspects(history):
+            shortest = self._shortest(steps, self._epoch(history))
+            if (cause := cause_of(history)) == "no_signal_in_data":
                 return [self._finding(history, steps, losses, shortest, cause, Severity.WARNING)]
         if length is None:
             return []
@@ -129,17 +125,14 @@ class LossPlateau:
         """Whether it is worth a measurement if there is anything to learn, although the loss may fall a little.
 
         Noise in the loss and learning by heart hide for long that nothing is learnt. What is asked here is only that
-        the Theil-Sen slope is below 5 % in `window` steps, or no trend at all beside the noise, twice running, and that
-        half of the starting loss is left.
-        A short run is asked when 60 % of it is over: what is told at its end is of no use. Not so with a recurrence
-        that forgets.
+        the Theil-Sen slope is below 5 % in `window` steps, twice running, and that half of the starting loss is left.
         """
         if not history.rows or history.scalar("optimizers")[-1] > 1:
             return False
         steps, losses = self._at_full_rate(history)
         if not steps.size:
             return False
-        length = self._suspected(history, steps)
+        length = self._shortest(steps, self._epoch(history))
         start = float(np.median(losses[: max(1, min(10, len(losses) // 10))]))
         if steps[-1] - steps[0] + 1 < 1.5 * length or losses.min() <= 0:
             return False
@@ -153,8 +146,7 @@ class LossPlateau:
                 np.array([part.mean() for part in np.array_split(series[chosen], _BLOCKS)])
                 for series in (steps, losses)
             )
-            is_slow = abs(theil_sen(at, blocks)) * self.window < _SLOW * np.median(blocks)
-            if not is_slow and abs(mann_kendall(blocks)) > -_FALLS:
+            if abs(theil_sen(at, blocks)) * self.window >= _SLOW * np.median(blocks):
                 return False
         return True
 
@@ -190,12 +182,6 @@ class LossPlateau:
     def _shortest(self, steps: Floats, epoch: float) -> float:
         # where the loss is known at the samples only, a stretch has to be long enough to hold a value a block
         return max(float(self.window), 2 * epoch, float(steps[-1] - steps[-min(_BLOCKS, len(steps))] + 1))
-
-    def _suspected(self, history: History, steps: Floats) -> float:
-        planned = float(np.nan_to_num(history.scalar("planned_steps")[-1]))
-        length = self._shortest(steps, self._epoch(history))
-        is_short = planned > 0 and not forgets(history)
-        return min(length, max(_BLOCKS, _LATE / 1.5 * planned)) if is_short else length
 
     def _hardly_moves(self, history: History) -> bool:
         """Whether no layer can have moved far enough for the loss to fall, however much noise there is in it."""

@@ -12,7 +12,6 @@ from lightning_gradflow.detectors.profile import depth_profile
 from lightning_gradflow.detectors.progress import is_blind
 from lightning_gradflow.detectors.recurrence import RecurrentGradient
 from lightning_gradflow.detectors.saturation import SaturatedActivation
-from lightning_gradflow.detectors.time_profile import time_profiles
 from lightning_gradflow.detectors.vanishing import is_vanishing
 from lightning_gradflow.findings import FindingKind
 from lightning_gradflow.history import History
@@ -24,7 +23,6 @@ _BLIND_DECAY = -2.0  # decades: where the output ignores the input, a loss of so
 _SAME_INPUT = 1e-4  # of its size: such a spread of the first layer's output is rounding
 _GAIN = 0.01  # of the loss: what counts as progress in `LossPlateau`
 _UNPAIRED = 2.5  # z score: targets that were shuffled have more once in a hundred measurements
-_FORGOTTEN = -1.0  # decades
 _BY_HEART = 0.15  # of the loss: more than that is gained by heart only while the loss falls faster
 AGREE = 3.0  # z score of a direction that the batches have in common
 
@@ -52,17 +50,6 @@ def cause_of(history: History) -> str:
 
 def _dies_through_time(history: History) -> bool:
     return any(finding.kind is FindingKind.VANISHING_GRADIENT for finding in RecurrentGradient().judge(history))
-
-
-def forgets(history: History) -> bool:
-    """Whether a recurrence loses a decade of the gradient through time.
-
-    What it has to remember is then out of sight, of the gradients as of the pairing of inputs and targets: some learn
-    late, and all at once.
-    """
-    called = history.rows[-1].calls or {}
-    found = [time_profiles(history, point, 1) for point in history.points if point.name in called]
-    return any(one.span <= _FORGOTTEN for profiles in found for _, one in profiles)
 
 
 def _has_blown_up(history: History) -> bool:
@@ -132,16 +119,11 @@ def _cause_by_line(history: History) -> str:
     return "unknown" if learns else "no_signal_in_data"
 
 
-def is_unpaired(history: History, limit: float = _UNPAIRED) -> bool:
-    """Whether the last measurement found no relation between inputs and targets, and no direction to go.
-
-    Args:
-        history: where to read.
-        limit: z score from which on there is one.
-    """
+def is_unpaired(history: History) -> bool:
+    """Whether the last measurement found no relation between inputs and targets, and no direction to go."""
     line = line_of(history)
     # longer steps are not asked for: those of an optimizer with a memory help on batches that it has seen
     if not {"gradient_agreement", "line_shuffled", "pairing_agreement"} <= set(line):
         return False
-    is_paired = line["line_shuffled"] >= _BY_HEART or line["pairing_agreement"] >= limit
+    is_paired = line["line_shuffled"] >= _BY_HEART or line["pairing_agreement"] >= _UNPAIRED
     return not is_paired and line["gradient_agreement"] < AGREE

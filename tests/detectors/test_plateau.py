@@ -407,23 +407,3 @@ def test_a_memory_that_is_too_short_is_the_cause_where_nothing_else_is_left(numb
     calls = {"rnn": decay ** np.arange(20.0)[::-1]}
     history.append(Row(399, scalars=scalars, losses=flat(400), calls=calls))
     assert [found.cause for found in LossPlateau().judge(history)] == [cause]
-
-
-@pytest.mark.parametrize(
-    ("steps", "planned", "is_suspicious"), [(182, 300.0, True), (170, 300.0, False), (182, 3000.0, False)]
-)
-def test_a_short_run_is_suspected_when_three_fifths_of_it_are_over(steps, planned, is_suspicious):
-    history = History()
-    for row in rows_of(noisy(np.full(steps, PRIOR), 0.03), interval=1, planned_steps=planned):
-        history.append(row)
-    assert LossPlateau().suspects(history) == is_suspicious
-
-
-def test_noise_that_hides_any_trend_is_suspicious_and_a_trend_in_it_is_not():
-    found = []
-    for level in (np.full(400, PRIOR), PRIOR * np.linspace(1.0, 0.6, 400)):
-        history = History()
-        for row in rows_of(noisy(level, 0.3), interval=1):
-            history.append(row)
-        found.append(LossPlateau().suspects(history))
-    assert found == [True, False]
