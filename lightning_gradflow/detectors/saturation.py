@@ -12,7 +12,8 @@ from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped,
 from lightning_gradflow.detectors.known import first_values, layer_mask
 from lightning_gradflow.detectors.onset import loss_rose, weight_growth
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.detectors.update_ratio import UpdateRatio
+from lightning_gradflow.detectors.small_steps import MIN_REACH, too_small
+from lightning_gradflow.detectors.update_sizes import ratios_of
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
 
@@ -43,7 +44,7 @@ class SaturatedActivation:
     layer is too large, they count like the others; and so does each that is shut then, where inputs are unscaled.
 
     Behind the last layer it is a finding only where the activation was shut from the start, lets at most 1 % of the
-    gradient through, and no step gets anywhere for it (see `UpdateRatio`).
+    gradient through, and no step gets anywhere for it (see `too_small`).
 
     It is an alarm as long as the run has not learnt anything, or where the loss rose with it. Saturation that lets
     the gradient through is info until it has lasted 50 steps and nothing was learnt: of what comes in, such an
@@ -107,7 +108,7 @@ class SaturatedActivation:
         if not places.size:
             return []
         # a prior that is rare stands near the bound as well, and learns: there the steps are as large as anywhere
-        reach = next((found.evidence.get("reach") for found in UpdateRatio().judge(history)), None)
+        reach = next((found.evidence["reach"] for found in too_small(history, ratios_of(history), MIN_REACH)), None)
         if reach is None:
             return []
         first = int(places[0])

@@ -13,6 +13,9 @@ from lightning_gradflow.history import Floats, History
 
 Bools = npt.NDArray[np.bool_]
 
+MIN_REACH = 0.01
+"""Share of its norm that some layer must be able to move by in the planned run; see `UpdateRatio`."""
+
 _MIN_SAMPLES = 3  # the first step of momentum is a tenth of what is to come, the third a third
 _MIN_GAIN = 0.05  # of the loss: what the gradient itself promises for the whole run
 _SHORT = 50  # planned steps: a shorter run is a trial of the code
@@ -31,6 +34,8 @@ def too_small(history: History, ratios: Floats, min_reach: float) -> list[Findin
         ratios: (R, L) update ratios.
         min_reach: share of its norm that some layer must be able to move by in the planned run, in [0, 1).
     """
+    if not ratios.size or np.isnan(ratios[-1]).all():
+        return []
     most = largest_of(history)
     # the largest is finite unless something is infinite
     if (~np.isnan(most)).sum() < _MIN_SAMPLES or not (np.isfinite(most).any() or np.isfinite(ratios).any()):

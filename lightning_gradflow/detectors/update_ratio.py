@@ -12,7 +12,7 @@ from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import feature_evidence, offending_features
 from lightning_gradflow.detectors.overwritten import not_by_steps, overwritten
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.detectors.small_steps import too_small
+from lightning_gradflow.detectors.small_steps import MIN_REACH, too_small
 from lightning_gradflow.detectors.smothered import was_smothered
 from lightning_gradflow.detectors.update_sizes import finding_of, medians_of, ratios_of
 from lightning_gradflow.findings import Finding
@@ -86,7 +86,7 @@ class UpdateRatio:
         [('learning_rate_too_small', 0.0002)]
     """
 
-    min_reach: float = 0.01
+    min_reach: float = MIN_REACH
     max_ratio: float = 1.0
 
     def __post_init__(self) -> None:
