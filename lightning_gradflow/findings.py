@@ -17,6 +17,7 @@ class FindingKind(str, Enum):
     DEAD_UNITS = "dead_units"
     SATURATED_ACTIVATION = "saturated_activation"
     LOSS_PLATEAU = "loss_plateau"
+    LOSS_MISMATCH = "loss_mismatch"
     NO_GRADIENT = "no_gradient"
     UPDATE_RATIO = "update_ratio"
 
@@ -71,6 +72,10 @@ class LossPlateauWarning(GradFlowWarning):
     """The loss does not fall although the run has hardly begun to learn."""
 
 
+class LossMismatchWarning(GradFlowWarning):
+    """The loss function gets something that it is not made for."""
+
+
 class NoGradientWarning(GradFlowWarning):
     """Parameters that the optimizer holds never get a gradient."""
 
@@ -86,6 +91,7 @@ WARNINGS: dict[FindingKind, type[GradFlowWarning]] = {
     FindingKind.DEAD_UNITS: DeadUnitsWarning,
     FindingKind.SATURATED_ACTIVATION: SaturatedActivationWarning,
     FindingKind.LOSS_PLATEAU: LossPlateauWarning,
+    FindingKind.LOSS_MISMATCH: LossMismatchWarning,
     FindingKind.NO_GRADIENT: NoGradientWarning,
     FindingKind.UPDATE_RATIO: UpdateRatioWarning,
 }

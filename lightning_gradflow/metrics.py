@@ -124,6 +124,14 @@ LOSS_LINE: tuple[str, ...] = (
 PAIRING: tuple[str, ...] = ("line_shuffled", "line_shuffled_z", "pairing_agreement")
 """Scalars of the same row: whether the targets follow from the inputs."""
 
+MISMATCHES: dict[str, str] = {
+    "softmax_twice": "1 if a softmax goes into a log-softmax, such as that of cross_entropy",
+    "sigmoid_twice": "1 if a sigmoid goes into binary_cross_entropy_with_logits",
+    "no_log_softmax": "1 if what goes into nll_loss is no logarithm",
+    "broadcast": "1 if N outputs and N targets were broadcast to (N, N) for the loss",
+}
+"""Scalars of a row in which the loss function got something that it is not made for; they are missing elsewhere."""
+
 SCALARS: dict[str, str] = {
     "loss": "mean training loss of the steps since the row before, or since the start",
     "val_loss": "mean of the validation losses since the row before",
@@ -143,6 +151,8 @@ SCALARS: dict[str, str] = {
     "lr_scheduled": "1 if there is a learning rate schedule, else 0",
     "input_layer": "identity on the layer axis of the layer that the measured inputs go into",
     "loss_line": "1 in a row in which a standstill was looked into",
+    "residual_rms": "root mean square of outputs less targets, where the loss is a squared or absolute error of these",
+    **MISMATCHES,
     **dict.fromkeys(LOSS_LINE, "of the loss along the update, in a row in which a standstill was looked into"),
     **dict.fromkeys(PAIRING, "of the same row: whether the targets follow from the inputs"),
 }

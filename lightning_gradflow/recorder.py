@@ -56,6 +56,7 @@ class Recorder:
         self.actions: list[Action] = []
         self.sinks: list[Sink] = []
         self.tells = True
+        self.is_treated = False  # the run, where it is found to be sick
         self.holds: Callable[[Finding], bool] = lambda _: False
         """Whether a new finding waits, because more is about to be known of it."""
         names = _numbered(f"detector {type(detector).__name__}" for detector in detectors)
@@ -217,7 +218,9 @@ class Recorder:
         none: tuple[Suggestion, ...] = ()
         suggestions = none
         if self._suggest:
-            suggestions = self._border.run("advice", advice.suggest, finding, self.judged, default=none)
+            suggestions = self._border.run(
+                "advice", advice.suggest, finding, self.judged, self.is_treated, default=none
+            )
         return replace(finding, message=advice.explain(finding), suggestions=suggestions)
 
     def _show(self, part: str, sink: Sink, hook: str, *args: Any) -> None:

@@ -44,6 +44,7 @@ SEEN: dict[FindingKind, Text] = {
         "it moved by {progress} in {steps} steps",
         "it stands at {loss}",
     ),
+    FindingKind.LOSS_MISMATCH: ("The loss function gets something that it is not made for",),
     FindingKind.NO_GRADIENT: ("No gradient ever reaches {layers}, although the optimizer holds the parameters",),
     FindingKind.UPDATE_RATIO: (
         "The updates are out of proportion to the weights in {layers}",
@@ -207,6 +208,24 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.LOSS_PLATEAU, "no_signal_in_data"): (
         "The targets do not seem to follow from the inputs: what little was learnt is these samples by heart",
         "the cosine between the gradients of two halves of the data is {gradient_cosine}",
+    ),
+    (FindingKind.LOSS_MISMATCH, "unscaled_targets"): (
+        "The targets are far larger than the outputs of {layers}, which are made to be of size 1",
+        "they are off by {error} (rms), and the outputs are {output_rms}",
+    ),
+    (FindingKind.LOSS_MISMATCH, "softmax_twice"): (
+        "cross_entropy has a softmax of its own, and gets the output of another one: the loss cannot come near 0",
+    ),
+    (FindingKind.LOSS_MISMATCH, "sigmoid_twice"): (
+        "binary_cross_entropy_with_logits has a sigmoid of its own, and gets the output of another one",
+        "no probability below one half can come out",
+    ),
+    (FindingKind.LOSS_MISMATCH, "no_log_softmax"): (
+        "nll_loss takes logarithms of probabilities, as log_softmax gives them, and gets probabilities or scores",
+    ),
+    (FindingKind.LOSS_MISMATCH, "broadcast"): (
+        "Outputs and targets differ in shape, as (N, 1) and (N,) do, and are broadcast to (N, N)",
+        "each output is held against all targets, and the best that can be learnt is their mean",
     ),
     (FindingKind.NO_GRADIENT, "detached"): (
         "The graph is cut behind them: the next layer, or the loss, takes their output detached, as data or rounded",

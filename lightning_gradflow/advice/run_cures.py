@@ -181,22 +181,6 @@ def detect_anomaly(site: Site) -> list[Suggestion]:
     ]
 
 
-def stable_loss(site: Site) -> list[Suggestion]:
-    """Losses that take logits."""
-    del site  # the loss is no module of the model
-    return [
-        Suggestion(
-            "Compute the loss from logits, and check the targets",
-            "# in training_step\n"
-            "from torch.nn import functional as F\n\n"
-            "assert target.isfinite().all()\n"
-            "loss = F.cross_entropy(logits, target)  # or F.binary_cross_entropy_with_logits(logits, target)",
-            "log(softmax(x)) and log(sigmoid(x)) overflow when computed in two steps; the joint form does not.",
-            "Blanchard et al. 2021, Accurately computing the log-sum-exp and softmax functions",
-        )
-    ]
-
-
 def overfit_batch(site: Site) -> list[Suggestion]:
     """A check of model and data on a single batch."""
     del site  # the same for every model

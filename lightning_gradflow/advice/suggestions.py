@@ -14,6 +14,13 @@ from lightning_gradflow.advice.layer_cures import (
     scale_inputs,
     swap_activations,
 )
+from lightning_gradflow.advice.loss_cures import (
+    same_shape,
+    scale_targets,
+    scores_for_classes,
+    scores_for_yes_or_no,
+    stable_loss,
+)
 from lightning_gradflow.advice.path_cures import gates, pre_norm, residuals
 from lightning_gradflow.advice.rate_cures import (
     clip,
@@ -39,7 +46,6 @@ from lightning_gradflow.advice.run_cures import (
     reconnect,
     scale_gradients,
     scale_loss,
-    stable_loss,
     use_or_freeze,
     watch_layer,
     watch_weights,
@@ -105,6 +111,12 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.LOSS_PLATEAU, "dead_units"): (initialise, leak, lower_rate),
     (FindingKind.LOSS_PLATEAU, "no_signal_in_data"): (overfit_batch,),
     (FindingKind.LOSS_PLATEAU, "unknown"): (overfit_batch, find_rate),
+    (FindingKind.LOSS_MISMATCH, "unscaled_targets"): (scale_targets,),
+    (FindingKind.LOSS_MISMATCH, "softmax_twice"): (scores_for_classes,),
+    (FindingKind.LOSS_MISMATCH, "sigmoid_twice"): (scores_for_yes_or_no,),
+    (FindingKind.LOSS_MISMATCH, "no_log_softmax"): (scores_for_classes,),
+    (FindingKind.LOSS_MISMATCH, "broadcast"): (same_shape,),
+    (FindingKind.LOSS_MISMATCH, "unknown"): (stable_loss,),
     (FindingKind.NO_GRADIENT, "initialisation"): (draw_zeros,),
     (FindingKind.NO_GRADIENT, "detached"): (reconnect,),
     (FindingKind.NO_GRADIENT, "unused"): (use_or_freeze,),
@@ -128,6 +140,7 @@ IN_THE_RUN: dict[Cure, frozenset[str]] = {
     draw_zeros: frozenset(),
     initialise_recurrence: frozenset(),
     scale_inputs: frozenset({"unscaled_inputs"}),
+    scale_targets: frozenset(),
     clip: frozenset(),
     lower_rate: frozenset({"learning_rate_too_large"}),
 }
@@ -136,12 +149,13 @@ IN_THE_RUN: dict[Cure, frozenset[str]] = {
 _HINT = 'GradFlow(mitigate="apply") tries this in the run itself.'
 
 
-def suggest(finding: Finding, history: History) -> tuple[Suggestion, ...]:
+def suggest(finding: Finding, history: History, in_the_run: bool = False) -> tuple[Suggestion, ...]:
     """What to change, best first, in code that names the user's own layers.
 
     Args:
         finding: what was found.
         history: tells which layers and activations the model has, and the learning rate.
+        in_the_run: whether remedies are tried anyway; else suggestions say where they can be.
 
     Returns:
         The suggestions; those that do not apply to the model are left out, and those whose code only says what to
@@ -156,7 +170,11 @@ def suggest(finding: Finding, history: History) -> tuple[Suggestion, ...]:
     """
     cures = CURES.get((finding.kind, finding.cause), CURES[finding.kind, "unknown"])
     site = survey(finding, history)
-    found = [_with_hint(cure, suggestion, finding) for cure in cures for suggestion in cure(site)]
+    found = [
+        suggestion if in_the_run else _with_hint(cure, suggestion, finding)
+        for cure in cures
+        for suggestion in cure(site)
+    ]
     return tuple(sorted(found, key=lambda suggestion: _is_left_to_do(suggestion.code)))
 
 

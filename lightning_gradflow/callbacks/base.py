@@ -161,7 +161,7 @@ class Monitor(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The forward pass is over."""
-        self._drive("before_backward")
+        self._drive("before_backward", loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The gradients are fresh."""

@@ -1,12 +1,15 @@
-"""A loss that does not fall."""
+"""A loss that does not fall, or that is computed from the wrong thing."""
 
 from __future__ import annotations
 
 from lightning_gradflow.callbacks.base import Monitor
 from lightning_gradflow.detectors.base import Detector
+from lightning_gradflow.detectors.chaotic_state import ChaoticState
+from lightning_gradflow.detectors.large_tables import LargeTables
+from lightning_gradflow.detectors.loss_mismatch import LossMismatch
 from lightning_gradflow.detectors.plateau import LossPlateau
 from lightning_gradflow.detectors.unscaled import UnscaledInputs
-from lightning_gradflow.detectors.unusual_start import UnusualStart
+from lightning_gradflow.detectors.unscaled_targets import UnscaledTargets
 
 
 class PlateauDetector(Monitor):
@@ -45,8 +48,16 @@ class PlateauDetector(Monitor):
         super().__init__(every_n_steps)
         self.train_loss = train_loss
         self.val_loss = val_loss
-        self._detectors: list[Detector] = [UnscaledInputs(), UnusualStart(), LossPlateau(window, min_progress)]
+        plateau = LossPlateau(window, min_progress)
+        self._detectors: list[Detector] = [
+            LossMismatch(),
+            UnscaledTargets(),
+            UnscaledInputs(),
+            ChaoticState(),
+            LargeTables(),
+            plateau,
+        ]
 
     def detectors(self, alone: bool) -> list[Detector]:
-        """What nothing is learnt from, and the plateau; of two findings of a kind the first counts."""
+        """Wrong losses, what nothing is learnt from, and the plateau; of two findings of a kind the first counts."""
         return self._detectors

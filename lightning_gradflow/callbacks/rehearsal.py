@@ -18,7 +18,7 @@ from lightning_gradflow.callbacks import trainer_facts
 from lightning_gradflow.callbacks.copies import apart, check_memory, clip_of, loss_of, quiet_copy, step_of
 from lightning_gradflow.callbacks.together import Together
 from lightning_gradflow.callbacks.unsharded import gathered, whole_copy, write
-from lightning_gradflow.remedies.input_scaling import InputScaling
+from lightning_gradflow.remedies.coordinates import Coordinates
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.training import CopiesTrained, Rehearsal, RehearsalError, Training
 
@@ -120,7 +120,7 @@ def _losses(
     scaling: Mapping[str, Any] | None,
 ) -> list[float]:
     twin, optimizer = quiet_copy(trainer, module, trainer.optimizers[0])
-    coordinates = InputScaling()
+    coordinates = Coordinates()
     if scaling is not None:
         coordinates.load_state_dict(scaling)
         coordinates.attach(twin)

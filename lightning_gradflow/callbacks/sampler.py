@@ -17,6 +17,7 @@ from lightning_gradflow.history import Floats, History, Row
 from lightning_gradflow.probes.collector import paused_collector
 from lightning_gradflow.probes.gradients import GradientProbe
 from lightning_gradflow.probes.layers import LayerMap
+from lightning_gradflow.probes.loss_graph import LossGraph, told
 from lightning_gradflow.probes.loss_line import unpack
 from lightning_gradflow.probes.ranks import RankFailedError, Topology
 from lightning_gradflow.probes.signals import SignalProbe
@@ -69,6 +70,7 @@ class Sampler:
         self._closures: dict[int, int] = {}
         self._scale: Tensor | None = None
         self._multiplier = 1.0
+        self._loss_graph = LossGraph()
         self.backwards = self._backwards_before = 0
         self.is_muted = False
         self.is_agreed = True  # on what the ranks are about to do
@@ -163,14 +165,21 @@ class Sampler:
             self.step = step
             self._read, self._closures, self.backwards = [], {}, 0
             self._scale, self._multiplier = None, 1.0
+            self._loss_graph = LossGraph()
         self._in_batch = True
         self._backwards_before = self.backwards
         return begins
 
-    def before_backward(self) -> None:
-        """A forward pass is over."""
+    def before_backward(self, loss: Tensor | None = None) -> None:
+        """A forward pass is over.
+
+        Args:
+            loss: what the backward pass starts from, where it is known.
+        """
         if not self.gradients_only:
             self._signals.before_backward()
+            if loss is not None:
+                self._loss_graph.look(loss)
 
     def after_backward(self, more_to_come: bool, scale: Tensor | None = None) -> None:
         """A backward pass is over.
@@ -311,6 +320,7 @@ class Sampler:
             if self._scale is not None:
                 self._transfer.put("loss scale", self._scale.reshape(1))
             self._transfer.share_numbers("decision", [float(decision)])
+            self._loss_graph.share(self._transfer)
             if line is not None:
                 self._transfer.share_numbers("loss line", line)
             host = self._fetch_with_losses(validation)
@@ -337,6 +347,7 @@ class Sampler:
         losses = self._losses.by_step(host.get("losses", _NONE), self._transfer.topology.ranks)
         clip_factor = gradients.clip_factor(self._multiplier) if sees_clipping else math.nan
         found = {**scalars, "backward_passes": float(self.backwards)}
+        found |= told(host)
         found |= totals(of_layers, clip_factor, self._history.scalar("clip_factor"), scale)
         found |= unpack(host["loss line"]) if "loss line" in host else {}
         if signals.input_layer is not None:

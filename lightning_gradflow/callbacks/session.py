@@ -61,6 +61,7 @@ class Session:
         suggests = any(part.suggests for part in self._parts)
         self.recorder = Recorder(self._detectors, self._border, suggest=suggests)
         self._treating = self._new_treating()
+        self.recorder.is_treated = self._treating is not None
 
     def _new_treating(self) -> Treating | None:
         mitigation = next((m for part in self._parts if (m := part.mitigation()) is not None), None)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradflow.callbacks import trainer_facts
@@ -82,10 +83,10 @@ class Steps:
         is_due = self._owes_whole or step % self._gradients_interval == 0
         return step if self.sampler.is_open or (is_new and is_due) else None
 
-    def before_backward(self) -> None:
+    def before_backward(self, loss: Tensor | None = None) -> None:
         """Ends the observation of a forward pass."""
         if self.sampler.is_open:
-            self.sampler.before_backward()
+            self.sampler.before_backward(loss)
 
     def after_backward(self, trainer: Trainer, module: LightningModule) -> None:
         """Notes that gradients are fresh, and the scale that they carry."""

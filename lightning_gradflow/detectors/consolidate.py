@@ -10,7 +10,7 @@ from lightning_gradflow.findings import Finding, FindingKind, Severity
 _VANISHING, _EXPLODING = FindingKind.VANISHING_GRADIENT, FindingKind.EXPLODING_GRADIENT
 _NONFINITE, _NO_GRADIENT = FindingKind.NONFINITE_GRADIENT, FindingKind.NO_GRADIENT
 _DEAD, _SATURATED = FindingKind.DEAD_UNITS, FindingKind.SATURATED_ACTIVATION
-_PLATEAU, _UPDATES = FindingKind.LOSS_PLATEAU, FindingKind.UPDATE_RATIO
+_PLATEAU, _UPDATES, _LOSS = FindingKind.LOSS_PLATEAU, FindingKind.UPDATE_RATIO, FindingKind.LOSS_MISMATCH
 _LARGE, _SMALL, _INPUTS = "learning_rate_too_large", "learning_rate_too_small", "unscaled_inputs"
 
 
@@ -29,6 +29,10 @@ class _Some:
 _FOLLOWS: tuple[tuple[_Some, _Some], ...] = (
     # a loss that stands is the last link of every chain
     (_Some((_PLATEAU,)), _Some((_NONFINITE,))),
+    # with the wrong formula nothing can be said of the steps
+    (_Some((_PLATEAU,), (_SMALL, _LARGE, "no_signal_in_data", "unknown")), _Some((_LOSS,))),
+    (_Some((_UPDATES,), (_SMALL, _LARGE)), _Some((_LOSS,))),
+    (_Some((_EXPLODING,), (_LARGE, "unknown")), _Some((_LOSS,))),
     (_Some((_PLATEAU,)), _Some((_NO_GRADIENT,), ("detached", "initialisation"))),
     (_Some((_PLATEAU,), (_SMALL, "unknown")), _Some((_NO_GRADIENT,), ("not_optimized",))),
     (_Some((_PLATEAU,), ("vanishing_gradient",)), _Some((_VANISHING,))),

@@ -8,7 +8,11 @@ import numpy as np
 
 from lightning_gradflow.detectors.known import first_values, input_point, known_rows, layer_mask
 from lightning_gradflow.detectors.progress import has_learnt
+from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
+
+YOUNG = 4.0
+"""Times the steps that are needed to learn something: until then a loss may come down from an absurd start."""
 
 PATIENCE = 50
 """Steps: by then a network that is well has learnt something."""
@@ -90,6 +94,22 @@ def present_loss(history: History) -> float:
     """
     losses = history.losses[np.isfinite(history.losses)][-_PRESENT:]
     return float(np.median(losses)) if losses.size else math.nan
+
+
+def from_the_start(history: History, cause: str, layers: tuple[str, ...], evidence: dict[str, float]) -> Finding:
+    """A run that stands still with what it was born with, at the newest row."""
+    return Finding(
+        kind=FindingKind.LOSS_PLATEAU,
+        severity=Severity.WARNING,
+        step=history.rows[-1].step,
+        layers=layers,
+        cause=cause,
+        evidence={
+            "steps": float(steps_at_full_rate(history)),
+            "loss": present_loss(history),
+            **evidence,
+        },
+    )
 
 
 def still_falls(history: History, share: float = _FALLEN) -> bool:

@@ -79,6 +79,7 @@ def make_critical(
     max_off: float = MAX_OFF,
     max_spread: float = math.inf,
     only: Collection[str] | None = None,
+    gates: Collection[str] = (),
 ) -> Treated:
     """Draws the layers anew that do not keep the size of the signal, and sets their gain to 1 on the batch.
 
@@ -128,6 +129,7 @@ def make_critical(
         max_off: factor by which a gain may be off before a layer is treated.
         max_spread: of a layer's output, before it is treated.
         only: names of the layers that may be drawn; None for all.
+        gates: layers whose output opens or shuts a gate; they keep their bias, which says how far it stands open.
 
     Returns:
         What was drawn, and what was measured before and after.
@@ -153,16 +155,16 @@ def make_critical(
     generator = torch.Generator().manual_seed(seed)
     broken = [name for name in before if name in choice.may and not _is_finite(modules[name])]
     for name in broken:
-        _draw(modules[name], generator)
+        _draw(modules[name], generator, keeps_bias=name in gates)
     if broken:  # nothing can be measured behind a layer that gives NaN
-        links = gains.measure(_Adjustment(frozenset(broken), {}, {}))
+        links = gains.measure(_Adjustment(frozenset(broken), {}, {}, frozenset(gates)))
     sick = choice.sick(links, broken, max_off, max_spread)
     aims = choice.aims(links)
     for name in sick:
-        _draw(modules[name], generator)
+        _draw(modules[name], generator, keeps_bias=name in gates)
     known: Mapping[str, Link] = {}
     for _ in range(max(_MIN_ROUNDS, len(sick)) if sick else 0):
-        known = gains.measure(_Adjustment(frozenset(sick), aims, known))
+        known = gains.measure(_Adjustment(frozenset(sick), aims, known, frozenset(gates)))
         if _off(known, sick, aims) < _SETTLED:
             break
     changed = {name: list(modules[name].parameters(recurse=False)) for name in sick}
@@ -181,7 +183,7 @@ def _is_finite(layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _draw(layer: nn.Module, generator: torch.Generator) -> None:
+def _draw(layer: nn.Module, generator: torch.Generator, *, keeps_bias: bool = False) -> None:
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     fresh = torch.empty(weight.shape)
@@ -191,8 +193,9 @@ def _draw(layer: nn.Module, generator: torch.Generator) -> None:
         nn.init.orthogonal_(drawn, generator=generator)
         by_output.copy_(drawn)
     weight.copy_(fresh)
-    if isinstance(layer.bias, nn.Parameter) and layer.bias.requires_grad:
-        layer.bias.zero_()
+    bias = layer.bias
+    if isinstance(bias, nn.Parameter) and bias.requires_grad and not (keeps_bias and bool(torch.isfinite(bias).all())):
+        bias.zero_()
 
 
 @dataclass(frozen=True)
@@ -203,11 +206,13 @@ class _Adjustment:
         names: of these layers.
         aims: the gain that each is to have.
         known: what the pass before has measured; nothing before the first.
+        gates: those of these layers that keep their bias.
     """
 
     names: frozenset[str]
     aims: Mapping[str, float]
     known: Mapping[str, Link]
+    gates: frozenset[str]
 
     @torch.no_grad()
     def __call__(self, name: str, layer: nn.Module, source: Tensor, output: Tensor) -> bool:
@@ -223,7 +228,7 @@ class _Adjustment:
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
         weight.mul_(factor)
-        if isinstance(layer.bias, nn.Parameter) and layer.bias.requires_grad:
+        if isinstance(layer.bias, nn.Parameter) and layer.bias.requires_grad and name not in self.gates:
             layer.bias.copy_((layer.bias.double() - mean.to(layer.bias.device)) * factor)
         return True
 

@@ -38,6 +38,7 @@ PLAN: dict[tuple[FindingKind, str], tuple[str, ...]] = {
     (FindingKind.SATURATED_ACTIVATION, "weight_scale"): ("reinit",),
     (FindingKind.SATURATED_ACTIVATION, "drift"): ("reinit", "rollback"),
     (FindingKind.SATURATED_ACTIVATION, "unknown"): ("reinit", "rollback"),
+    (FindingKind.LOSS_MISMATCH, "unscaled_targets"): ("reinit",),
     (FindingKind.LOSS_PLATEAU, "vanishing_gradient"): ("reinit",),
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_large"): ("rollback",),
     (FindingKind.LOSS_PLATEAU, "unscaled_inputs"): ("scale_inputs",),
@@ -69,6 +70,7 @@ BY_BIRTH = frozenset(
         (FindingKind.DEAD_UNITS, "symmetry"),
         (FindingKind.LOSS_PLATEAU, "weight_scale"),
         (FindingKind.LOSS_PLATEAU, "recurrence"),
+        (FindingKind.LOSS_MISMATCH, "unscaled_targets"),
         UNTOUCHED,
     }
 )

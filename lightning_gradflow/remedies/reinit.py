@@ -12,16 +12,19 @@ from torch import Tensor, nn
 
 from lightning_gradflow.detectors.zero_weights import zero_weights
 from lightning_gradflow.findings import Finding, FindingKind
-from lightning_gradflow.history import History, Point
+from lightning_gradflow.history import History
 from lightning_gradflow.probes.layers import ROOT, module_named
 from lightning_gradflow.probes.shards import is_sharded
+from lightning_gradflow.remedies.around import activations_around, gates_of
 from lightning_gradflow.remedies.attention import draw_attention
 from lightning_gradflow.remedies.bare import Bare, initialise_bare, with_bare
 from lightning_gradflow.remedies.critical import Centre, Treated, centre_of, make_critical
 from lightning_gradflow.remedies.draw_zeros import draw_zeros
 from lightning_gradflow.remedies.fill import fill_missing
+from lightning_gradflow.remedies.fit_outputs import fit_outputs
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.optimizer_state import forget
+from lightning_gradflow.remedies.output_scaling import TargetScale
 from lightning_gradflow.remedies.recurrent_treatment import treat
 from lightning_gradflow.remedies.sick_layers import FAR, MAX_OFF, MAX_SPREAD
 from lightning_gradflow.remedies.symmetry import break_symmetry
@@ -43,12 +46,14 @@ class Reinit:
         before: what was measured before, such as the `span` of the gains in decades.
         after: the same with the new weights.
         centres: layers whose inputs lie far from 0, with the mean and the spread of these inputs.
+        targets: where the targets of an output layer lie, that was made for them.
     """
 
     layers: tuple[str, ...]
     before: Mapping[str, float] = field(default_factory=dict)
     after: Mapping[str, float] = field(default_factory=dict)
     centres: Mapping[str, Centre] = field(default_factory=dict)
+    targets: TargetScale | None = None
 
 
 def reinitialise(training: Training, finding: Finding, *, only_far: bool = False) -> Reinit | None:
@@ -60,6 +65,8 @@ def reinitialise(training: Training, finding: Finding, *, only_far: bool = False
     usual initialisation gives are drawn by the book then, unless `only_far` is set (see `draw_unusual`). Where no batch
     can be had, the layers that the finding names are drawn by the initialisation that suits the activations around them
     (see `textbook`).
+
+    Output layers whose targets are far larger than what they give start where these are (see `fit_outputs`).
 
     Bare matrices, which modules of the user's own multiply with, count as layers in all of this (see `bare`).
 
@@ -79,6 +86,8 @@ def reinitialise(training: Training, finding: Finding, *, only_far: bool = False
         return Reinit(treated.layers, treated.before, treated.after, _centres(training, treated.layers))
     if (finding.kind, finding.cause) == (FindingKind.NO_GRADIENT, "initialisation"):
         return _without_zeros(training, finding)
+    if (finding.kind, finding.cause) == (FindingKind.LOSS_MISMATCH, "unscaled_targets"):
+        return _with_targets(training)
     if training.rehearse is not None:
         try:
             done = _from_data(training, finding, only_far)
@@ -90,6 +99,23 @@ def reinitialise(training: Training, finding: Finding, *, only_far: bool = False
             if done is not None or not is_output:
                 return done
     return None if only_far else _by_the_book(training, finding)
+
+
+def _with_targets(training: Training) -> Reinit | None:
+    """Lets an output layer start where its targets are."""
+    if training.rehearse is None:
+        return None
+    with training.rehearse() as (module, run):
+        done = fit_outputs(module, run)
+        if done is None:
+            return None
+        fresh = {name: [p.detach().clone() for p in parameters] for name, parameters in done.changed.items()}
+    if not _copied(training.model, fresh):
+        return None
+    # what an optimizer knows of all layers is the size that the error has given their gradients
+    forget(training.optimizers, training.model.parameters())
+    numbers = {"target_mean": float(done.scale.mean.mean()), "target_deviation": done.scale.deviation}
+    return Reinit(tuple(name or ROOT for name in fresh), after=numbers, targets=done.scale)
 
 
 def _without_zeros(training: Training, finding: Finding) -> Reinit | None:
@@ -131,10 +157,13 @@ def _from_data(training: Training, finding: Finding, only_far: bool) -> Reinit |
             drawn |= draw_tables(module, finding.layers, bare.multiplied, training.seed)
         drawn |= bare.draw_loops(module, training.seed)
         whole = bare.layers(module, with_loops=False)
-        treated = make_critical(whole, whole.routed(run), training.seed, max_off, max_spread)
+        gates = gates_of(training.history)
+        treated = make_critical(whole, whole.routed(run), training.seed, max_off, max_spread, gates=gates)
         if "output_growth" in finding.evidence and not _helps_outputs(treated):
             return None
         drawn |= bare.owners(module, treated.changed)
+        fitted = fit_outputs(module, run)
+        drawn |= fitted.changed if fitted is not None else {}
         fresh = {name: [p.detach().clone() for p in parameters] for name, parameters in drawn.items()}
     changed = _copied(training.model, fresh)
     if not changed:
@@ -143,7 +172,8 @@ def _from_data(training: Training, finding: Finding, only_far: bool) -> Reinit |
     forget(training.optimizers, training.model.parameters() if is_of_tables else changed)
     before, after = treated.spans
     layers = tuple(name or ROOT for name in fresh)
-    return Reinit(layers, {"span": before}, {"span": after}, treated.centres)
+    targets = fitted.scale if fitted is not None else None
+    return Reinit(layers, {"span": before}, {"span": after}, treated.centres, targets)
 
 
 def _helps_outputs(treated: Treated) -> bool:
@@ -230,23 +260,3 @@ def _by_the_book(training: Training, finding: Finding) -> Reinit | None:
 def _look_fresh(module: nn.Module) -> bool:
     weights = [p for p in module.parameters(recurse=False) if p.dim() > 1]
     return all(is_sharded(p) or looks_fresh(p) for p in weights)
-
-
-def activations_around(points: Sequence[Point]) -> dict[str, tuple[str, str]]:
-    """For each layer the activations next to it in order of execution: (what its input comes from, what follows).
-
-    Example:
-        >>> activations_around([Point("a", "a"), Point("s", "s", "sigmoid"), Point("b", "b")])
-        {'a': ('', 'sigmoid'), 'b': ('sigmoid', '')}
-    """
-    found: dict[str, tuple[str, str]] = {}
-    before, layer = "", ""
-    for point in points:
-        if point.is_layer:
-            found[point.name] = (before, "")
-            before, layer = "", point.name
-        else:
-            before = point.op
-            if layer and not found[layer][1]:
-                found[layer] = (found[layer][0], point.op)
-    return found

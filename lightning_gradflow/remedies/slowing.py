@@ -150,7 +150,7 @@ def _tried(training: Training, held: Held) -> float:
     train = training.pace
     if train is None:
         return 1.0
-    scaling = held.scaling.state_dict() if held.scaling.layers else None
+    scaling = held.coordinates.state_dict() if held.coordinates.is_in_force else None
     try:
         return fitting_factor(lambda factor, steps: train(factor, steps, scaling)) or 1.0
     except RehearsalError:

@@ -43,7 +43,7 @@ class CopiesTrained(Protocol):
         Args:
             factor: of the learning rate.
             steps: how many.
-            scaling: the state of an `InputScaling` in whose coordinates the copy trains.
+            scaling: the state of `Coordinates` in which the copy trains.
 
         Raises:
             RehearsalError: if no copy can be trained.

@@ -49,6 +49,8 @@ def _reinit(patient: Patient) -> Treatment | None:
     if done is None:
         return None
     patient.held.centre({**behind, **done.centres})
+    if done.targets is not None and patient.training.unsharded is None:
+        patient.held.scale_outputs(done.targets)
     _clip_new(patient, done.layers)
     before, after = slow_down_anew(patient)
     note = f"the scale of the inputs folded into {', '.join(folded)}" if folded else ""
@@ -97,7 +99,7 @@ def _drawn(training: Training, finding: Finding) -> Reinit | None:
     if rest is None:
         return done
     layers = tuple(dict.fromkeys((*done.layers, *rest.layers)))
-    return Reinit(layers, done.before, rest.after, {**done.centres, **rest.centres})
+    return Reinit(layers, done.before, rest.after, {**done.centres, **rest.centres}, rest.targets or done.targets)
 
 
 def _clip_new(patient: Patient, layers: Sequence[str]) -> None:
@@ -146,6 +148,8 @@ def _scale_inputs(patient: Patient) -> Treatment | None:
         return None
     for anew in drawn:
         patient.held.centre(anew.centres)
+        if anew.targets is not None:
+            patient.held.scale_outputs(anew.targets)
         _clip_new(patient, anew.layers)
     before, after = slow_down_anew(patient) if not keeps else ({}, {})
     names = dict.fromkeys(name for anew in drawn for name in anew.layers)

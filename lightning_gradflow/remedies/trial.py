@@ -32,6 +32,7 @@ from lightning_gradflow.remedies.verdict import (
 )
 from lightning_gradflow.remedies.ways_back import LEARNT, WaysBack
 
+_STUCK = (FindingKind.LOSS_PLATEAU, FindingKind.LOSS_MISMATCH)
 _FIRST_STEPS = 10  # in which nothing is learnt that is worth more than a better start
 _NEWEST = 20  # losses that tell whether a run goes on
 
@@ -84,7 +85,7 @@ class Mitigation:
     @property
     def changes_gradients(self) -> bool:
         """Whether a remedy is in force that has something to do before an optimizer steps."""
-        return self._held is not None and (self._held.clipper is not None or bool(self._held.scaling.layers))
+        return self._held is not None and (self._held.clipper is not None or self._held.coordinates.is_in_force)
 
     def before_step(self, optimizer: torch.optim.Optimizer, scale: Tensor | None = None) -> None:
         """The gradients of an optimizer are complete; see `Held.before_step`."""
@@ -182,7 +183,7 @@ class Mitigation:
         # a loss that comes down from an absurd start has learnt nothing in the first steps; of one that stands still
         # with what it was born with the detector has asked how much it has learnt
         is_new = history.rows[-1].step < _FIRST_STEPS or not has_learnt(history, LEARNT)
-        is_stuck = finding.kind is FindingKind.LOSS_PLATEAU and (finding.kind, finding.cause) in BY_BIRTH
+        is_stuck = finding.kind in _STUCK and (finding.kind, finding.cause) in BY_BIRTH
         return remedy != "reinit" or is_new or is_stuck
 
     def _is_late(self, history: History) -> bool:

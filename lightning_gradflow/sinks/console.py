@@ -184,7 +184,7 @@ def _print(console: Console, view: View) -> None:
             console.print(f"The {len(shown)} layers that stand out most; {len(lines) - len(shown)} more are left out.")
     told: set[Suggestion] = set()
     for finding in words.shown(view.findings):
-        _print_finding(console, finding, told)
+        _print_finding(console, finding, told, is_cured=words.is_cured(finding, view.actions))
     if view.actions:
         console.print(Text(f"\nWhat was changed ({len(view.actions)})", style="bold"))
         for action in view.actions[-MAX_ACTIONS:]:
@@ -218,23 +218,26 @@ def _table(lines: list[LayerLine], step: int) -> Table:
     return table
 
 
-def _print_finding(console: Console, finding: Finding, told: set[Suggestion]) -> None:
+def _print_finding(console: Console, finding: Finding, told: set[Suggestion], *, is_cured: bool) -> None:
     """A finding and, while it lasts, what to do: the best cure with its code, the others by name.
 
-    What was `told` under a finding above is not repeated. Code starts at the left edge and is never wrapped.
+    One that was cured in the run comes back in the next, so there is something to do too. What was `told` under a
+    finding above is not repeated. Code starts at the left edge and is never wrapped.
     """
     from rich.text import Text
 
     head = f"\n{words.kind(finding)} [{finding.severity.value}, {words.period(finding)}]"
     console.print(Text(head, style=f"bold {_COLOURS[finding.severity.value]}" if finding.is_open else "dim"))
     console.print(Text(words.message(finding)))
-    fresh = [s for s in finding.suggestions if s not in told] if finding.is_open else []
-    as_above = finding.is_open and bool(finding.suggestions) and finding.suggestions[0] in told
+    is_due = finding.is_open or is_cured
+    what = "What to do" if finding.is_open else "For the next run"
+    fresh = [s for s in finding.suggestions if s not in told] if is_due else []
+    as_above = is_due and bool(finding.suggestions) and finding.suggestions[0] in told
     if as_above:
-        console.print(Text(f"What to do: as above ({finding.suggestions[0].title})", style="bold"))
+        console.print(Text(f"{what}: as above ({finding.suggestions[0].title})", style="bold"))
     best = [] if as_above else fresh[:1]
     for suggestion in best:
-        console.print(Text(f"What to do: {suggestion.title}", style="bold"))
+        console.print(Text(f"{what}: {suggestion.title}", style="bold"))
         source = f" ({suggestion.reference})" if suggestion.reference else ""
         console.print(Text(f"{suggestion.reason}{source}"))
         for line in suggestion.code.splitlines():

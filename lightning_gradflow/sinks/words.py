@@ -106,6 +106,22 @@ def period(finding: Finding) -> str:
     return f"steps {finding.step} to {finding.resolved_step}, resolved"
 
 
+def is_cured(finding: Finding, actions: Iterable[Action]) -> bool:
+    """Whether an alarm is over, and something that was done for its cause was kept.
+
+    Example:
+        >>> from lightning_gradflow.findings import FindingKind, Severity
+        >>> cured = Finding(FindingKind.VANISHING_GRADIENT, Severity.CRITICAL, 1, cause="depth", resolved_step=25)
+        >>> is_cured(cured, [Action(1, "reinit", ("fc1",), "depth", outcome="kept")])
+        True
+    """
+    is_over = finding.severity.is_alarm and not finding.is_open
+    return is_over and any(
+        action.outcome == "kept" and action.reason == finding.cause and action.step >= finding.step
+        for action in actions
+    )
+
+
 DEEDS = {
     "clip": "began to clip the gradient norm",
     "reinit": "drew {layers} anew",

@@ -17,7 +17,7 @@ def test_every_cause_has_a_text_with_its_layers_and_numbers(kind, cause):
     assert text.endswith(".")
     assert ": :" not in text
     assert cause == "unknown" or UNKNOWN not in text
-    assert kind in {"loss_plateau", "nonfinite_gradient"} or "net.0" in text
+    assert kind in {"loss_plateau", "loss_mismatch", "nonfinite_gradient"} or "net.0" in text
     assert "\n" not in text
 
 

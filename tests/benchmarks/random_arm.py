@@ -13,13 +13,13 @@ from torch import nn
 
 from lightning_gradflow import AutoMitigator, Finding, FindingKind, GradFlow, Severity
 from lightning_gradflow.callbacks.copies import apart, can_rehearse, loss_of, quiet_copy
+from lightning_gradflow.remedies.around import activations_around
 from lightning_gradflow.remedies.clip import Clipper
 from lightning_gradflow.remedies.input_scaling import InputScaling
 from lightning_gradflow.remedies.learning_rate import RateFactor
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.recurrent import reinitialise_recurrence
 from lightning_gradflow.remedies.recycle import recycle
-from lightning_gradflow.remedies.reinit import activations_around
 from lightning_gradflow.remedies.snapshot import Snapshot
 from lightning_gradflow.remedies.textbook import initialise, name_for
 from lightning_gradflow.remedies.training import Training

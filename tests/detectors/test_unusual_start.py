@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from lightning_gradflow.callbacks.plateau_detector import PlateauDetector
+from lightning_gradflow.detectors.chaotic_state import ChaoticState
+from lightning_gradflow.detectors.large_tables import LargeTables
 from lightning_gradflow.detectors.standstill import stands_still, starts_with_embedding
-from lightning_gradflow.detectors.unusual_start import UnusualStart
 from lightning_gradflow.findings import Ledger
 from lightning_gradflow.history import History, Point, Row
 from tests.detectors.runs import stack, verdict
@@ -34,8 +35,13 @@ def run(points=None, losses=STILL, values=None, interval=10, lr=None, later=None
     return history
 
 
+def judge(history):
+    """What both say: they share nothing but the kind of the finding."""
+    return [*ChaoticState().judge(history), *LargeTables().judge(history)]
+
+
 def judged(**changes):
-    return verdict(UnusualStart().judge(run(**changes)))
+    return verdict(judge(run(**changes)))
 
 
 def radii(*values):
@@ -94,7 +100,7 @@ def test_a_loop_by_hand_is_judged_in_the_same_way(values, expected):
 
 
 def test_the_numbers_behind_it_are_told():
-    (finding,) = UnusualStart().judge(run(values=CHAOS, losses=STILL[:61]))
+    (finding,) = ChaoticState().judge(run(values=CHAOS, losses=STILL[:61]))
     assert (finding.kind, finding.step) == ("loss_plateau", 60)
     assert finding.evidence == {"steps": 60.0, "loss": 2.3, "recurrent_radius": 8.0}
 
@@ -178,7 +184,7 @@ SLOW = np.linspace(2.3, 1.3, 101)
     ],
 )
 def test_tables_that_make_up_the_loss_are_found(shares, expected):
-    found = UnusualStart().judge(run(points=TABLES, values=tables(*shares)))
+    found = LargeTables().judge(run(points=TABLES, values=tables(*shares)))
     assert verdict(found) == ([("warning", "weight_scale", expected)] if expected else [])
     if expected:
         named = [share for share, point in zip(shares, TABLES, strict=True) if point.name in expected]
@@ -276,7 +282,7 @@ def test_several_optimizers_are_not_judged():
 
 
 def test_nothing_is_said_of_nothing():
-    assert UnusualStart().judge(History()) == []
+    assert judge(History()) == []
     assert not stands_still(History())
     assert judged() == []
 
@@ -305,13 +311,13 @@ def test_more_layers_that_are_well_change_nothing():
     assert judged(points=stack(6), values=radii(nan, 8.0, nan, nan, 1.0, nan)) == SICK
 
 
-@pytest.mark.parametrize("argument", ["max_radius", "max_embedding"])
+@pytest.mark.parametrize(("kind", "argument"), [(ChaoticState, "max_radius"), (LargeTables, "max_embedding")])
 @pytest.mark.parametrize("value", [0.0, -1.0, nan, math.inf])
-def test_limits_out_of_range_are_refused(argument, value):
+def test_limits_out_of_range_are_refused(kind, argument, value):
     with pytest.raises(ValueError, match=rf"{argument} must be .*, got"):
-        UnusualStart(**{argument: value})
+        kind(**{argument: value})
 
 
 def test_limits_are_the_callers():
-    assert verdict(UnusualStart(max_radius=9.0).judge(run(values=CHAOS))) == []
-    assert verdict(UnusualStart(max_embedding=20.0).judge(run(points=EMBEDDED, values=embedding()))) == []
+    assert verdict(ChaoticState(max_radius=9.0).judge(run(values=CHAOS))) == []
+    assert verdict(LargeTables(max_embedding=20.0).judge(run(points=EMBEDDED, values=embedding()))) == []

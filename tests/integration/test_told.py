@@ -78,6 +78,14 @@ class Penalty(Net):
         return F.cross_entropy(self(x).detach(), y) + 1e-5 * sum(p.square().sum() for p in self.parameters())
 
 
+class Probabilities(Net):
+    """A softmax too many."""
+
+    def training_step(self, batch, _):
+        x, y = batch
+        return F.cross_entropy(self(x).softmax(1), y)
+
+
 class Counted(Net):
     """A number is asked for, and it is rounded before the loss."""
 
@@ -125,6 +133,7 @@ ALL = {"body.0", "body.2", "head"}
         (Listed, ("no_gradient", "not_optimized", {"body"})),
         (Penalty, ("no_gradient", "detached", ALL)),
         (Counted, ("no_gradient", "detached", ALL)),
+        (Probabilities, ("loss_mismatch", "softmax_twice", set())),
         (lambda: Net(torch.bfloat16, lr=2e-5), ("update_ratio", "rounding", ALL)),
         (lambda: Net(torch.bfloat16, lr=1e-9), ("update_ratio", "rounding", ALL)),
     ],

@@ -12,9 +12,10 @@ from torch import nn
 
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History, Point, Row
+from lightning_gradflow.remedies.around import activations_around
 from lightning_gradflow.remedies.critical import make_critical
 from lightning_gradflow.remedies.recurrent_treatment import treat
-from lightning_gradflow.remedies.reinit import activations_around, reinitialise
+from lightning_gradflow.remedies.reinit import reinitialise
 from lightning_gradflow.remedies.sick_layers import FAR
 from lightning_gradflow.remedies.textbook import initialise
 from lightning_gradflow.remedies.training import RehearsalError, Training

@@ -1,26 +1,18 @@
-"""Does nothing get learnt because of weights that no usual initialisation gives?"""
+"""Does nothing get learnt because of tables that are far too large?"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.known import columns_of_layers, first_values, newest_values
-from lightning_gradflow.detectors.standstill import (
-    is_judged,
-    present_loss,
-    stands_still,
-    steps_at_full_rate,
-    still_falls,
-)
-from lightning_gradflow.findings import Finding, FindingKind, Severity
+from lightning_gradflow.detectors.standstill import YOUNG, from_the_start, is_judged, stands_still, still_falls
+from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
 
-_OVERWRITTEN = 0.3  # of the weights, by the first step
 _LEARNT = 0.2  # of the starting loss: what is behind the sick layers learns a little by itself
 _HANDED_ON = 3.0  # rms of what differs between samples: a normalisation behind it makes it 1
 _DROWNED = 0.02  # of the largest table
@@ -28,20 +20,17 @@ _MADE_UP = 0.5  # of a small change of the tables, in the loss: healthy runs sta
 _STAYS = 0.75  # of the first share: the more is learnt, the less is made up by the size
 _PART = 0.1  # of the largest share
 _HALVED = 0.5  # of the loss: one that halves from the third to the last quarter of the run gets there
-_YOUNG = 4.0  # times the steps that are needed to learn something: until then a loss may come down from an absurd start
 
 Seen = tuple[tuple[str, ...], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class UnusualStart:
-    """Finds a run that stands still, with weights that were far from any usual initialisation in its first sample.
+class LargeTables:
+    """Finds a run that gets nowhere with tables that were far larger than usual in its first sample.
 
-    Such weights alone are no finding, for many a network learns with them. Together with a run that learns nothing
-    (`stands_still`) they are the reason. It is enough if one of these was so:
+    Such tables alone are no finding, for many a network learns with them (`loss_plateau`, `weight_scale`). They are one
+    if one of these is so:
 
-    - the recurrent weights of a layer, or of a loop that is written by hand, had a spectral radius above `max_radius`:
-      its state is chaos, which its bounds hide (`recurrence`);
     - tables that are multiplied with each other, or that the output is made by, make up the loss (`weight_scale`): from
       the first sample to the newest one it would fall, if they were smaller by a small share, by more than half of that
       share. A loss that is made by the size of outputs falls by as much (cross-entropy) or twice as much (squares), for
@@ -56,87 +45,42 @@ class UnusualStart:
     weights, from which a run may go on where there is little left to learn, are as large.
 
     Args:
-        max_radius: in (0, inf). The default of 4 is far beyond what is drawn: uniform weights have 0.6 and orthogonal
-            ones 1; from about 1.5 on the state is chaotic.
         max_embedding: root mean square, in (0, inf). By default 10: `nn.Embedding` is drawn with 1, and most others are
             smaller.
 
     Raises:
-        ValueError: if a limit is out of its range.
+        ValueError: if the limit is out of its range.
 
     References:
-        Glorot and Bengio 2010, Understanding the difficulty of training deep feedforward neural networks; Sompolinsky
-        et al. 1988, Chaos in random neural networks.
+        Glorot and Bengio 2010, Understanding the difficulty of training deep feedforward neural networks.
 
     Example:
         >>> from lightning_gradflow.history import Row
         >>> history = History()
-        >>> history.layer_axis.merge(["rnn"])
-        >>> history.append(Row(0, {"recurrent_radius": np.array([8.0])}))
+        >>> history.layer_axis.merge(["users", "items"])
+        >>> history.append(Row(0, {"embedding_rms": np.array([15.0, 0.1])}))
         >>> history.append(Row(60, losses=np.full(60, 2.3)))
-        >>> [(f.cause, f.layers) for f in UnusualStart().judge(history)]
-        [('recurrence', ('rnn',))]
+        >>> [(f.cause, f.layers) for f in LargeTables().judge(history)]
+        [('weight_scale', ('users',))]
     """
 
-    max_radius: float = 4.0
     max_embedding: float = 10.0
 
     def __post_init__(self) -> None:
-        check_range("max_radius", self.max_radius, 0, float("inf"))
         check_range("max_embedding", self.max_embedding, 0, float("inf"))
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        if not is_judged(history, young=_YOUNG):
+        if not is_judged(history, young=YOUNG):
             return []
-        chaotic, embedded = _chaotic(history, self.max_radius), _embedded(history, self.max_embedding)
-        has_learnt_nothing = stands_still(history, min_learnt=_LEARNT)
-        if chaotic[0] and has_learnt_nothing:
-            return [_finding(history, "recurrence", *chaotic)]
         if not still_falls(history, _HALVED):
             making_up = _making_up(history)
             if making_up[0]:
-                return [_finding(history, "weight_scale", *making_up)]
-        if embedded[0] and (has_learnt_nothing or not still_falls(history)):
-            return [_finding(history, "weight_scale", *embedded)]
+                return [from_the_start(history, "weight_scale", *making_up)]
+        embedded = _embedded(history, self.max_embedding)
+        if embedded[0] and (stands_still(history, min_learnt=_LEARNT) or not still_falls(history)):
+            return [from_the_start(history, "weight_scale", *embedded)]
         return []
-
-
-def _finding(history: History, cause: str, layers: tuple[str, ...], evidence: dict[str, float]) -> Finding:
-    return Finding(
-        kind=FindingKind.LOSS_PLATEAU,
-        severity=Severity.WARNING,
-        step=history.rows[-1].step,
-        layers=layers,
-        cause=cause,
-        evidence={
-            "steps": float(steps_at_full_rate(history)),
-            "loss": present_loss(history),
-            **evidence,
-        },
-    )
-
-
-def _chaotic(history: History, max_radius: float) -> Seen:
-    """Recurrences with weights far too large for their state to keep anything, the worst first."""
-    # a first step that overwrites the weights has been made when they are measured
-    kept = ~(first_values(history, "update_ratio") > _OVERWRITTEN)
-    radii = np.fmax(first_values(history, "recurrent_radius"), first_values(history, "loop_radius"))
-    radii = np.where(kept, np.nan_to_num(radii, nan=0.0), 0.0)
-    worst = [int(i) for i in np.argsort(-radii, kind="stable") if radii[i] > max_radius]
-    if not worst:
-        return (), {}
-    layers = [history.layers[i] for i in worst]
-    return tuple(dict.fromkeys([*layers, *_in_loops_of(history, layers)])), {"recurrent_radius": float(radii[worst[0]])}
-
-
-def _in_loops_of(history: History, layers: Collection[str]) -> list[str]:
-    """Layers that are called as often in a forward pass as one of these, and are no loops: they go into these."""
-    calls = dict(zip(history.points, first_values(history, "calls"), strict=True))
-    turns = {calls[point] for point in history.points if point.is_layer and point.module in layers}
-    own = dict(zip(history.layers, first_values(history, "loop_radius"), strict=True))
-    beside = [point.module for point in history.points if point.is_layer and calls[point] in turns]
-    return [name for name in beside if math.isnan(own.get(name, math.nan))]
 
 
 def _making_up(history: History) -> Seen:

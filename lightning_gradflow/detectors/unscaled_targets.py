@@ -1,0 +1,108 @@
+"""Are the targets far larger than what the network gives?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_gradflow.detectors.base import check_range
+from lightning_gradflow.detectors.known import first_values, known_rows, layer_mask, newest_values
+from lightning_gradflow.detectors.standstill import present_loss, steps_at_full_rate, steps_needed
+from lightning_gradflow.findings import Finding, FindingKind, Severity
+from lightning_gradflow.history import History
+
+_FIRST = 10  # steps that tell how fast outputs grow
+_RISEN = 3.0  # times the first loss
+
+
+@dataclass(frozen=True)
+class UnscaledTargets:
+    """Finds a regression whose targets are so large that the network would first have to grow its outputs.
+
+    Outputs start with a size of 1. Where targets are prices or years, what a squared or absolute error is made of is as
+    large as they are (`residual_rms`). With Adam, whose steps are of the size of the learning rate, it may take longer
+    than the run to get there; with SGD the first steps, which grow with the error, are too large.
+
+    It is a finding (`loss_mismatch`, `unscaled_targets`) if in the first sample the error was above `min_error` and
+    more than ten times as large as the outputs of the last layer, and one of these is so: it still is when the run had
+    time to learn something (`steps_needed`); the outputs would not get to a tenth of it in the planned steps, if they
+    went on to grow with the square of the steps, as behind a hidden layer; the loss is not finite any more, or three
+    times what it was.
+
+    Args:
+        min_error: root mean square of outputs less targets, in (0, inf). By default 30: to that size a last layer grows
+            in some hundred steps.
+        min_times: how many times the outputs the error is, in (1, inf). By default 10: what is less is made up soon.
+
+    Raises:
+        ValueError: if a limit is out of its range.
+
+    References:
+        LeCun et al. 1998, Efficient BackProp, section 4.5.
+
+    Example:
+        >>> from lightning_gradflow.history import Point, Row
+        >>> history = History()
+        >>> history.add_points([Point("out", "out")])
+        >>> for step, given in ((0, 0.3), (60, 2.0)):
+        ...     sizes = {"residual_rms": 500.0, "loss": 250_000.0}
+        ...     history.append(Row(step, {"output_rms": np.array([given])}, sizes, losses=np.full(60, 250_000.0)))
+        >>> [(f.cause, f.layers) for f in UnscaledTargets().judge(history)]
+        [('unscaled_targets', ('out',))]
+    """
+
+    min_error: float = 30.0
+    min_times: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_range("min_error", self.min_error, 0, float("inf"))
+        check_range("min_times", self.min_times, 1, float("inf"))
+
+    def judge(self, history: History) -> list[Finding]:
+        """The finding of the newest row, if there is one."""
+        errors = history.scalar("residual_rms")
+        known = np.flatnonzero(~np.isnan(errors))
+        outputs = np.flatnonzero(layer_mask(history))
+        if not known.size or known[0] != 0 or not outputs.size or not known_rows(history, "output_rms").any():
+            return []
+        last = int(outputs[-1])
+        first, newest = (
+            float(first_values(history, "output_rms")[last]),
+            float(newest_values(history, "output_rms")[last]),
+        )
+        if not self._is_far(float(errors[0]), first):
+            return []
+        error, steps = float(errors[known[-1]]), steps_at_full_rate(history)
+        planned = float(np.nan_to_num(history.scalar("planned_steps")[-1]))
+        at_the_end = newest * (max(planned - history.rows[-1].step, 0.0) / steps + 1) ** 2 if steps else math.inf
+        had_time = steps >= steps_needed(history)
+        had_time |= planned > 0 and steps >= _FIRST and self._is_far(error, at_the_end)
+        if not (_has_broken(history) or (had_time and self._is_far(error, newest))):
+            return []
+        return [
+            Finding(
+                kind=FindingKind.LOSS_MISMATCH,
+                severity=Severity.WARNING,
+                step=history.rows[-1].step,
+                layers=(history.points[last].module,),
+                cause="unscaled_targets",
+                evidence={
+                    "error": error,
+                    "output_rms": newest,
+                    "steps": float(history.rows[-1].step),
+                    "loss": present_loss(history),
+                },
+            )
+        ]
+
+    def _is_far(self, error: float, output: float) -> bool:
+        return self.min_error < error < math.inf and error > self.min_times * output
+
+
+def _has_broken(history: History) -> bool:
+    losses = history.losses
+    if not losses.size:
+        return False
+    return not math.isfinite(losses[-1]) or losses[-1] > _RISEN * abs(losses[0])

@@ -1,0 +1,42 @@
+"""What stands around a layer, in order of execution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_gradflow.detectors.known import newest_values
+from lightning_gradflow.history import History, Point
+
+_GATE = 0.5  # share of the samples in which an activation was a gate
+
+
+def gates_of(history: History) -> set[str]:
+    """The layers whose output opens or shuts a gate: right before a bounded activation that multiplies a signal."""
+    is_gate = dict(zip(history.points, newest_values(history, "gate_fraction"), strict=True))
+    gates: set[str] = set()
+    layer = ""
+    for point in history.points:
+        layer, before = (point.name, layer) if point.is_layer else ("", layer)
+        if is_gate[point] > _GATE and before and not point.is_layer:
+            gates.add(before)
+    return gates
+
+
+def activations_around(points: Sequence[Point]) -> dict[str, tuple[str, str]]:
+    """For each layer the activations next to it in order of execution: (what its input comes from, what follows).
+
+    Example:
+        >>> activations_around([Point("a", "a"), Point("s", "s", "sigmoid"), Point("b", "b")])
+        {'a': ('', 'sigmoid'), 'b': ('sigmoid', '')}
+    """
+    found: dict[str, tuple[str, str]] = {}
+    before, layer = "", ""
+    for point in points:
+        if point.is_layer:
+            found[point.name] = (before, "")
+            before, layer = "", point.name
+        else:
+            before = point.op
+            if layer and not found[layer][1]:
+                found[layer] = (found[layer][0], point.op)
+    return found

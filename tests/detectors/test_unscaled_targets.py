@@ -1,0 +1,112 @@
+"""Regressions whose targets are far larger than the outputs: each condition from both sides."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lightning_gradflow.callbacks.plateau_detector import PlateauDetector
+from lightning_gradflow.detectors.unscaled_targets import UnscaledTargets
+from lightning_gradflow.history import History, Point, Row
+from lightning_gradflow.remedies.plan import remedies_for
+from tests.detectors.runs import verdict
+
+POINTS = [Point("fc", "fc"), Point("act", "act", "relu"), Point("out", "out"), Point("bound", "bound", "softplus")]
+STANDS = np.full(101, 1e4)
+FOUND = [("warning", "unscaled_targets", ("out",))]
+
+
+def run(errors=(100.0, 100.0), outputs=(0.3, 0.5), losses=STANDS, lr=None, interval=10, **scalars):
+    """A run of which the first and the later samples have these errors and outputs."""
+    history = History()
+    history.layer_axis.merge(["fc", "out"])
+    history.add_points(POINTS)
+    last = -1
+    for step in range(0, len(losses), interval):
+        error, output = (both[min(step, 1)] for both in (errors, outputs))
+        sizes = {} if math.isnan(error) else {"residual_rms": error}
+        rates = {} if lr is None else {"lr": lr(step)}
+        seen = {"output_rms": np.array([50.0, 50.0, output, 50.0])}
+        history.append(Row(step, seen, {**sizes, **rates, **scalars}, losses=np.array(losses[last + 1 : step + 1])))
+        last = step
+    return history
+
+
+def judged(**changes):
+    return verdict(UnscaledTargets().judge(run(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("errors", "outputs", "expected"),
+    [
+        ((100.0, 100.0), (0.3, 0.5), FOUND),
+        ((31.0, 31.0), (0.3, 0.5), FOUND),
+        ((29.0, 29.0), (0.3, 0.5), []),  # a last layer grows to that
+        ((31.0, 29.0), (0.3, 0.5), []),
+        ((100.0, 100.0), (0.3, 9.9), FOUND),
+        ((100.0, 100.0), (0.3, 10.1), []),  # it gets there
+        ((100.0, 100.0), (10.1, 0.5), []),  # nothing that it was born with
+        ((math.nan, 100.0), (0.3, 0.5), []),  # nobody has seen the start
+        ((100.0, math.inf), (0.3, 0.5), []),
+    ],
+)
+def test_it_is_judged_by_the_error_beside_the_outputs(errors, outputs, expected):
+    assert judged(errors=errors, outputs=outputs) == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "planned", "expected"),
+    [(41, math.nan, []), (51, math.nan, FOUND), (51, 4000.0, [])],
+)
+def test_a_run_has_time_to_get_there(length, planned, expected):
+    assert judged(losses=STANDS[:length], planned_steps=planned) == expected
+
+
+@pytest.mark.parametrize(
+    ("output", "planned", "expected"),
+    [
+        (0.1, 40.0, FOUND),  # 1.6 at the end
+        (0.1, 90.0, FOUND),  # 8.1
+        (0.1, 110.0, []),  # 12.1
+        (0.1, math.nan, []),
+    ],
+)
+def test_outputs_that_will_not_get_there_are_told_after_ten_steps(output, planned, expected):
+    assert judged(outputs=(0.05, output), losses=STANDS[:11], planned_steps=planned) == expected
+    assert judged(outputs=(0.05, output), losses=STANDS[:10], interval=9, planned_steps=planned) == []
+
+
+def test_a_warm_up_does_not_count():
+    assert judged(lr=lambda step: 1e-3 * min(step, 60)) == []
+    assert judged(lr=lambda step: 1e-3 * min(step, 40)) == FOUND
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"), [(3.1e4, FOUND), (2.9e4, []), (math.inf, FOUND), (math.nan, FOUND), (1e3, [])]
+)
+def test_steps_that_are_too_large_for_it_show_at_once(last, expected):
+    assert judged(losses=np.array([1e4] * 10 + [last])) == expected
+
+
+def test_the_numbers_behind_it_are_told():
+    (finding,) = UnscaledTargets().judge(run(losses=STANDS[:61]))
+    assert (finding.kind, finding.step) == ("loss_mismatch", 60)
+    assert finding.evidence == {"error": 100.0, "output_rms": 0.5, "steps": 60.0, "loss": 1e4}
+
+
+def test_nothing_is_said_of_nothing():
+    assert UnscaledTargets().judge(History()) == []
+
+
+def test_the_plateau_detector_tells_it_and_a_new_output_layer_is_the_remedy():
+    said = [finding for detector in PlateauDetector().detectors(alone=True) for finding in detector.judge(run())]
+    assert verdict(said[:1]) == FOUND
+    for has_learnt in (False, True):
+        assert remedies_for(said[0].kind, said[0].cause, has_learnt=has_learnt) == ("reinit",)
+
+
+@pytest.mark.parametrize(("argument", "values"), [("min_error", (0.0, -1.0, math.nan)), ("min_times", (1.0, math.inf))])
+def test_limits_out_of_range_are_refused(argument, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"{argument} must be .*, got"):
+            UnscaledTargets(**{argument: value})

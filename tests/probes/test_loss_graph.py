@@ -1,0 +1,187 @@
+"""What goes into a loss function, as autograd tells it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_gradflow.metrics import MISMATCHES
+from lightning_gradflow.probes.loss_graph import LossGraph, mismatches, residual, told
+from lightning_gradflow.probes.transfer import Transfer
+
+N, CLASSES = 8, 5
+TARGET = torch.arange(N) % CLASSES
+ONES = torch.ones(N)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def classes():
+    return nn.Linear(3, CLASSES)(torch.randn(N, 3))
+
+
+def column():
+    return nn.Linear(3, 1)(torch.randn(N, 3))
+
+
+def pixels():
+    return nn.Conv2d(3, CLASSES, 1)(torch.randn(N, 3, 4, 4))
+
+
+PIXELS = torch.zeros(N, 4, 4, dtype=torch.long)
+
+WRONG = {
+    "softmax_twice": [
+        lambda: F.cross_entropy(classes().softmax(1), TARGET),
+        lambda: nn.CrossEntropyLoss()(nn.Softmax(dim=-1)(classes()), TARGET),
+        lambda: F.cross_entropy(classes().softmax(1), TARGET, label_smoothing=0.1),
+        lambda: F.cross_entropy(classes().softmax(1), F.one_hot(TARGET, CLASSES).float()),
+        lambda: 0.5 * F.cross_entropy(classes().softmax(1), TARGET, reduction="none").mean() + column().mean(),
+        lambda: F.cross_entropy(pixels().softmax(1), PIXELS),
+        # another shape between them, in which the classes are at another place
+        lambda: F.cross_entropy(pixels().permute(0, 2, 3, 1).softmax(-1).reshape(-1, CLASSES), PIXELS.flatten()),
+        lambda: F.cross_entropy(classes()[None].softmax(-1).transpose(1, 2), TARGET[None]),
+        lambda: F.cross_entropy(classes().softmax(1).half().float(), TARGET),
+    ],
+    "sigmoid_twice": [
+        lambda: F.binary_cross_entropy_with_logits(column().sigmoid(), ONES[:, None]),
+        lambda: nn.BCEWithLogitsLoss()(column().sigmoid().squeeze(1), ONES),
+    ],
+    "no_log_softmax": [
+        lambda: F.nll_loss(classes(), TARGET),
+        lambda: F.nll_loss(classes().softmax(1), TARGET),
+        lambda: F.nll_loss(pixels().softmax(1), PIXELS),
+    ],
+    "broadcast": [
+        lambda: F.mse_loss(column(), ONES),
+        lambda: F.mse_loss(column().squeeze(1), ONES[:, None]),
+        lambda: F.l1_loss(column(), ONES),
+        lambda: F.smooth_l1_loss(column(), ONES),
+        lambda: F.huber_loss(column(), ONES),
+        lambda: (column() - ONES).square().mean(),
+        lambda: (ONES - column()).abs().sum(),
+    ],
+}
+RIGHT = [
+    lambda: F.cross_entropy(classes(), TARGET),
+    lambda: F.cross_entropy(classes().log_softmax(1), TARGET),
+    lambda: F.cross_entropy(pixels(), PIXELS),
+    lambda: F.nll_loss(classes().log_softmax(1), TARGET),
+    lambda: F.nll_loss((classes().softmax(1) + 1e-8).log(), TARGET),
+    lambda: F.cross_entropy(classes().softmax(1) @ torch.randn(CLASSES, 4), TARGET % 4),  # an attention
+    lambda: F.kl_div(classes().log_softmax(1), torch.randn(N, CLASSES).softmax(1), reduction="batchmean"),
+    lambda: F.binary_cross_entropy_with_logits(column(), ONES[:, None]),
+    lambda: F.binary_cross_entropy(column().sigmoid(), ONES[:, None]),
+    lambda: F.binary_cross_entropy_with_logits(2 * column().sigmoid() - 1, ONES[:, None]),
+    lambda: F.mse_loss(column(), ONES[:, None]),
+    lambda: F.mse_loss(column().squeeze(1), ONES),
+    lambda: F.mse_loss(classes(), torch.zeros(CLASSES).expand(N, CLASSES)),
+    lambda: (column().squeeze(1) - ONES).square().mean(),
+    lambda: (classes() - torch.zeros(CLASSES)).square().mean(),  # one target for all
+    lambda: (column() - column().T).square().mean(),  # pairs that are meant
+    lambda: column().sum(),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize(("cause", "loss"), [(cause, loss) for cause, losses in WRONG.items() for loss in losses])
+def test_a_loss_of_the_wrong_thing_is_told(cause, loss):
+    assert mismatches(loss()) == {cause}
+
+
+@pytest.mark.parametrize("loss", RIGHT)
+def test_a_loss_of_the_right_thing_is_none(loss):
+    assert not mismatches(loss())
+
+
+def test_every_one_has_a_meaning():
+    assert set(WRONG) == set(MISMATCHES)
+
+
+def test_under_autocast_too():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mismatches(F.cross_entropy(classes().softmax(1), TARGET)) == {"softmax_twice"}
+        assert not mismatches(F.cross_entropy(classes(), TARGET))
+
+
+def test_a_loss_without_a_graph_tells_nothing():
+    assert not mismatches(torch.tensor(1.0))
+    assert not mismatches(torch.tensor(1.0, requires_grad=True))
+
+
+def test_the_graph_is_not_walked_to_its_end():
+    x = column()
+    for _ in range(10_000):
+        x = x + 1
+    assert not mismatches(F.mse_loss(x, ONES[:, None]))
+    assert not mismatches(x.sum())
+
+
+def test_what_lies_deep_in_the_network_is_not_its_loss():
+    x = F.cross_entropy(classes().softmax(1), TARGET)
+    for _ in range(200):
+        x = x + 1
+    assert not mismatches(x)
+
+
+def itself_times(values):
+    return values * values
+
+
+TARGETS = 100 + 20 * torch.arange(N)[:, None].float()
+ERRORS = {
+    "mse": F.mse_loss,
+    "mse, not reduced": lambda y, t: F.mse_loss(y, t, reduction="none").sum(),
+    "root": lambda y, t: F.mse_loss(y, t).sqrt(),
+    "l1": F.l1_loss,
+    "smooth": F.smooth_l1_loss,
+    "huber": F.huber_loss,
+    "power": lambda y, t: ((y - t) ** 2).mean(),
+    "square": lambda y, t: (t - y).square().mean(),
+    "abs": lambda y, t: 0.1 * (t - y).abs().mean(),
+    "product": lambda y, t: itself_times(y - t).mean(),
+    "with a penalty": lambda y, t: F.mse_loss(y, t) + 1e-3 * y.square().mean(),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_an_error_is_as_large_as_outputs_less_targets(error):
+    outputs = column()
+    found = residual(error(outputs, TARGETS))
+    expected = (outputs - TARGETS).detach().double().square().sum()
+    assert found.tolist() == pytest.approx([float(expected), N])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: F.cross_entropy(classes(), TARGET),
+        lambda: column().square().mean(),
+        lambda: (column() - column()).square().mean(),  # no targets
+        lambda: ((column() - TARGETS) ** 4).mean(),
+        lambda: ((column() - TARGETS) * column()).mean(),
+        lambda: torch.tensor(1.0),
+    ],
+)
+def test_what_is_no_error_has_no_residual(loss):
+    assert residual(loss()) is None
+
+
+def test_of_large_outputs_the_first_entries_are_enough():
+    outputs = torch.zeros(3, 10_000, requires_grad=True)
+    squares, number = residual(F.mse_loss(outputs, torch.full((3, 10_000), 2.0))).tolist()
+    assert number < 20_000
+    assert squares / number == 4.0
+
+
+def test_what_was_seen_in_a_sample_comes_to_the_row():
+    graph, transfer = LossGraph(), Transfer()
+    graph.look(F.mse_loss(torch.zeros(4, 1, requires_grad=True), torch.full((4, 1), 3.0)))
+    graph.look(F.cross_entropy(classes().softmax(1), TARGET))
+    graph.share(transfer)
+    assert told(transfer.fetch()) == {"residual_rms": 3.0, "softmax_twice": 1.0}
+    LossGraph().share(transfer)
+    assert told(transfer.fetch()) == {}
