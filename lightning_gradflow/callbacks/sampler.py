@@ -17,7 +17,7 @@ from lightning_gradflow.history import Floats, History, Row
 from lightning_gradflow.probes.collector import paused_collector
 from lightning_gradflow.probes.gradients import GradientProbe
 from lightning_gradflow.probes.layers import LayerMap
-from lightning_gradflow.probes.loss_graph import LossGraph, told
+from lightning_gradflow.probes.loss_graph import LossProbe, told
 from lightning_gradflow.probes.loss_line import unpack
 from lightning_gradflow.probes.ranks import RankFailedError, Topology
 from lightning_gradflow.probes.signals import SignalProbe
@@ -64,13 +64,13 @@ class Sampler:
         self._window = window
         self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self._transfer = Transfer(topology, self.device)
+        self._loss = LossProbe()
         self._look_at_model()
         self._losses = PendingLosses()
         self._read: list[int] = []
         self._closures: dict[int, int] = {}
         self._scale: Tensor | None = None
         self._multiplier = 1.0
-        self._loss_graph = LossGraph()
         self.backwards = self._backwards_before = 0
         self.is_muted = False
         self.is_agreed = True  # on what the ranks are about to do
@@ -83,7 +83,9 @@ class Sampler:
     def _look_at_model(self, before: Mapping[str, Any] | None = None) -> None:
         self._layers = LayerMap(self._model)
         self._history.layer_axis.merge(self._layers.names)
-        self._signals = SignalProbe(self._layers, self._transfer, self._measures_activations, self._window)
+        self._signals = SignalProbe(
+            self._layers, self._transfer, self._measures_activations, self._window, self._loss.see
+        )
         if before is not None:
             self._signals.load_state_dict(before["signals"])
         self._spectra = SpectralProbe(self._layers, self._transfer)
@@ -165,7 +167,7 @@ class Sampler:
             self.step = step
             self._read, self._closures, self.backwards = [], {}, 0
             self._scale, self._multiplier = None, 1.0
-            self._loss_graph = LossGraph()
+            self._loss.clear()
         self._in_batch = True
         self._backwards_before = self.backwards
         return begins
@@ -179,7 +181,7 @@ class Sampler:
         if not self.gradients_only:
             self._signals.before_backward()
             if loss is not None:
-                self._loss_graph.look(loss)
+                self._loss.before_backward(loss)
 
     def after_backward(self, more_to_come: bool, scale: Tensor | None = None) -> None:
         """A backward pass is over.
@@ -320,7 +322,7 @@ class Sampler:
             if self._scale is not None:
                 self._transfer.put("loss scale", self._scale.reshape(1))
             self._transfer.share_numbers("decision", [float(decision)])
-            self._loss_graph.share(self._transfer)
+            self._loss.share(self._transfer)
             if line is not None:
                 self._transfer.share_numbers("loss line", line)
             host = self._fetch_with_losses(validation)

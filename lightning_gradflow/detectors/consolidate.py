@@ -30,9 +30,9 @@ _FOLLOWS: tuple[tuple[_Some, _Some], ...] = (
     # a loss that stands is the last link of every chain
     (_Some((_PLATEAU,)), _Some((_NONFINITE,))),
     # with the wrong formula nothing can be said of the steps
-    (_Some((_PLATEAU,), (_SMALL, _LARGE, "no_signal_in_data", "unknown")), _Some((_LOSS,))),
-    (_Some((_UPDATES,), (_SMALL, _LARGE)), _Some((_LOSS,))),
-    (_Some((_EXPLODING,), (_LARGE, "unknown")), _Some((_LOSS,))),
+    (_Some((_PLATEAU,), (_SMALL, "no_signal_in_data", "unknown")), _Some((_LOSS,))),
+    (_Some((_UPDATES, _PLATEAU), (_SMALL, _LARGE)), _Some((_LOSS,), ("unscaled_targets",))),
+    (_Some((_EXPLODING,), (_LARGE, "unknown")), _Some((_LOSS,), ("unscaled_targets",))),
     (_Some((_PLATEAU,)), _Some((_NO_GRADIENT,), ("detached", "initialisation"))),
     (_Some((_PLATEAU,), (_SMALL, "unknown")), _Some((_NO_GRADIENT,), ("not_optimized",))),
     (_Some((_PLATEAU,), ("vanishing_gradient",)), _Some((_VANISHING,))),

@@ -17,8 +17,10 @@ YOUNG = 4.0
 PATIENCE = 50
 """Steps: by then a network that is well has learnt something."""
 
+LONGEST = 300
+"""Steps: from there on a loss that stands still is a plateau, whatever the cause."""
+
 _SHARE = 0.2  # of the planned steps, where that is more than the patience: Adam makes up for much in time
-_LONGEST = 300  # steps: from there on a loss that stands still is a plateau, whatever the cause
 _FULL = 0.1  # of the largest learning rate: below, nothing can be expected
 _YOUNG = 2.0  # times the patience: what sets in later has another reason
 _FALLEN = 0.02  # of the loss, over the second half of the run so far
@@ -29,7 +31,7 @@ _PRESENT = 20  # losses: one alone is that of a batch
 def steps_needed(history: History, patience: int = PATIENCE) -> float:
     """How many steps a run has to learn something: `patience`, or 20 % of the planned ones if more, 300 at most."""
     planned = float(np.nan_to_num(history.scalar("planned_steps")[-1]))
-    return max(patience, min(_SHARE * planned, _LONGEST))
+    return max(patience, min(_SHARE * planned, LONGEST))
 
 
 def steps_at_full_rate(history: History) -> int:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
-from lightning_gradflow.detectors.known import first_values, known_rows, layer_mask, newest_values
-from lightning_gradflow.detectors.standstill import present_loss, steps_at_full_rate, steps_needed
+from lightning_gradflow.detectors.known import layer_mask, newest_values
+from lightning_gradflow.detectors.standstill import LONGEST, PATIENCE, present_loss, steps_at_full_rate, steps_needed
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
 _FIRST = 10  # steps that tell how fast outputs grow
 _RISEN = 3.0  # times the first loss
+_TOLD = 3  # losses that tell so: one alone is that of a batch
+_ALIKE = 0.05  # share by which the sizes of some outputs and of all may differ
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,10 @@ class UnscaledTargets:
     than the run to get there; with SGD the first steps, which grow with the error, are too large.
 
     It is a finding (`loss_mismatch`, `unscaled_targets`) if in the first sample the error was above `min_error` and
-    more than ten times as large as the outputs of the last layer, and one of these is so: it still is when the run had
-    time to learn something (`steps_needed`); the outputs would not get to a tenth of it in the planned steps, if they
-    went on to grow with the square of the steps, as behind a hidden layer; the loss is not finite any more, or three
-    times what it was.
+    more than ten times as large as the outputs that it is made of (`compared_rms`), and one of these is so: it still is
+    when the run had time to learn something (`steps_needed`, or 300 steps where nobody knows how long the run will be);
+    the outputs would not get to a tenth of it in the planned steps, if they went on to grow with the square of the
+    steps, as behind a hidden layer; the losses of the first 50 steps are not finite any more, or three times the first.
 
     Args:
         min_error: root mean square of outputs less targets, in (0, inf). By default 30: to that size a last layer grows
@@ -47,7 +49,7 @@ class UnscaledTargets:
         >>> history = History()
         >>> history.add_points([Point("out", "out")])
         >>> for step, given in ((0, 0.3), (60, 2.0)):
-        ...     sizes = {"residual_rms": 500.0, "loss": 250_000.0}
+        ...     sizes = {"residual_rms": 500.0, "compared_rms": given, "planned_steps": 100.0}
         ...     history.append(Row(step, {"output_rms": np.array([given])}, sizes, losses=np.full(60, 250_000.0)))
         >>> [(f.cause, f.layers) for f in UnscaledTargets().judge(history)]
         [('unscaled_targets', ('out',))]
@@ -62,38 +64,26 @@ class UnscaledTargets:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        errors = history.scalar("residual_rms")
+        errors, outputs = history.scalar("residual_rms"), history.scalar("compared_rms")
         known = np.flatnonzero(~np.isnan(errors))
-        outputs = np.flatnonzero(layer_mask(history))
-        if not known.size or known[0] != 0 or not outputs.size or not known_rows(history, "output_rms").any():
+        if not known.size or known[0] != 0 or not self._is_far(errors[0], outputs[0]):
             return []
-        last = int(outputs[-1])
-        first, newest = (
-            float(first_values(history, "output_rms")[last]),
-            float(newest_values(history, "output_rms")[last]),
-        )
-        if not self._is_far(float(errors[0]), first):
-            return []
-        error, steps = float(errors[known[-1]]), steps_at_full_rate(history)
+        error, output, steps = float(errors[known[-1]]), float(outputs[known[-1]]), steps_at_full_rate(history)
         planned = float(np.nan_to_num(history.scalar("planned_steps")[-1]))
-        at_the_end = newest * (max(planned - history.rows[-1].step, 0.0) / steps + 1) ** 2 if steps else math.inf
-        had_time = steps >= steps_needed(history)
+        at_the_end = output * (max(planned - history.rows[-1].step, 0.0) / steps + 1) ** 2 if steps else math.inf
+        had_time = steps >= (steps_needed(history) if planned > 0 else LONGEST)
         had_time |= planned > 0 and steps >= _FIRST and self._is_far(error, at_the_end)
-        if not (_has_broken(history) or (had_time and self._is_far(error, newest))):
+        if not (_has_broken(history) or (had_time and self._is_far(error, output))):
             return []
+        evidence = {"error": error, "output_rms": output, "steps": float(history.rows[-1].step)}
         return [
             Finding(
                 kind=FindingKind.LOSS_MISMATCH,
                 severity=Severity.WARNING,
                 step=history.rows[-1].step,
-                layers=(history.points[last].module,),
+                layers=_layer_of(history, output),
                 cause="unscaled_targets",
-                evidence={
-                    "error": error,
-                    "output_rms": newest,
-                    "steps": float(history.rows[-1].step),
-                    "loss": present_loss(history),
-                },
+                evidence=evidence | {"loss": present_loss(history)},
             )
         ]
 
@@ -102,7 +92,19 @@ class UnscaledTargets:
 
 
 def _has_broken(history: History) -> bool:
+    """Whether a young run has diverged."""
     losses = history.losses
-    if not losses.size:
+    if not losses.size or history.rows[-1].step > PATIENCE:
         return False
-    return not math.isfinite(losses[-1]) or losses[-1] > _RISEN * abs(losses[0])
+    newest = losses[1:][-_TOLD:]
+    return not math.isfinite(losses[-1]) or (newest.size > 0 and float(np.median(newest)) > _RISEN * abs(losses[0]))
+
+
+def _layer_of(history: History, output: float) -> tuple[str, ...]:
+    """The layer whose output is as large as what is compared, the last of them; the last of all where none is."""
+    layers = np.flatnonzero(layer_mask(history))
+    sizes = newest_values(history, "output_rms")[layers]
+    with np.errstate(all="ignore"):
+        alike = layers[np.abs(sizes / output - 1) < _ALIKE]
+    found = alike if alike.size else layers
+    return (history.points[found[-1]].module,) if found.size else ()

@@ -2,60 +2,94 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_gradflow.history import Floats
 from lightning_gradflow.metrics import MISMATCHES, measured
+from lightning_gradflow.probes.comparisons import Comparisons
+from lightning_gradflow.probes.observer import is_measurable
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
 _MOST = 64  # nodes behind the loss: a loss function is made of few
-_SOME = 16384  # entries that tell how large a residual is
+_SOME = 16384  # entries that tell how large an error is
+_MOST_PAIRS = 8  # of outputs and targets in a sample
 _PASS_ON = frozenset(
     {"View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Permute", "T", "Clone", "ToCopy"}
     | {"Alias", "Slice", "Select", "Index", "IndexSelect", "Split", "Unbind"}
 )
 _PAIRED = frozenset({"MseLoss", "SmoothL1Loss", "HuberLoss"})
-_NO_LOGARITHM = frozenset({"Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Relu", "Sigmoid", "Softmax"})
+_LINEAR = frozenset({"Addmm", "Mm", "Bmm", "Baddbmm", "Convolution"})
+_NO_LOGARITHM = _LINEAR | {"Relu", "Sigmoid", "Softmax"}
 
 
-class LossGraph:
-    """What is seen of the losses of one sample; nothing is kept alive."""
+class LossProbe:
+    """What is seen of the losses of one sample; nothing of them is kept alive."""
 
     def __init__(self) -> None:
-        self._mismatches: set[str] = set()
-        self._residual: Tensor | None = None
+        self._comparisons = Comparisons(self._compared)
+        self.clear()
 
-    def look(self, loss: Tensor) -> None:
+    def clear(self) -> None:
+        """Another sample begins."""
+        self._comparisons.clear()
+        self._mismatches: set[str] = set()
+        self._sizes: list[Tensor] = []
+
+    def see(self, func: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Takes a call in the forward pass; see `Comparisons`."""
+        self._comparisons.see(func, result, args, kwargs)
+
+    @torch.no_grad()
+    def _compared(self, outputs: Tensor, targets: Tensor) -> None:
+        if not is_measurable(outputs) or not outputs.numel() or len(self._sizes) == _MOST_PAIRS:
+            return
+        outputs, targets = (_some(values) for values in (outputs, targets))
+        sums = [(outputs - targets).square().sum(), outputs.square().sum(), torch.full_like(outputs[0], len(outputs))]
+        self._sizes.append(torch.stack(sums))
+
+    def before_backward(self, loss: Tensor) -> None:
         """Takes a loss that is about to go back."""
+        self._comparisons.clear()
         self._mismatches |= mismatches(loss)
-        found = residual(loss)
-        self._residual = found if found is not None else self._residual
 
     def share(self, transfer: Transfer) -> None:
         """Hands it over; what any rank has seen counts for all."""
         for name in sorted(self._mismatches):
             transfer.share_numbers(name, [1.0])
-        if self._residual is not None:
-            transfer.share("residual", self._residual)
+        if self._sizes:
+            transfer.share("compared", torch.cat(self._sizes))
+        self.clear()
+
+
+def _some(values: Tensor) -> Tensor:
+    """Entries of the first samples, without a copy of them all."""
+    values = values.detach().reshape(1) if values.dim() == 0 else values.detach()
+    rows = values[: max(1, _SOME * len(values) // values.numel())].flatten()[:_SOME]
+    return rows.to(wide_dtype(rows.device))
 
 
 def told(host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, float]:
-    """The scalars of the row, from what came to the host.
+    """The scalars of the row, from what came to the host: of several errors the largest beside its outputs.
 
     Example:
-        >>> told({"residual": (36.0, 4.0), "broadcast": (1.0,)})
-        {'broadcast': 1.0, 'residual_rms': 3.0}
+        >>> told({"compared": (36.0, 4.0, 4.0), "broadcast": (1.0,)})
+        {'broadcast': 1.0, 'residual_rms': 3.0, 'compared_rms': 1.0}
     """
     found = {name: 1.0 for name in MISMATCHES if name in host}
-    if "residual" in host:
-        squares, number = host["residual"]
-        found["residual_rms"] = measured(math.sqrt(squares / number))
+    if "compared" in host:
+        errors, outputs, numbers = np.asarray(host["compared"], dtype=np.float64).reshape(-1, 3).T
+        with np.errstate(all="ignore"):
+            errors, outputs = np.sqrt(errors / numbers), np.sqrt(outputs / numbers)
+            ratios = np.nan_to_num(errors / np.maximum(outputs, 1.0), nan=np.inf)
+        worst = int(np.argmax(ratios))
+        found["residual_rms"], found["compared_rms"] = measured(errors[worst]), measured(outputs[worst])
     return found
 
 
@@ -81,79 +115,74 @@ def mismatches(loss: Tensor) -> frozenset[str]:
         >>> sorted(mismatches(F.cross_entropy(scores, target)))
         []
     """
-    return frozenset(found for node in _nodes(loss.grad_fn) for found in _found(node))
+    return frozenset(_found(list(_nodes(loss.grad_fn))))
 
 
-@torch.no_grad()
-def residual(loss: Tensor) -> Tensor | None:
-    """(2,) sum of squares and number of what an absolute or squared error is made of: outputs less targets.
-
-    That of Huber's and of `smooth_l1_loss` counts too, and what is written by hand. Of several errors it is the one
-    that is next to the loss; of large ones the first entries are enough. None where there is none.
-
-    Example:
-        >>> from torch.nn import functional as F
-        >>> outputs = torch.zeros(4, 1, requires_grad=True)
-        >>> residual(F.mse_loss(outputs, torch.full((4, 1), 3.0)))
-        tensor([36.,  4.], dtype=torch.float64)
-    """
-    for node in _nodes(loss.grad_fn):
-        values = _residual(node)
-        if values is not None and values.numel():
-            some = values.flatten()[:_SOME].to(wide_dtype(values.device))
-            return torch.stack([some.square().sum(), torch.full_like(some[0], some.numel())])
-    return None
-
-
-def _residual(node: Any) -> Tensor | None:
-    name = _operation(node)
-    if name in _PAIRED:
-        errors: Tensor = node._saved_self - node._saved_target
-        return errors
-    is_even = name == "Abs" or (name == "Pow" and node._saved_exponent == 2)
-    if name == "Mul":
-        sides = [one for one, _ in node.next_functions]
-        is_even = len(sides) == 2 and sides[0] is sides[1]
-    before = node.next_functions[0][0] if is_even else None
-    if before is None or _operation(before) != "Sub" or sum(one is not None for one, _ in before.next_functions) != 1:
-        return None
-    difference: Tensor = node._saved_self
-    return difference
-
-
-def _nodes(first: Any) -> Iterator[Any]:
-    """Those behind the loss, nearest first."""
-    waiting, seen = deque([first]), {first}
-    while waiting and len(seen) < _MOST:
-        node = waiting.popleft()
+def _nodes(first: Any) -> Iterator[tuple[Any, Any]]:
+    """Those behind the loss, nearest first, each with what it goes into."""
+    waiting: deque[tuple[Any, Any]] = deque([(first, None)])
+    seen = {first}
+    while waiting:
+        node, into = waiting.popleft()
         if node is None:
             continue
-        yield node
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
+        yield node, into
+        if len(seen) < _MOST:
+            for following, _ in node.next_functions[:_MOST]:
+                if following is not None and following not in seen:
+                    seen.add(following)
+                    waiting.append((following, node))
 
 
-def _found(node: Any) -> Iterator[str]:
-    name = _operation(node)
-    if name == "LogSoftmax":
-        if any(_operation(one) == "Softmax" and _classes(one) == _classes(node) for one in _inputs(node)):
-            yield "softmax_twice"
-    elif name == "BinaryCrossEntropyWithLogits":
-        if any(_operation(one) == "Sigmoid" for one in _inputs(node)):
-            yield "sigmoid_twice"
-    elif name.startswith("NllLoss"):
-        if any(_operation(one) in _NO_LOGARITHM for one in _inputs(node)):
-            yield "no_log_softmax"
-    elif name in _PAIRED:
-        if any(_operation(one) == "Expand" and _squares(one) for one, _ in node.next_functions):
-            yield "broadcast"
-    elif name == "Sub":
-        sides = [one for one, _ in node.next_functions if one is not None]
-        # where both sides have a graph, the pairs may be meant
-        if len(sides) == 1 and (_squares(node, sides[0]) or (_operation(sides[0]) == "Expand" and _squares(sides[0]))):
-            yield "broadcast"
+def _found(nodes: Sequence[tuple[Any, Any]]) -> Iterator[str]:
+    goes = dict(nodes)
+    for node, into in nodes:
+        name = _operation(node)
+        if name == "LogSoftmax":
+            if any(_operation(one) == "Softmax" and _classes(one) == _classes(node) for one in _inputs(node)):
+                yield "softmax_twice"
+        elif name == "BinaryCrossEntropyWithLogits":
+            if any(_operation(one) == "Sigmoid" for one in _inputs(node)):
+                yield "sigmoid_twice"
+        elif name in ("NllLoss", "NllLoss2D"):
+            if any(_operation(one) in _NO_LOGARITHM for one in _inputs(node)):
+                yield "no_log_softmax"
+        elif name in _PAIRED:
+            if any(_operation(one) == "Expand" and _squares(one) for one, _ in node.next_functions):
+                yield "broadcast"
+        elif name == "Sub" and _is_error(into, goes) and not any(_is_of_pairs(one, node) for one, _ in nodes):
+            yield from ("broadcast" for one, _ in node.next_functions if _is_broadcast(node, one))
+
+
+def _is_error(node: Any, goes: Mapping[Any, Any]) -> bool:
+    """Whether a difference goes into a square, or loses its sign, and that into a mean or a sum."""
+    return _operation(node) in ("Pow", "Abs", "Mul") and _operation(goes.get(node)) in ("Mean", "Sum")
+
+
+def _is_of_pairs(node: Any, other: Any) -> bool:
+    """Whether another difference of all pairs stands beside it, both sides of which have a graph: they are meant."""
+    sides = [one for one, _ in node.next_functions if one is not None] if _operation(node) == "Sub" else []
+    return node is not other and len(sides) == 2 and _shape(node) == _shape(other)
+
+
+def _is_broadcast(node: Any, side: Any) -> bool:
+    """Whether the only side of a difference with a graph, numbers that a layer gave, was paired with N targets."""
+    if side is None or len(node.next_functions) != 2 or all(one is not None for one, _ in node.next_functions):
+        return False
+    if _operation(side) == "Expand":
+        return _squares(side) and _is_of_layer(side.next_functions[0][0])
+    return _squares(node, side) and _is_of_layer(side)
+
+
+def _is_of_layer(node: Any) -> bool:
+    """Whether it is what a layer gave, in whatever shape."""
+    for _ in range(_MOST):
+        if _operation(node) in _LINEAR:
+            return True
+        if node is None or _operation(node) not in _PASS_ON:
+            return False
+        node = node.next_functions[0][0]
+    return False
 
 
 def _inputs(node: Any) -> Iterator[Any]:
@@ -169,8 +198,9 @@ def _inputs(node: Any) -> Iterator[Any]:
 
 
 def _operation(node: Any) -> str:
-    """Such as `LogSoftmax`; empty where there is none."""
-    return "" if node is None else str(node.name()).partition("Backward")[0]
+    """Such as `LogSoftmax`; empty where there is none, and for functions of the user's own."""
+    found = re.fullmatch(r"(\w+)Backward\d+", node.name()) if node is not None else None
+    return found[1] if found is not None else ""
 
 
 def _classes(node: Any) -> int:

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gradflow.probes.comparisons import COMPARING
 from lightning_gradflow.probes.detached import Detached
 from lightning_gradflow.probes.gates import PRODUCTS
 from lightning_gradflow.probes.layers import ROOT, LayerMap
@@ -55,6 +56,7 @@ ActivationSeen = Callable[[str, str, Tensor, Mapping[str, Any]], None]
 RecurrenceSeen = Callable[[str, nn.RNNBase, tuple[Any, ...], Any], None]
 InputSeen = Callable[[nn.Module, tuple[Any, ...]], None]
 ProductSeen = Callable[[tuple[Any, ...]], None]
+ComparisonSeen = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], None]
 
 
 class ForwardObserver(TorchFunctionMode):
@@ -74,6 +76,7 @@ class ForwardObserver(TorchFunctionMode):
         on_recurrence: called with the name of an RNN, LSTM or GRU, the module, its positional arguments and its output.
         on_input: called with a layer and the positional arguments of its call, before `on_layer`.
         on_product: called with the factors of a product.
+        on_comparison: called with function, result and arguments of what outputs may be compared with targets by.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class ForwardObserver(TorchFunctionMode):
         on_recurrence: RecurrenceSeen | None = None,
         on_input: InputSeen | None = None,
         on_product: ProductSeen | None = None,
+        on_comparison: ComparisonSeen | None = None,
     ) -> None:
         super().__init__()
         self._layers = layers
@@ -94,6 +98,7 @@ class ForwardObserver(TorchFunctionMode):
         self._on_recurrence = on_recurrence
         self._on_input = on_input
         self._on_product = on_product
+        self._on_comparison = on_comparison
         # what is running: its name, None for a network of others, and whether its input is detached
         self._stack: list[tuple[nn.Module, str | None, bool]] = []
         self._detached = Detached()
@@ -171,6 +176,8 @@ class ForwardObserver(TorchFunctionMode):
                 self._apart(self._detached.note, result, (*args, *kwargs.values()))
             if not self._repeats and self._on_product is not None and func in PRODUCTS:
                 self._apart(self._on_product, args)
+            if not self._repeats and self._on_comparison is not None and func in COMPARING:
+                self._apart(self._on_comparison, func, result, args, kwargs)
             op = ACTIVATIONS.get(func)
             if op is not None:
                 self._apart(self._after_activation, op, result, args, kwargs)

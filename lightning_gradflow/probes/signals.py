@@ -22,7 +22,7 @@ from lightning_gradflow.probes.gates import Gates
 from lightning_gradflow.probes.gathering import Gathering, plus
 from lightning_gradflow.probes.inputs import InputScale, shut_gates
 from lightning_gradflow.probes.layers import ROOT, LayerMap
-from lightning_gradflow.probes.observer import ForwardObserver, is_measurable
+from lightning_gradflow.probes.observer import ComparisonSeen, ForwardObserver, is_measurable
 from lightning_gradflow.probes.packing import Deltas, Seen, pack
 from lightning_gradflow.probes.points import PointNames
 from lightning_gradflow.probes.recurrence import RecurrentCall, Series, is_watchable, joined
@@ -52,12 +52,20 @@ class SignalProbe:
         window: samples in a row in which a unit must stay on its flat side to count as dead, in [1, inf). The
             default of 3 is full at step 2: a unit that fires for one sample in a hundred is then found alive with 85 %
             at a batch of 64.
+        on_comparison: called with what may be a part of the loss; see `ForwardObserver`.
 
     Raises:
         ValueError: if `window` is below 1.
     """
 
-    def __init__(self, layers: LayerMap, transfer: Transfer, activations: bool = True, window: int = 3) -> None:
+    def __init__(
+        self,
+        layers: LayerMap,
+        transfer: Transfer,
+        activations: bool = True,
+        window: int = 3,
+        on_comparison: ComparisonSeen | None = None,
+    ) -> None:
         self._layers = layers
         self._transfer = transfer
         self._activations = activations
@@ -71,6 +79,7 @@ class SignalProbe:
             on_recurrence=self._on_recurrence,
             on_input=self._on_input,
             on_product=self._on_product,
+            on_comparison=on_comparison,
         )
         self._handles: list[RemovableHandle] = []
         self._gathering = Gathering()

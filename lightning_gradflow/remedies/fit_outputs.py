@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,22 +10,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_gradflow.probes.comparisons import COMPARING, Comparisons
 from lightning_gradflow.probes.shards import is_sharded
 from lightning_gradflow.remedies.output_scaling import TargetScale
 
-FAR = 10.0
-"""Times the size of the outputs that targets are: less a learning rate that suits the rest makes up for."""
-
-_POWERS = {F.mse_loss: 2, F.l1_loss: 1, F.smooth_l1_loss: 1, F.huber_loss: 1}  # of errors above 1
-_MINUS = frozenset({torch.sub, torch.subtract, torch.Tensor.sub, torch.Tensor.subtract, torch.Tensor.__sub__})
-_FROM = frozenset({torch.rsub, torch.Tensor.__rsub__})
-_ABSOLUTE = frozenset({torch.abs, torch.Tensor.abs, torch.Tensor.__abs__})
-_SQUARE = frozenset({torch.square, torch.Tensor.square})
-_POWER = frozenset({torch.pow, torch.Tensor.pow, torch.Tensor.__pow__})
-_TIMES = frozenset({torch.mul, torch.Tensor.mul, torch.Tensor.__mul__})
+_FAR = 10.0  # times the size of the outputs: less is made up soon
+_FEWEST = 8  # targets that tell their deviation
+_EXACT = 0.05  # that the power of the loss may be off
+_USUAL = 0.05  # of the loss on standardised targets: what is below was made small by hand
+_COPIES = frozenset({Tensor.float, Tensor.double, Tensor.to, Tensor.type_as, Tensor.contiguous})
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -42,6 +37,15 @@ class Fitted:
     scale: TargetScale
 
 
+class _Pair(NamedTuple):
+    """A layer, its outputs, and the targets that they are compared with."""
+
+    name: str
+    layer: nn.Module
+    outputs: Tensor
+    targets: Tensor
+
+
 @torch.no_grad()
 def fit_outputs(module: nn.Module, run: Callable[[], None]) -> Fitted | None:
     r"""Gives an output layer the mean and the deviation of targets that are far larger than what it gives.
@@ -56,9 +60,10 @@ def fit_outputs(module: nn.Module, run: Callable[[], None]) -> Fitted | None:
         run: makes a forward pass on a batch, and computes the loss.
 
     Returns:
-        What was done. None where the loss is no squared or absolute error (or Huber's) of what a linear layer or a
-        convolution gives, where its targets are below 10, or less than ten times as large as the outputs, and where
-        that layer has no bias, is shared or frozen.
+        What was done. None where nothing can be, surely: the loss has to be one mean or sum of squared or absolute
+        errors (Huber's too) of what a linear layer or a convolution gives, measured by how it grows with the error,
+        and of no other; each output's targets have to be above 10, and ten times as large as it; and that layer has to
+        have a bias, to be called once, and not to be shared, frozen or in a format that can't hold such numbers.
 
     References:
         LeCun et al. 1998, Efficient BackProp, section 4.5 (targets); Goodfellow et al. 2016, Deep learning, section
@@ -66,86 +71,93 @@ def fit_outputs(module: nn.Module, run: Callable[[], None]) -> Fitted | None:
 
     Example:
         >>> net, x = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(64, 2)
-        >>> done = fit_outputs(net, lambda: F.mse_loss(net(x), 1000 + 200 * torch.randn(64, 1)))
+        >>> y = 1000 + 200 * torch.randn(64, 1)
+        >>> done = fit_outputs(net, lambda: nn.functional.mse_loss(net(x), y))
         >>> list(done.changed), bool((net(x).mean() - 1000).abs() < 100)
         (['2'], True)
     """
-    found = [pair for pair in _pairs(module, run) if _is_far(pair.outputs, pair.targets)]
-    if not found:
+    pair, loss = _only_pair(module, run)
+    if pair is None or loss is None:
         return None
-    name, layer, outputs, targets, power = found[-1]
-    mean, deviation = _moments(targets)
-    weight, bias = layer.weight, layer.bias
+    axis = 1 if isinstance(pair.layer, _CONVOLUTIONS) else -1
+    outputs, targets = (_by_output(values, axis) for values in (pair.outputs, pair.targets))
+    if len(targets) < _FEWEST or not bool(_are_far(outputs, targets)):
+        return None
+    mean = targets.mean(0)
+    deviation = float((targets - mean).square().mean().sqrt())
+    if not deviation > 0:
+        return None
+    fitted = mean + (outputs - outputs.mean(0)) * deviation
+    largest = float((mean.abs() + 3 * deviation).max())
+    power = _power(loss, pair)
+    if power is None or not largest < torch.finfo(pair.outputs.dtype).max:
+        return None
+    # what the loss is going to be, on standardised targets
+    shrinks = float((fitted - targets).norm() / (outputs - targets).norm()) / deviation
+    if not float(loss) * shrinks**power >= _USUAL:
+        return None
+    weight, bias = pair.layer.weight, pair.layer.bias
     assert isinstance(weight, nn.Parameter)
     assert isinstance(bias, nn.Parameter)
     weight.mul_(deviation)
     bias.copy_(mean + (bias.double() - outputs.mean(0)) * deviation)
-    return Fitted({name: list(layer.parameters(recurse=False))}, TargetScale(name, mean.cpu(), deviation, power))
+    scale = TargetScale(pair.name, mean.cpu(), deviation, power)
+    return Fitted({pair.name: list(pair.layer.parameters(recurse=False))}, scale)
 
 
-def _moments(targets: Tensor) -> tuple[Tensor, float]:
-    """(K,) the mean for each output, and the deviation over all of them."""
-    mean = targets.mean(0)
-    deviation = float((targets - mean).square().mean().sqrt())
-    return mean, deviation if deviation > 0 else 1.0
+def _are_far(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Whether the targets of each output are far larger than it is; both (B, K)."""
+    sizes, given = (values.square().mean(0).sqrt() for values in (targets, outputs))
+    return ((sizes > _FAR * given.clamp(min=1.0)) & sizes.isfinite()).all()
 
 
-def _is_far(outputs: Tensor, targets: Tensor) -> bool:
-    """Whether the targets are far larger than the outputs; both (B, K)."""
-    size, given = (float(values.square().mean().sqrt()) for values in (targets, outputs))
-    return FAR * max(given, 1.0) < size < math.inf
+def _power(loss: Tensor, pair: _Pair) -> int | None:
+    """With which power of the error a loss grows, 1 or 2; None where with none, so it is made of something else."""
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(loss, pair.outputs, materialize_grads=True)
+    if not float(loss) > 0:
+        return None
+    errors = (pair.outputs - pair.targets).double()
+    power = float((gradient.double() * errors).sum() / loss.double())  # Euler's theorem
+    return next((exact for exact in (1, 2) if abs(power - exact) < _EXACT), None)
 
 
-class _Pair(NamedTuple):
-    """A layer, its outputs and the targets that they are compared with, both (B, K) in double precision."""
-
-    name: str
-    layer: nn.Module
-    outputs: Tensor
-    targets: Tensor
-    power: int
-
-
-def _pairs(module: nn.Module, run: Callable[[], None]) -> list[_Pair]:
-    given: list[tuple[str, nn.Module, Tensor]] = []
+def _only_pair(module: nn.Module, run: Callable[[], None]) -> tuple[_Pair | None, Tensor | None]:
+    """The outputs of a layer that targets are compared with, and the loss; None where there are several, or none."""
+    given: list[tuple[str, nn.Module, Tensor, int]] = []
 
     def take(name: str, layer: nn.Module, _args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            given.append((name, layer, output))
+            given.append((name, layer, output, output._version))
 
-    owners: dict[int, int] = {}
-    for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    handles = [
-        layer.register_forward_hook(partial(take, name))
-        for name, layer in module.named_modules()
-        if isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) and _is_free(layer, owners)
-    ]
-    watch = _Compared()
+    owners = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
+    layers = {name: m for name, m in module.named_modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS))}
+    handles = [layer.register_forward_hook(partial(take, name)) for name, layer in layers.items()]
+    watch = _Watch()
     try:
         with watch, torch.enable_grad():
             run()
     finally:
         for handle in handles:
             handle.remove()
-    pairs = []
-    for output, target, power in watch.pairs:
-        for name, layer, values in given:
-            is_it = values.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
-            calls = sum(one is layer for _, one, _ in given)
-            if is_it and calls == 1 and values.numel() == output.numel() == target.numel():
-                shaped = target.reshape(output.shape).reshape(values.shape)
-                axis = 1 if isinstance(layer, _CONVOLUTIONS) else -1
-                pairs.append(_Pair(name, layer, _by_output(values, axis), _by_output(shaped, axis), power))
-    return pairs
+    if len(watch.pairs) != 1:
+        return None, None
+    compared, target = watch.pairs[0]
+    source = watch.source_of(compared)
+    for name, layer, output, version in given:
+        is_it = output.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+        is_as_it_was = output._version == version and output.numel() == compared.numel()
+        is_called_once = sum(one is layer for _, one, _, _ in given) == 1
+        if is_it and is_as_it_was and is_called_once and _is_free(layer, owners):
+            return _Pair(name, layer, output, target.reshape(output.shape)), watch.loss
+    return None, None
 
 
-def _is_free(layer: nn.Module, owners: dict[int, int]) -> bool:
+def _is_free(layer: nn.Module, owners: Counter[int]) -> bool:
     """Whether its weight and bias may be set."""
     own = [layer.weight, layer.bias]
     return all(
-        isinstance(p, nn.Parameter) and p.requires_grad and owners.get(id(p)) == 1 and not is_sharded(p) for p in own
+        isinstance(p, nn.Parameter) and p.requires_grad and owners[id(p)] == 1 and not is_sharded(p) for p in own
     )
 
 
@@ -153,42 +165,34 @@ def _by_output(values: Tensor, axis: int) -> Tensor:
     return values.detach().double().movedim(axis, -1).flatten(0, -2)
 
 
-class _Compared(TorchFunctionMode):
-    """Takes down what is compared with what, by a function of the loss or by hand."""
+class _Watch(TorchFunctionMode):
+    """Takes down what is compared with what, copies in other formats, and the last single number: the loss."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pairs: list[tuple[Tensor, Tensor, int]] = []
-        self._differences: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.loss: Tensor | None = None
+        self._comparisons = Comparisons(lambda outputs, targets: self.pairs.append((outputs, targets)))
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def source_of(self, tensor: Tensor) -> Tensor:
+        """What it is a copy of."""
+        for copy, original in reversed(self._copies):
+            if copy.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+                tensor = original
+        return tensor
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        if func in _POWERS:
-            both = (*args[:2], *(kwargs[key] for key in ("input", "target") if key in kwargs))
-            self._take(lambda pair: self.pairs.append((*pair, _POWERS[func])), *both)
-        elif func in _MINUS | _FROM:
-            both = args[:2] if func in _MINUS else args[1::-1]
-            self._take(lambda pair: self._differences.append((result, pair)), *both)
-        elif args and (power := self._power(func, args)):
-            self.pairs += [(*pair, power) for difference, pair in self._differences if difference is args[0]]
+        result = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            if func in COMPARING:
+                self._comparisons.see(func, result, args, kwargs)
+            if isinstance(result, Tensor) and result.requires_grad:
+                if result.dim() == 0:
+                    self.loss = result
+                if func in _COPIES and args and result.shape == args[0].shape:
+                    self._copies.append((result, args[0]))
         return result
-
-    @staticmethod
-    def _take(keep: Callable[[tuple[Tensor, Tensor]], None], *both: Any) -> None:
-        """Which of the two is an output, and which a target: the graph tells."""
-        if len(both) != 2 or not all(isinstance(one, Tensor) for one in both) or both[0].numel() != both[1].numel():
-            return
-        outputs = [one for one in both if one.requires_grad]
-        if len(outputs) == 1:
-            keep((outputs[0], both[1] if outputs[0] is both[0] else both[0]))
-
-    @staticmethod
-    def _power(func: Any, args: tuple[Any, ...]) -> int:
-        """2 where a difference is squared, 1 where its sign is taken away, else 0."""
-        is_square = func in _SQUARE or (func in _POWER and args[1:2] == (2,))
-        is_square = is_square or (func in _TIMES and len(args) > 1 and args[0] is args[1])
-        return 2 if is_square else int(func in _ABSOLUTE)

@@ -56,7 +56,9 @@ class Reinit:
     targets: TargetScale | None = None
 
 
-def reinitialise(training: Training, finding: Finding, *, only_far: bool = False) -> Reinit | None:
+def reinitialise(
+    training: Training, finding: Finding, *, only_far: bool = False, fits_outputs: bool = True
+) -> Reinit | None:
     """Draws layers anew, and lets the optimizers forget what they know of them.
 
     Recurrences are treated as `recurrent_treatment.treat` says, where the finding is about them. Everything else is
@@ -74,6 +76,7 @@ def reinitialise(training: Training, finding: Finding, *, only_far: bool = False
         training: the run, between two optimizer steps.
         finding: what is to be cured.
         only_far: whether only layers count as sick that are so by far; nothing is done by the book then.
+        fits_outputs: whether an output layer may be made for its targets; steps in their unit have to follow.
 
     Returns:
         What was done; None where no layer can be treated, or none is sick.
@@ -87,10 +90,10 @@ def reinitialise(training: Training, finding: Finding, *, only_far: bool = False
     if (finding.kind, finding.cause) == (FindingKind.NO_GRADIENT, "initialisation"):
         return _without_zeros(training, finding)
     if (finding.kind, finding.cause) == (FindingKind.LOSS_MISMATCH, "unscaled_targets"):
-        return _with_targets(training)
+        return _with_targets(training) if fits_outputs else None
     if training.rehearse is not None:
         try:
-            done = _from_data(training, finding, only_far)
+            done = _from_data(training, finding, only_far, fits_outputs)
         except RehearsalError:
             pass
         else:
@@ -140,7 +143,7 @@ def _without_zeros(training: Training, finding: Finding) -> Reinit | None:
     return Reinit(tuple(name or ROOT for name in drawn)) if drawn else None
 
 
-def _from_data(training: Training, finding: Finding, only_far: bool) -> Reinit | None:
+def _from_data(training: Training, finding: Finding, only_far: bool, fits_outputs: bool) -> Reinit | None:
     assert training.rehearse is not None
     is_of_tables = (finding.kind, finding.cause) == (FindingKind.LOSS_PLATEAU, "weight_scale")
     with training.rehearse() as (module, run):
@@ -162,14 +165,15 @@ def _from_data(training: Training, finding: Finding, only_far: bool) -> Reinit |
         if "output_growth" in finding.evidence and not _helps_outputs(treated):
             return None
         drawn |= bare.owners(module, treated.changed)
-        fitted = fit_outputs(module, run)
+        fitted = fit_outputs(module, run) if fits_outputs else None
         drawn |= fitted.changed if fitted is not None else {}
         fresh = {name: [p.detach().clone() for p in parameters] for name, parameters in drawn.items()}
     changed = _copied(training.model, fresh)
     if not changed:
         return None
-    # what an optimizer knows of the layers behind a table is the size that this has given their gradients
-    forget(training.optimizers, training.model.parameters() if is_of_tables else changed)
+    # what an optimizer knows of other layers is the size that tables or targets have given their gradients
+    is_all = is_of_tables or fitted is not None
+    forget(training.optimizers, training.model.parameters() if is_all else changed)
     before, after = treated.spans
     layers = tuple(name or ROOT for name in fresh)
     targets = fitted.scale if fitted is not None else None

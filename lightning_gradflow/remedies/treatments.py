@@ -44,12 +44,12 @@ def _reinit(patient: Patient) -> Treatment | None:
     behind: Mapping[str, Centre] = {}
     if done is None:
         with patient.training.whole() as training:
-            done = _drawn(training, finding)
+            done = _drawn(training, finding, fits_outputs=training is patient.training)
             behind = centres_behind(training, done.layers) if done is not None and finding.cause == "recurrence" else {}
     if done is None:
         return None
     patient.held.centre({**behind, **done.centres})
-    if done.targets is not None and patient.training.unsharded is None:
+    if done.targets is not None:
         patient.held.scale_outputs(done.targets)
     _clip_new(patient, done.layers)
     before, after = slow_down_anew(patient)
@@ -89,13 +89,14 @@ def _drawn_on_scaled(patient: Patient) -> tuple[Reinit | None, tuple[str, ...]]:
     return (drawn[0], folded.layers) if folded is not None else (None, ())
 
 
-def _drawn(training: Training, finding: Finding) -> Reinit | None:
+def _drawn(training: Training, finding: Finding, *, fits_outputs: bool) -> Reinit | None:
     """Draws anew what is sick; of what may have other reasons only what is so by far."""
-    done = reinitialise(training, finding, only_far=finding.cause in (*_OTHER_REASONS, "forward"))
+    is_far = finding.cause in (*_OTHER_REASONS, "forward")
+    done = reinitialise(training, finding, only_far=is_far, fits_outputs=fits_outputs)
     if done is None or finding.cause != "forward":
         return done
     # nothing was known of what lies behind numbers that are not finite
-    rest = reinitialise(training, finding)
+    rest = reinitialise(training, finding, fits_outputs=fits_outputs)
     if rest is None:
         return done
     layers = tuple(dict.fromkeys((*done.layers, *rest.layers)))

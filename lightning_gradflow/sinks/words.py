@@ -112,12 +112,13 @@ def is_cured(finding: Finding, actions: Iterable[Action]) -> bool:
     Example:
         >>> from lightning_gradflow.findings import FindingKind, Severity
         >>> cured = Finding(FindingKind.VANISHING_GRADIENT, Severity.CRITICAL, 1, cause="depth", resolved_step=25)
-        >>> is_cured(cured, [Action(1, "reinit", ("fc1",), "depth", outcome="kept")])
+        >>> is_cured(cured, [Action(1, "reinit", ("fc1",), "vanishing gradient, depth", outcome="kept")])
         True
     """
     is_over = finding.severity.is_alarm and not finding.is_open
+    about = f"{finding.kind}, {finding.cause}".replace("_", " ")
     return is_over and any(
-        action.outcome == "kept" and action.reason == finding.cause and action.step >= finding.step
+        action.outcome == "kept" and action.reason.partition(";")[0] == about and action.step >= finding.step
         for action in actions
     )
 

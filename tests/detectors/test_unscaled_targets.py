@@ -16,7 +16,7 @@ STANDS = np.full(101, 1e4)
 FOUND = [("warning", "unscaled_targets", ("out",))]
 
 
-def run(errors=(100.0, 100.0), outputs=(0.3, 0.5), losses=STANDS, lr=None, interval=10, **scalars):
+def run(errors=(100.0, 100.0), outputs=(0.3, 0.5), losses=STANDS, lr=None, interval=10, planned_steps=100.0, **scalars):
     """A run of which the first and the later samples have these errors and outputs."""
     history = History()
     history.layer_axis.merge(["fc", "out"])
@@ -24,7 +24,8 @@ def run(errors=(100.0, 100.0), outputs=(0.3, 0.5), losses=STANDS, lr=None, inter
     last = -1
     for step in range(0, len(losses), interval):
         error, output = (both[min(step, 1)] for both in (errors, outputs))
-        sizes = {} if math.isnan(error) else {"residual_rms": error}
+        sizes = {} if math.isnan(error) else {"residual_rms": error, "compared_rms": output}
+        sizes |= {} if math.isnan(planned_steps) else {"planned_steps": planned_steps}
         rates = {} if lr is None else {"lr": lr(step)}
         seen = {"output_rms": np.array([50.0, 50.0, output, 50.0])}
         history.append(Row(step, seen, {**sizes, **rates, **scalars}, losses=np.array(losses[last + 1 : step + 1])))
@@ -56,10 +57,10 @@ def test_it_is_judged_by_the_error_beside_the_outputs(errors, outputs, expected)
 
 @pytest.mark.parametrize(
     ("length", "planned", "expected"),
-    [(41, math.nan, []), (51, math.nan, FOUND), (51, 4000.0, [])],
+    [(51, 3000.0, []), (291, 3000.0, []), (301, 3000.0, FOUND), (291, math.nan, []), (301, math.nan, FOUND)],
 )
 def test_a_run_has_time_to_get_there(length, planned, expected):
-    assert judged(losses=STANDS[:length], planned_steps=planned) == expected
+    assert judged(outputs=(0.3, 5.0), losses=np.full(length, 1e4), planned_steps=planned) == expected
 
 
 @pytest.mark.parametrize(
@@ -77,21 +78,49 @@ def test_outputs_that_will_not_get_there_are_told_after_ten_steps(output, planne
 
 
 def test_a_warm_up_does_not_count():
-    assert judged(lr=lambda step: 1e-3 * min(step, 60)) == []
-    assert judged(lr=lambda step: 1e-3 * min(step, 40)) == FOUND
+    for until, expected in ((160, []), (90, FOUND)):
+        found = judged(
+            outputs=(0.3, 5.0),
+            losses=np.full(401, 1e4),
+            lr=lambda step, until=until: 1e-3 * min(step, until),
+            planned_steps=3000.0,
+        )
+        assert found == expected
 
 
 @pytest.mark.parametrize(
-    ("last", "expected"), [(3.1e4, FOUND), (2.9e4, []), (math.inf, FOUND), (math.nan, FOUND), (1e3, [])]
+    ("later", "expected"),
+    [
+        ([3.1e4], FOUND),
+        ([2.9e4], []),
+        ([1e4, 1e4, 3.1e4], []),  # a batch that stands out
+        ([1e4, 3.1e4, 3.1e4], FOUND),
+        ([math.inf], FOUND),
+        ([math.nan], FOUND),
+        ([1e4] * 49 + [math.nan], FOUND),
+        ([1e4] * 50 + [math.nan], []),  # what breaks later has another reason
+    ],
 )
-def test_steps_that_are_too_large_for_it_show_at_once(last, expected):
-    assert judged(losses=np.array([1e4] * 10 + [last])) == expected
+def test_steps_that_are_too_large_for_it_show_at_once(later, expected):
+    losses = np.array([1e4, *later])
+    found = judged(outputs=(0.3, 9.9), losses=losses, interval=len(later), planned_steps=3000.0)
+    assert found == expected
 
 
 def test_the_numbers_behind_it_are_told():
     (finding,) = UnscaledTargets().judge(run(losses=STANDS[:61]))
     assert (finding.kind, finding.step) == ("loss_mismatch", 60)
     assert finding.evidence == {"error": 100.0, "output_rms": 0.5, "steps": 60.0, "loss": 1e4}
+
+
+def test_the_layer_that_gives_what_is_compared_is_named():
+    history = run()
+    heads = [Point("price", "price"), Point("kind", "kind")]
+    history.layer_axis.merge(["price", "kind"])
+    history.add_points(heads)
+    sizes = {"residual_rms": 100.0, "compared_rms": 0.5, "planned_steps": 100.0}
+    history.append(Row(101, {"output_rms": np.array([50.0, 50.0, 3.0, 50.0, 0.51, 2.0])}, sizes))
+    assert verdict(UnscaledTargets().judge(history)) == [("warning", "unscaled_targets", ("price",))]
 
 
 def test_nothing_is_said_of_nothing():

@@ -90,33 +90,42 @@ def test_a_step_that_is_skipped_is_taken_back_and_a_release_ends_all():
     for end in (scaling.batch_end, scaling.release):
         for p in raw.parameters():
             p.grad = torch.ones_like(p)
+        scaling.attach(raw)
         scaling.before_step(optimizer)
         scaling.before_step(optimizer)  # twice is once
         end()
         torch.testing.assert_close([*raw.parameters()], before, rtol=1e-12, atol=1e-9)
     assert not optimizer._optimizer_step_post_hooks
+    assert not raw[2]._forward_hooks
+    assert not raw[2]._forward_pre_hooks
 
 
-def test_gradients_of_another_optimizer_are_scaled_and_its_step_leaves_the_layer_alone():
+def test_what_does_not_come_through_the_layer_is_left_alone():
     raw, scaling = on_raw(net()), OutputScaling()
     scaling.start(raw, TargetScale("2", MEAN, DEVIATION, 2))
-    body = torch.optim.SGD(raw[0].parameters(), lr=1.0)
-    for p in raw.parameters():
-        p.grad = torch.ones_like(p)
+    other = nn.Linear(8, 3).double()
+    hidden = raw[1](raw[0](data()[0]))
+    (raw[2](hidden).sum() + other(hidden).sum()).backward()
+    twin, plain = copy.deepcopy(raw), copy.deepcopy(other)
+    twin.zero_grad()
+    plain.zero_grad()
+    hidden = twin[1](twin[0](data()[0]))
+    (nn.functional.linear(hidden, twin[2].weight).sum() / DEVIATION**2 + plain(hidden).sum()).backward()
+    torch.testing.assert_close(other.weight.grad, plain.weight.grad)
+    torch.testing.assert_close(raw[0].weight.grad, twin[0].weight.grad)
     before = raw[2].weight.clone()
-    scaling.before_step(body)
-    assert torch.allclose(raw[0].weight.grad, torch.tensor(DEVIATION**-2).double())
+    scaling.before_step(torch.optim.SGD([*raw[0].parameters(), *other.parameters()], lr=1.0))
     assert torch.equal(raw[2].weight, before)
 
 
-def test_sparse_gradients_are_scaled_too():
-    table, head = nn.Embedding(5, 2, sparse=True), nn.Linear(2, 1)
-    model, scaling = nn.Sequential(table, head), OutputScaling()
-    scaling.start(model, TargetScale("1", torch.zeros(1), 10.0, 2))
-    model(torch.tensor([1, 1])).sum().backward()
-    expected = table.weight.grad.to_dense() / 100
-    scaling.before_step(torch.optim.SGD(model.parameters(), lr=1.0))
-    torch.testing.assert_close(table.weight.grad.to_dense(), expected)
+def test_a_forward_pass_within_a_step_takes_the_weights_back():
+    raw, scaling = on_raw(net()), OutputScaling()
+    scaling.start(raw, TargetScale("2", MEAN, DEVIATION, 2))
+    x, _ = data()
+    before = raw(x).detach()
+    raw(x).sum().backward()
+    scaling.before_step(torch.optim.SGD(raw.parameters(), lr=1.0))
+    torch.testing.assert_close(raw(x).detach(), before)
 
 
 def test_inputs_and_targets_of_one_layer_may_both_be_unscaled():

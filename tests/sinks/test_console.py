@@ -29,6 +29,20 @@ def test_resolved_findings_are_told_without_what_to_do():
     assert "Use ReLU" not in text
 
 
+def test_of_what_was_cured_in_the_run_the_code_for_the_next_one_is_told():
+    finding = made_up.finding(resolved_step=30)
+    reason = f"{finding.kind}, {finding.cause}".replace("_", " ")
+    for done, is_told in (
+        (Action(10, "reinit", (), f"{reason}; and more", outcome="kept"), True),
+        (Action(10, "reinit", (), reason, outcome="rolled_back"), False),
+        (Action(9, "reinit", (), reason, outcome="kept"), False),  # for something earlier
+        (Action(10, "reinit", (), "loss plateau, unknown", outcome="kept"), False),
+    ):
+        text = summary(made_up.view(findings=(finding,), actions=(done,)))
+        assert ("For the next run: Use ReLU" in text) is is_told
+        assert ("    model.net[1] = nn.ReLU()\n" in text) is is_told
+
+
 def test_a_run_that_measured_nothing_is_not_called_healthy():
     assert summary(made_up.view(made_up.History())).startswith("Nothing was measured")
 

@@ -13,6 +13,7 @@ _TOO_SMALL = "steps are as small as the user asked for; a callback that raises t
 _FORMAT = "the number format is the user's choice, and gradients that it made zero can't be brought back"
 _NO_SIGNAL = "labels without relation to the inputs hold nothing to learn"
 _FORMULA = "the formula divides by zero or takes the logarithm of it, whatever the weights are"
+_LOSS = "the loss is computed from the wrong thing, and only the user knows what was meant"
 _GRAPH = "the graph is cut in the code: no gradient reaches the trunk"
 
 NOT_CURABLE: dict[str, str] = {
@@ -38,6 +39,8 @@ NOT_CURABLE: dict[str, str] = {
     "trunk_under_no_grad": _GRAPH,
     "trunk_rounded": _GRAPH,
     "detached_conv_trunk": _GRAPH,
+    "softmax_twice_sgd": _LOSS,
+    "targets_broadcast": _LOSS,
 }
 """Sick trainings that no callback can cure, with the reason."""
 
@@ -55,6 +58,7 @@ _FAMILIES = {
     "saturated_weights": "initialisation: weights or biases that saturate",
     "dead_biases": "initialisation: biases that kill",
     "unscaled_inputs": "inputs in other units than the weights are drawn for",
+    "unscaled_targets": "targets in another unit than outputs start with",
     "unscaled_column": "inputs in other units than the weights are drawn for",
     "learning_rate_large": "steps too large",
     "learning_rate_large_norm": "steps too large",

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from . import sick_conv, sick_depth, sick_late, sick_rate, sick_scale, sick_time
+from . import sick_conv, sick_depth, sick_late, sick_loss, sick_rate, sick_scale, sick_time
 from .case import Case
 
 _CASES = [
@@ -15,6 +15,7 @@ _CASES = [
     *sick_scale.CASES,
     *sick_rate.CASES,
     *sick_late.CASES,
+    *sick_loss.CASES,
 ]
 
 SICK: dict[str, Case] = {case.name: case for case in _CASES}
