@@ -53,6 +53,12 @@ METRICS: dict[str, Metric] = {
         "layers", "norm", "how far the weights of four units differ / their norm; at first, and as long as it is 0"
     ),
     "unit_grad_spread": Metric("layers", "norm", "the same of their gradients"),
+    "matrix_spread": Metric(
+        "layers",
+        "norm",
+        "the same of a module's own matrices, weights or gradient (the more of both), along the axis where it is "
+        "least; at first, and as long as it is 0",
+    ),
     "zero_weights": Metric(
         "layers", "index", "weights that are all zero, and so is their gradient; at first, and as long as it is so"
     ),

@@ -22,7 +22,7 @@ from lightning_gradflow.sinks.base import Sink, View
 _JUDGED_BY = {
     FindingKind.VANISHING_GRADIENT: ("delta_norm", "grad_norm"),
     FindingKind.EXPLODING_GRADIENT: ("delta_norm", "grad_norm"),
-    FindingKind.DEAD_UNITS: ("dead_fraction", "unit_spread"),
+    FindingKind.DEAD_UNITS: ("dead_fraction", "unit_spread", "matrix_spread"),
     FindingKind.SATURATED_ACTIVATION: ("saturated_fraction",),
 }
 _MAX_WARNINGS = 20  # per run: whoever has not looked by then is not helped by more

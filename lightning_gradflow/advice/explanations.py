@@ -60,7 +60,7 @@ SEEN: dict[FindingKind, Text] = {
 
 SEEN_SO: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.LOSS_PLATEAU, "weight_scale"): (
-        "Next to nothing is learnt",
+        "Little or nothing is learnt",
         "it has had {steps} steps",
         "the loss is {loss}",
     ),
@@ -189,6 +189,8 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "The weights that {layers} started from are too large",
         "the table of the embedding is {embedding_rms} (rms), where 1 is usual",
         "they make up the loss, which falls by {loss_by_size} % for each 1 % that they are smaller",
+        "they are {weight_size} times as large as what keeps the size of a signal",
+        "all steps of the run together change them by {reach} times their norm at most",
     ),
     (FindingKind.LOSS_PLATEAU, "recurrence"): (
         "The state of {layers} keeps nothing: the recurrent weights it started from are far too large",

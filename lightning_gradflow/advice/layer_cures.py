@@ -35,6 +35,11 @@ def initialise(site: Site) -> list[Suggestion]:
     return [*found, _orthogonal(others)]
 
 
+def initialise_large(site: Site) -> list[Suggestion]:
+    """The same where layers were drawn too large."""
+    return initialise(site) if "weight_size" in site.finding.evidence else []
+
+
 def initialise_named(site: Site) -> list[Suggestion]:
     """He's initialisation for the layers of the finding."""
     layers = site.feeding_named()

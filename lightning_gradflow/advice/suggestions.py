@@ -8,6 +8,7 @@ from dataclasses import replace
 from lightning_gradflow.advice.format_cures import freeze_left_out, hold, keep_float32, master_weights
 from lightning_gradflow.advice.layer_cures import (
     initialise,
+    initialise_large,
     initialise_named,
     leak,
     normalise,
@@ -105,7 +106,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.LOSS_PLATEAU, "vanishing_gradient"): (initialise, pre_norm, residuals, normalise, swap_activations),
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_small"): (loosen_clipping, raise_rate, find_rate),
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_large"): (lower_rate, warm_up, pre_norm, find_rate),
-    (FindingKind.LOSS_PLATEAU, "weight_scale"): (shorten_rows,),
+    (FindingKind.LOSS_PLATEAU, "weight_scale"): (shorten_rows, initialise_large),
     (FindingKind.LOSS_PLATEAU, "recurrence"): (initialise_recurrence, gate_recurrence, normalise_recurrence),
     (FindingKind.LOSS_PLATEAU, "saturation"): (initialise, normalise, swap_activations, scale_inputs),
     (FindingKind.LOSS_PLATEAU, "dead_units"): (initialise, leak, lower_rate),
@@ -134,6 +135,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
 
 IN_THE_RUN: dict[Cure, frozenset[str]] = {
     initialise: frozenset(),
+    initialise_large: frozenset(),
     initialise_named: frozenset(),
     shorten_rows: frozenset(),
     fill_missing: frozenset(),

@@ -6,6 +6,7 @@ from lightning_gradflow.callbacks.base import Monitor
 from lightning_gradflow.detectors.base import Detector
 from lightning_gradflow.detectors.chaotic_state import ChaoticState
 from lightning_gradflow.detectors.large_tables import LargeTables
+from lightning_gradflow.detectors.large_weights import LargeWeights
 from lightning_gradflow.detectors.loss_mismatch import LossMismatch
 from lightning_gradflow.detectors.plateau import LossPlateau
 from lightning_gradflow.detectors.unscaled import UnscaledInputs
@@ -55,6 +56,7 @@ class PlateauDetector(Monitor):
             UnscaledInputs(),
             ChaoticState(),
             LargeTables(),
+            LargeWeights(),
             plateau,
         ]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from lightning_gradflow.detectors.known import holders
+from lightning_gradflow.detectors.known import holders, known_rows
 from lightning_gradflow.history import History
 
 _ALIKE = 1e-3  # of their size: far above rounding, and a thousandth of what units that are drawn differ by
+_SAMPLES = 3  # in a row: of a matrix nothing else tells that it has units
 
 
 def copied_layers(history: History) -> tuple[str, ...]:
@@ -16,6 +17,9 @@ def copied_layers(history: History) -> tuple[str, ...]:
     No step can make them differ then: to whatever comes in, such a layer answers with one number. The last layer is
     left out, whose units learn what the targets tell, and so is one of which only the weights are alike: those behind
     it, drawn at random, or dropout make the gradients differ. Where the gradient is zero it is not known.
+
+    A module of the user's own counts, behind the others, where a matrix of it has been so in three samples, along any
+    axis: what comes from units that are copies has that axis as well.
 
     Example:
         >>> from lightning_gradflow.history import Point, Row
@@ -27,8 +31,21 @@ def copied_layers(history: History) -> tuple[str, ...]:
         >>> copied_layers(history)
         ('fc1',)
     """
-    if "unit_grad_spread" not in history.rows[-1].values:
-        return ()
+    found = _of_layers(history) if "unit_grad_spread" in history.rows[-1].values else []
+    return tuple(dict.fromkeys([*found, *_with_matrices(history)]))
+
+
+def _with_matrices(history: History) -> list[str]:
+    """The modules of the user's own with a matrix made of copies."""
+    rows = np.flatnonzero(known_rows(history, "matrix_spread"))[-_SAMPLES:]
+    if len(rows) < _SAMPLES or rows[-1] != len(history) - 1:
+        return []
+    with np.errstate(invalid="ignore"):
+        alike = np.asarray((history["matrix_spread"][rows] < _ALIKE).all(axis=0))
+    return [name for name, is_alike in zip(history.layers, alike, strict=True) if is_alike]
+
+
+def _of_layers(history: History) -> list[str]:
     weights, gradients = history["unit_spread"][-1], history["unit_grad_spread"][-1]
     called = [point.module for point in history.points if point.is_layer]
     outer = holders(called)
@@ -36,4 +53,4 @@ def copied_layers(history: History) -> tuple[str, ...]:
     places = {name: i for i, name in enumerate(history.layers)}
     with np.errstate(invalid="ignore"):
         alike = (weights < _ALIKE) & (gradients < _ALIKE)
-    return tuple(dict.fromkeys(name for name in inner[:-1] if name in places and alike[places[name]]))
+    return [name for name in inner[:-1] if name in places and alike[places[name]]]

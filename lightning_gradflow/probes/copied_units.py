@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_gradflow.probes.tables import EMBEDDINGS, tables
 from lightning_gradflow.probes.transfer import wide_dtype
 
+FEWEST = 4  # entries along an axis: three channels of a grey image are alike, and well
+_SOME = 16  # that are compared: which numbers belong to a unit is not known
 _ROWS = 4  # that are compared: units that are drawn are never alike, so that more would tell nothing new
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
@@ -41,6 +44,52 @@ def unit_spread(module: nn.Module, tensor: Tensor) -> Tensor:
     units = _count(module)
     rows = by_unit[: units : max(1, units // _ROWS)][:_ROWS].to(wide_dtype(tensor.device))
     spread: Tensor = torch.linalg.vector_norm(rows[1:] - rows[:1]) / torch.linalg.vector_norm(rows)
+    return spread
+
+
+@torch.no_grad()
+def matrix_spread(module: nn.Module) -> Tensor | None:
+    """How far a matrix of a module of the user's own is from being made of copies, in its weights and its gradient.
+
+    Nothing tells which axis of it counts units. So along each axis of four entries or more 16 of these are compared, as
+    in `unit_spread`, in the weights and in their gradient, and what is more of the two counts; of all axes, and all
+    matrices, what is least.
+
+    Args:
+        module: with the gradients of its parameters.
+
+    Returns:
+        A number on the device, infinite where all entries are zero; None where no matrix has a gradient, or an axis
+        that is long enough.
+
+    Example:
+        >>> module = nn.ParameterList([torch.ones(4, 5)])
+        >>> module[0].grad = torch.arange(5.0).expand(4, 5)
+        >>> matrix_spread(module)
+        tensor(0., dtype=torch.float64)
+    """
+    found = [
+        torch.stack([spread_along(p, axis), spread_along(p.grad, axis)]).nan_to_num(nan=torch.inf).max()
+        for p in (tables(module) if not isinstance(module, EMBEDDINGS) else ())
+        if p.grad is not None and not p.grad.is_sparse
+        for axis in range(p.dim())
+        if p.shape[axis] >= FEWEST
+    ]
+    return torch.stack([one.to(found[0]) for one in found]).min() if found else None
+
+
+@torch.no_grad()
+def spread_along(tensor: Tensor, axis: int) -> Tensor:
+    """The same of a tensor, between 16 of the entries along an axis.
+
+    Example:
+        >>> ramp = torch.arange(4.0).expand(5, 4)
+        >>> bool(spread_along(ramp, 0) == 0), bool(spread_along(ramp, 1) > 0.5)
+        (True, True)
+    """
+    some = tensor.detach()[(slice(None),) * axis + (slice(None, None, max(1, tensor.shape[axis] // _SOME)),)]
+    some = some.narrow(axis, 0, min(_SOME, some.shape[axis])).to(wide_dtype(tensor.device))
+    spread: Tensor = torch.linalg.vector_norm(some - some.narrow(axis, 0, 1)) / torch.linalg.vector_norm(some)
     return spread
 
 

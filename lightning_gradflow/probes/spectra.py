@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_gradflow.history import Floats
 from lightning_gradflow.metrics import measured
-from lightning_gradflow.probes.copied_units import has_units, unit_spread
+from lightning_gradflow.probes.copied_units import has_units, matrix_spread, unit_spread
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.shards import is_sharded
 from lightning_gradflow.probes.state_weights import stack_gain, state_weights
@@ -45,10 +45,11 @@ class SpectralProbe:
     the block that makes the new content, and of a layer in a loop that of its square weight (see `state_weights`).
     Embeddings and biases are left out, and all weights of a model that is sharded over ranks.
 
-    In the first sample it is also seen whether the units of a layer are copies of one another, and get the same
-    gradient, without which they don't stay copies; and whether weights are zero, and get a zero gradient. Where they
-    are, they are looked at in the later samples too. Of an embedding, and of matrices that are no layer's, the first
-    sample has the size, and the cosine with the gradient; the later samples too, as long as it has been above 0.
+    In the first sample it is also seen whether the units of a layer, or of a matrix that is no layer's, are copies of
+    one another, and get the same gradient, without which they don't stay copies; and whether weights are zero, and get
+    a zero gradient. Where they are, they are looked at in the later samples too. Of an embedding, and of matrices that
+    are no layer's, the first sample has the size, and the cosine with the gradient; the later samples too, as long as
+    it has been above 0.
 
     Args:
         layers: whose weights are read.
@@ -122,7 +123,11 @@ class SpectralProbe:
                 continue
             values = found.setdefault(layer, {})
             values[metric] = max(values.get(metric, 0.0), measured(float(x)))
-        self._copied |= {layer for layer, values in found.items() if values.get("unit_spread", math.inf) < _COPIES}
+        self._copied |= {
+            layer
+            for layer, values in found.items()
+            if min(values.get(name, math.inf) for name in ("unit_spread", "matrix_spread")) < _COPIES
+        }
         counts = {layer: values["zero_weights"] for layer, values in found.items() if "zero_weights" in values}
         self._zero = (self._zero - counts.keys()) | {layer for layer, count in counts.items() if count > 0}
         self._pulled = {layer for layer, values in found.items() if values.get("table_cosine", 0.0) > 0}
@@ -148,6 +153,8 @@ class SpectralProbe:
             yield "zero_weights", count
         if (layer in self._pulled or self._is_first) and (cosine := table_cosine(module)) is not None:
             yield "table_cosine", cosine
+        if (layer in self._copied or self._is_first) and (spread := matrix_spread(module)) is not None:
+            yield "matrix_spread", spread
         if self._is_first and (size := table_rms(module)) is not None:
             yield "embedding_rms", size
         weights = {key: p for key, p in module.named_parameters(recurse=False) if _is_matrix(p)}

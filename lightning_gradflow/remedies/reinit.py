@@ -97,9 +97,10 @@ def reinitialise(
         except RehearsalError:
             pass
         else:
-            # what shuts an output may be its bias alone, which no gain tells of
+            # what shuts an output may be its bias alone, which no gain tells of, and neither does one of weights whose
+            # size a normalisation takes away again
             is_output = finding.kind is FindingKind.SATURATED_ACTIVATION and "reach" in finding.evidence
-            if done is not None or not is_output:
+            if done is not None or not (is_output or "weight_size" in finding.evidence):
                 return done
     return None if only_far else _by_the_book(training, finding)
 

@@ -54,6 +54,32 @@ def test_a_row_in_which_nothing_was_compared_tells_nothing():
     assert copied_layers(history) == ()
 
 
+def own_run(*spreads):
+    history = History()
+    history.layer_axis.merge(["a", "b"])
+    for step, pair in enumerate(spreads):
+        history.append(Row(step, {"matrix_spread": np.array(pair, dtype=float)} if pair else {}))
+    return history
+
+
+@pytest.mark.parametrize(
+    ("spreads", "expected"),
+    [
+        ([(0, 1.2), (9e-4, nan), (9e-4, nan)], ("a",)),
+        ([(0, 0)] * 3, ("a", "b")),
+        ([(0, 1.2), (0, nan)], ()),  # nothing else says that it has units
+        ([(0, 1.2), (1.1e-3, nan), (0, nan)], ()),
+        ([(0, 1.2), (0, nan), (inf, nan)], ()),
+        ([(0, 1.2), (0, nan), (0, nan), ()], ()),  # not measured in the newest row
+        ([(1.1e-3, nan), (0, 1.2), (0, nan), (0, nan)], ("a",)),
+    ],
+)
+def test_a_matrix_of_ones_own_has_to_be_made_of_copies_in_three_samples(spreads, expected):
+    history = own_run(*spreads)
+    assert copied_layers(history) == expected
+    assert verdict(DeadUnits().judge(history)) == ([("critical", "symmetry", expected)] if expected else [])
+
+
 class Run(L.LightningModule):
     def __init__(self, net):
         super().__init__()
@@ -111,3 +137,42 @@ def test_a_net_of_constants_is_found_and_its_units_made_to_differ():
 )
 def test_units_that_will_differ_are_left_alone(net):
     assert not [f for f in _fit(net(), "suggest", steps=20).findings if f.cause == "symmetry" and "net.0" in f.layers]
+
+
+class Own(nn.Module):
+    """A layer that multiplies with matrices of its own; tied, the second one is the first."""
+
+    def __init__(self, first, second=None):
+        super().__init__()
+        self.first = nn.Parameter(first)
+        self.second = nn.Parameter(second) if second is not None else None
+        self.shift = nn.Parameter(torch.zeros(first.shape[1]))
+
+    def forward(self, x):
+        hidden = torch.tanh(torch.einsum("bi,ih->bh", x, self.first) + self.shift)
+        if self.second is None:
+            return torch.einsum("bh,ih->bi", hidden, self.first)
+        return hidden @ self.second
+
+
+def _own_net(first=0.1, second=0.1, tied=False):
+    torch.manual_seed(1)
+    weights = [torch.full(s, v) if v else torch.randn(s) / 4 for s, v in (((12, 24), first), ((24, 8), second))]
+    return Own(weights[0]) if tied else Own(*weights)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_of_constants_are_found_and_drawn(tied):
+    flow = _fit(_own_net(tied=tied), "suggest", steps=20)
+    assert [(f.layers, f.step) for f in flow.findings if f.cause == "symmetry"] == [(("net",), 2)]
+    net = _own_net(tied=tied)
+    flow = _fit(net, "apply")
+    assert [(a.kind, a.outcome) for a in flow.actions if "symmetry" in a.reason] == [("reinit", "kept")]
+    assert torch.linalg.matrix_rank(net.first.detach()) == 12
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")  # no gradient comes past equal outputs
+@pytest.mark.parametrize("net", [_own_net(first=0), _own_net(second=0)], ids=["of the outputs", "of the inputs"])
+def test_a_matrix_of_constants_beside_one_that_is_drawn_is_left_alone(net):
+    assert not [f for f in _fit(net, "suggest", steps=20).findings if f.cause == "symmetry"]

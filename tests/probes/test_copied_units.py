@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradflow.probes.copied_units import has_units, unit_spread
+from lightning_gradflow.probes.copied_units import has_units, matrix_spread, unit_spread
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.spectra import SpectralProbe
 from lightning_gradflow.probes.transfer import Transfer
@@ -88,3 +88,62 @@ def test_a_gradient_of_zeros_is_not_alike():
     net[0].weight.grad = torch.zeros(8, 4)
     transfer = Transfer()
     assert _sample(SpectralProbe(LayerMap(net), transfer), transfer)["0"]["unit_grad_spread"] == float("inf")
+
+
+def _own(weight, gradient):
+    module = nn.ParameterList([torch.as_tensor(weight, dtype=torch.float32)])
+    module[0].grad = torch.as_tensor(gradient, dtype=torch.float32)
+    return module
+
+
+ALIKE, RANDOM = torch.full((40, 6), 0.3), torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("weight", "gradient", "expected"),
+    [
+        (ALIKE, RANDOM[:1].expand(40, 6), 0.0),
+        (ALIKE, RANDOM[:, :1].expand(40, 6), 0.0),
+        (RANDOM[:1].expand(40, 6), RANDOM[:1].expand(40, 6), 0.0),
+        (
+            RANDOM[:, :1].expand(40, 6),
+            RANDOM[:1].expand(40, 6),
+            None,
+        ),  # along the one axis weights, the gradient along the other
+        (ALIKE, RANDOM, None),
+        (RANDOM, ALIKE, None),
+        (torch.zeros(40, 6), ALIKE, float("inf")),
+        (ALIKE, torch.zeros(40, 6), float("inf")),
+        (ALIKE[:3], RANDOM[:1].expand(3, 6), None),  # too few to say so
+        (ALIKE.view(4, 10, 6), RANDOM[:10].expand(4, 10, 6), 0.0),
+    ],
+)
+def test_a_matrix_is_made_of_copies_along_an_axis(weight, gradient, expected):
+    spread = float(matrix_spread(_own(weight, gradient)))
+    assert spread == pytest.approx(expected, abs=1e-6) if expected is not None else 0.5 < spread < 2
+
+
+def test_matrices_are_those_of_modules_of_ones_own():
+    for module in (nn.Linear(6, 40), nn.Embedding(40, 6), nn.ParameterList([torch.ones(40)])):
+        for parameter in module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        assert matrix_spread(module) is None
+    assert matrix_spread(nn.ParameterList([torch.ones(40, 6)])) is None  # no gradient
+    both = nn.ParameterList([RANDOM.clone(), ALIKE.clone()])
+    for parameter in both:
+        parameter.grad = RANDOM[:1].expand(40, 6).clone()
+    assert float(matrix_spread(both)) == 0  # the least of all counts
+
+
+def test_a_matrix_of_copies_is_looked_at_as_long_as_it_is_one():
+    modules = nn.ModuleList([_own(ALIKE.clone(), RANDOM[:1].expand(40, 6)), _own(RANDOM.clone(), RANDOM.clone())])
+    transfer = Transfer()
+    probe = SpectralProbe(LayerMap(modules), transfer)
+    first = _sample(probe, transfer)
+    assert [first[name]["matrix_spread"] < 1e-6 for name in "01"] == [True, False]
+    other = SpectralProbe(LayerMap(modules), transfer)
+    other.load_state_dict(probe.state_dict())
+    for one in (probe, other):
+        second = _sample(one, transfer)
+        assert second["0"]["matrix_spread"] < 1e-6
+        assert "matrix_spread" not in second["1"]

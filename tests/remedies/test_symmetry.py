@@ -51,3 +51,12 @@ def test_what_is_frozen_or_shared_or_unknown_is_left_as_it_is():
     net[5].weight = net[4].weight
     assert break_symmetry(net, ["0", "4", "of another model"], AROUND, seed=0) == {}
     assert all((p == 0.1).all() for p in net[:5].parameters())
+
+
+def test_of_a_module_of_ones_own_the_matrices_of_copies_are_drawn():
+    module = nn.ParameterDict({"a": torch.full((160, 64), 0.1), "b": torch.randn(8, 8), "c": torch.ones(3, 3)})
+    before = {key: p.detach().clone() for key, p in module.items()}
+    assert list(break_symmetry(module, ["(root)"], {}, seed=0)) == [""]
+    assert module["a"].std().item() == pytest.approx((2 / 224) ** 0.5, rel=0.05)  # Glorot and Bengio 2010
+    assert all(torch.equal(module[key], before[key]) for key in "bc")
+    assert break_symmetry(nn.ParameterList([before["b"]]), ["(root)"], {}, seed=0) == {}

@@ -1,0 +1,107 @@
+"""Were the weights of a network drawn so large that no step of the run can change them?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_gradflow.detectors.base import check_range
+from lightning_gradflow.detectors.known import first_values, layer_mask, newest_values
+from lightning_gradflow.detectors.standstill import YOUNG, from_the_start, is_judged, still_falls
+from lightning_gradflow.detectors.update_sizes import medians_of
+from lightning_gradflow.findings import Finding
+from lightning_gradflow.history import Floats, History
+
+_EDGE = 1.3  # times the largest singular value of a square matrix of independent entries: one of 1 to 16 has 1.25
+_LARGE_OUTPUT = 3.0  # rms: networks that learn start with less
+_HALVED = 0.5  # of the loss: one that halves from the third to the last quarter of the run gets there
+_FEWEST = 2  # layers
+
+
+@dataclass(frozen=True)
+class LargeWeights:
+    r"""Finds a run that starts from weights far above any usual initialisation, and can't get away from them.
+
+    Normalisations and residual connections hide how large weights are: no signal dies or explodes, the loss comes down
+    from an absurd start as soon as the last layer has shrunk, and all the rest stays what was drawn, softmaxes that
+    pick one position among it. It is a finding (`weight_scale`) where the run had time to learn something, and
+
+    - most layers with a matrix have weights above :math:`1 / \sqrt{fan}` by more than `max_size`, with the geometric
+      mean of both fans;
+    - these look as they were drawn: the largest singular value of n x m independent entries with standard deviation
+      s is :math:`s (\sqrt{n} + \sqrt{m})`, and what was learnt, as in weights that were trained before, stands out;
+    - the first outputs of the last layer were larger than 3, which they are not where the forward pass scales the
+      weights;
+    - the largest step so far, times all that are planned, is less than the weights, in the median layer;
+    - the loss has not halved from the third to the last quarter of the run.
+
+    Args:
+        max_size: times the usual size, in (0, inf). By default 4: He's initialisation has 1.4.
+
+    Raises:
+        ValueError: if the limit is out of its range.
+
+    References:
+        Marchenko and Pastur 1967; Chizat et al. 2019, On lazy training in differentiable programming; Zhai et al. 2023,
+        Stabilizing transformer training by preventing attention entropy collapse.
+
+    Example:
+        >>> from lightning_gradflow.history import Point, Row
+        >>> history = History()
+        >>> history.layer_axis.merge(["fc1", "fc2"])
+        >>> history.add_points([Point("fc1", "fc1"), Point("fc2", "fc2")])
+        >>> norms = {"spectral_norm": 20.0, "weight_norm": 100.0, "grad_norm": 1.0, "grad_rms": 0.01}  # 100 x 100
+        >>> values = {"output_rms": 9.0, "update_ratio": 1e-3, **norms}
+        >>> history.append(Row(0, {name: np.full(2, x) for name, x in values.items()}))
+        >>> history.append(Row(99, scalars={"planned_steps": 400.0}, losses=np.linspace(9.0, 3.0, 100)))
+        >>> [(f.cause, f.layers) for f in LargeWeights().judge(history)]
+        [('weight_scale', ('fc1', 'fc2'))]
+    """
+
+    max_size: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_range("max_size", self.max_size, 0, float("inf"))
+
+    def judge(self, history: History) -> list[Finding]:
+        """The finding of the newest row, if there is one."""
+        if not is_judged(history, young=YOUNG) or still_falls(history, _HALVED):
+            return []
+        reach = _reach(history)
+        if not (reach < 1 and _first_outputs(history) > _LARGE_OUTPUT):
+            return []
+        sizes = _sizes(history)
+        large = np.flatnonzero(np.nan_to_num(_drawn(history, sizes)) > self.max_size)
+        if len(large) < _FEWEST or 2 * len(large) <= (~np.isnan(sizes)).sum():
+            return []
+        layers = tuple(history.layers[i] for i in large)
+        evidence = {"weight_size": float(np.median(sizes[large])), "reach": reach}
+        return [from_the_start(history, "weight_scale", layers, evidence)]
+
+
+def _reach(history: History) -> float:
+    """By how much of its norm the median layer can move in the planned run; NaN where that is not known."""
+    medians, planned = medians_of(history), float(history.scalar("planned_steps")[-1])
+    known = medians[np.isfinite(medians)]
+    return float(known.max()) * planned if known.size and planned > 0 else np.nan
+
+
+def _first_outputs(history: History) -> float:
+    sizes = first_values(history, "output_rms")[layer_mask(history)]
+    known = sizes[np.isfinite(sizes)]
+    return float(known[-1]) if known.size else np.nan
+
+
+def _sizes(history: History) -> Floats:
+    """(L,) root mean square of the weights, times the square root of the mean fan; NaN without a matrix."""
+    with np.errstate(all="ignore"):
+        entries = np.square(first_values(history, "grad_norm") / first_values(history, "grad_rms"))
+        sizes = newest_values(history, "weight_norm") / np.sqrt(entries) * entries**0.25
+    return np.where(np.isfinite(newest_values(history, "spectral_norm")) & np.isfinite(sizes), sizes, np.nan)
+
+
+def _drawn(history: History, sizes: Floats) -> Floats:
+    """(L,) the same of those alone that look as they were drawn."""
+    with np.errstate(invalid="ignore"):
+        return np.where(newest_values(history, "spectral_norm") <= 2 * _EDGE * sizes, sizes, np.nan)

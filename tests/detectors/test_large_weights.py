@@ -1,0 +1,150 @@
+"""Weights that were drawn too large for the steps of the run: each condition from both sides, and in real runs."""
+
+import math
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradflow import GradFlow
+from lightning_gradflow.detectors.large_weights import LargeWeights
+from lightning_gradflow.history import History, Row
+from tests.detectors.runs import stack, verdict
+
+nan = math.nan
+DOWN = np.linspace(9.0, 4.0, 101)
+SIDE = 64  # of the matrices
+
+
+def run(
+    size=8.0, edge=1.0, output=9.0, ratio=1e-3, losses=DOWN, planned=400.0, layers=4, normal=0, spread=None, **scalars
+):
+    """Square matrices with weights of this size; of `normal` layers it is 1."""
+    history, points = History(), stack(layers)
+    names = [point.module for point in points if point.is_layer]
+    history.layer_axis.merge(names)
+    history.add_points(points)
+    sizes = np.where(np.arange(len(names)) < normal, 1.0, size)
+    values = {
+        "weight_norm": sizes * math.sqrt(SIDE),
+        "spectral_norm": 2 * sizes * edge,
+        "grad_norm": np.full(len(names), 3.0),
+        "grad_rms": np.full(len(names), 3.0 / SIDE),
+        "update_ratio": np.full(len(names), ratio),
+        "output_rms": np.array([1.0] * (len(points) - 1) + [output]),
+    }
+    last = -1
+    for step in range(0, len(losses), 10):
+        said = {"planned_steps": planned, **scalars}
+        history.append(Row(step, values, said, losses=np.array(losses[last + 1 : step + 1])))
+        last = step
+    return history
+
+
+def told(**changes):
+    return verdict(LargeWeights().judge(run(**changes)))
+
+
+FOUND = [("warning", "weight_scale", ("fc0", "fc1", "fc2", "fc3"))]
+
+
+@pytest.mark.parametrize(
+    ("sick", "well"),
+    [
+        ({"size": 4.1}, {"size": 3.9}),
+        ({"edge": 1.29}, {"edge": 1.31}),  # what was learnt stands out
+        ({"output": 3.1}, {"output": 2.9}),
+        ({"ratio": 2.4e-3}, {"ratio": 2.6e-3}),
+        ({"planned": 500.0}, {"planned": nan}),
+        ({}, {"losses": np.geomspace(9.0, 0.2, 101)}),  # it gets there
+        ({}, {"losses": DOWN[:71]}),  # too early to say
+        ({"optimizers": 1.0}, {"optimizers": 2.0}),
+    ],
+)
+def test_each_condition_from_both_sides(sick, well):
+    assert told(**sick) == FOUND
+    assert told(**well) == []
+
+
+@pytest.mark.parametrize(("normal", "is_found"), [(1, True), (2, False)])
+def test_most_layers_have_to_be_too_large(normal, is_found):
+    assert bool(told(normal=normal)) is is_found
+
+
+def test_a_single_layer_is_left_alone():
+    assert told(layers=1) == []
+
+
+def test_the_evidence_is_the_size_and_how_far_steps_get():
+    evidence = LargeWeights().judge(run())[0].evidence
+    assert evidence["weight_size"] == pytest.approx(8.0)
+    assert evidence["reach"] == pytest.approx(0.4)
+
+
+def test_a_limit_of_ones_own_and_nothing_measured():
+    assert LargeWeights(max_size=10.0).judge(run()) == []
+    history = History()
+    history.append(Row(99, scalars={"planned_steps": 400.0}, losses=DOWN))
+    assert LargeWeights().judge(history) == []
+    with pytest.raises(ValueError, match="max_size"):
+        LargeWeights(max_size=0.0)
+
+
+class Scaled(nn.Linear):
+    """Weights that are drawn with 1, and scaled in the forward pass."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * math.sqrt(2 / self.in_features), self.bias)
+
+
+class Run(L.LightningModule):
+    def __init__(self, kind, std, rate=1e-3):
+        super().__init__()
+        torch.manual_seed(1)
+        sizes = ((32, 96), (96, 96), (96, 8))
+        layers = [kind(*size) for size in sizes]
+        for layer in layers if std else ():
+            nn.init.normal_(layer.weight, std=std)
+        first, second, last = layers
+        self.net = nn.Sequential(first, nn.LayerNorm(96), nn.GELU(), second, nn.LayerNorm(96), nn.GELU(), last)
+        self.rate = rate
+
+    def training_step(self, batch, _):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), self.rate)
+
+
+def _fit(module, mitigate="suggest", steps=300):
+    torch.manual_seed(0)
+    x = torch.randn(1024, 32)
+    y = (nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 8))(x) * 10).argmax(1)
+    flow = GradFlow(every_n_steps=10, report=False, console=False, mitigate=mitigate)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=64, shuffle=True)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    L.Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", callbacks=[flow], **quiet).fit(module, loader)
+    return flow
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")
+def test_weights_drawn_with_one_are_found_and_drawn_anew():
+    flow = _fit(Run(nn.Linear, 1.0))
+    assert [(f.cause, f.layers) for f in flow.findings if f.severity.is_alarm] == [
+        ("weight_scale", ("net.0", "net.3", "net.6"))
+    ]
+    cured = _fit(Run(nn.Linear, 1.0), "apply")
+    assert [(a.kind, a.outcome) for a in cured.actions] == [("reinit", "kept")]
+    sick, well = (float(np.median(one.history.losses[-30:])) for one in (flow, cured))
+    assert well < 0.7 * sick
+
+
+@pytest.mark.parametrize(
+    "module",
+    [lambda: Run(nn.Linear, None), lambda: Run(Scaled, 1.0), lambda: Run(nn.Linear, 1.0, rate=3e-2)],
+    ids=["usual", "scaled in the forward pass", "steps that get away from them"],
+)
+def test_runs_that_are_well_are_left_alone(module):
+    assert not [f for f in _fit(module(), steps=150).findings if f.severity.is_alarm]
