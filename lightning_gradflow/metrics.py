@@ -97,7 +97,11 @@ METRICS: dict[str, Metric] = {
     "gate_fraction": Metric("points", "fraction", "1 if a bounded activation gates another signal, 0 if it does not"),
     "dead_fraction": Metric("points", "fraction", "share of units on the flat side for every sample of the window"),
     "silent_fraction": Metric("points", "fraction", "share of units on the flat side for every input of the step"),
-    "input_rms": Metric("features", "norm", "root mean square of each feature of what goes into the first layer"),
+    "input_rms": Metric(
+        "features",
+        "norm",
+        "root mean square of each feature of what goes into the first layer, or the one with large inputs",
+    ),
     "input_deviation": Metric("features", "norm", "standard deviation of the same over the batch"),
 }
 """Every metric a [`Row`][lightning_gradflow.history.Row] may hold, by name."""
@@ -156,6 +160,7 @@ SCALARS: dict[str, str] = {
     "planned_steps": "optimizer steps of the whole run",
     "lr_scheduled": "1 if there is a learning rate schedule, else 0",
     "input_layer": "identity on the layer axis of the layer that the measured inputs go into",
+    "dropped_at": "identity on the layer axis of the first layer whose output dropout has a part in",
     "loss_line": "1 in a row in which a standstill was looked into",
     "residual_rms": "root mean square of outputs less targets, where the loss is a squared or absolute error of these",
     "compared_rms": "root mean square of those outputs",

@@ -352,8 +352,9 @@ class Sampler:
         found |= told(host)
         found |= totals(of_layers, clip_factor, self._history.scalar("clip_factor"), scale)
         found |= unpack(host["loss line"]) if "loss line" in host else {}
-        if signals.input_layer is not None:
-            found["input_layer"] = float(self._history.layer_axis.identity(signals.input_layer))
+        for name, layer in (("input_layer", signals.input_layer), ("dropped_at", signals.dropped_at)):
+            if layer is not None:
+                found[name] = float(self._history.layer_axis.identity(layer))
         found |= {"loss": mean_loss(losses), "val_loss": _validation(host), "delta_floor": signals.floor}
         return Row(
             step=step,

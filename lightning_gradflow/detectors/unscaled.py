@@ -45,7 +45,8 @@ class UnscaledInputs:
 
     - the contrast is below `min_contrast`, in the first sample and in the newest one;
     - no layer takes the inputs up: of no output is the part that differs between samples above 3 % of the usual size.
-      A normalisation brings it there, weights that were made for such inputs do, and so does training in time;
+      A normalisation brings it there, weights that were made for such inputs do, and so does training in time. What
+      dropout does is no sign of it: while nothing is learnt, only what stands in front of the first one counts;
     - there was time to learn: `patience` steps, or 20 % of the planned ones if that is more (300 at most), since the
       learning rate last rose;
     - nothing is learnt: not by 5 % of the loss from the start, or nothing more since the middle of the run.
@@ -150,12 +151,18 @@ def taken_up(history: History) -> float:
     """How much of the usual size differs between samples, in the output of the layer where most does; NaN: not known.
 
     Of an output it is the part around the batch mean, over the whole; and of one that is small in itself, over 1.
+    While nothing is learnt only the layers in front of the first dropout are asked: it makes samples differ too.
     """
     spread, size = (newest_known(history, name) for name in ("output_spread", "output_rms"))
     if spread is None or size is None:
         return math.nan
-    parts = (spread * np.minimum(size, 1.0))[layer_mask(history)]
-    return float(parts[~np.isnan(parts)].max(initial=0.0))
+    asked = layer_mask(history)
+    names, dropped_at = [point.module for point in history.points], history.dropped_at
+    if dropped_at in names and not has_learnt(history):
+        asked = asked & (np.arange(len(names)) < names.index(dropped_at))
+    parts = (spread * np.minimum(size, 1.0))[asked]
+    parts = parts[~np.isnan(parts)]
+    return float(parts.max()) if parts.size else math.nan
 
 
 def _weights_grew(history: History) -> bool:

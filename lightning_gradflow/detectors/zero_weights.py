@@ -48,7 +48,8 @@ def zero_weights(history: History) -> ZeroWeights:
     - a gradient comes to one, and another one before it gives zeros and gets none;
     - a gradient comes to one that has two such weights, or holds another such layer, and the run stands still;
     - one gives zeros to a ReLU of which all units are dead, behind which there is a gradient: the slope at 0 is 0.
-      Where a gradient gets past it to other layers, as in a residual branch, the run must stand still;
+      Where a gradient gets past it to other layers, as in a residual branch, the run must stand still; where none
+      does, all before it that give zeros are as much to blame;
     - no layer gets anything but zeros, and there are two such weights, and a loss;
     - or they are most of the layers, and the run stands still (see `stands_still`).
 
@@ -166,10 +167,12 @@ def _before_dead(history: History, blocked: list[str], points: _Points) -> set[s
     found = {
         name for name, at in behind.items() if history.points[at].op in _EXACT and dead[-1, at] == 1 and points.gets(at)
     }
+    first = min((points.last[name] for name in found), default=0)
     # a branch that gives nothing is no fault of a network that learns without it
-    if any(points.gets(at) for at in range(min((points.last[name] for name in found), default=0))):
+    if any(points.gets(at) for at in range(first)):
         return found if stands_still(history) else set()
-    return found
+    # freed alone it would be given zeros by those before it
+    return found | {name for name in blocked if points.last[name] < first}
 
 
 def _are_most(history: History, held: dict[str, int]) -> bool:

@@ -114,7 +114,15 @@ class History:
     @property
     def input_layer(self) -> str | None:
         """The layer that the measured inputs go into, by the newest row that tells."""
-        told = self.scalar("input_layer")
+        return self._layer_told("input_layer")
+
+    @property
+    def dropped_at(self) -> str | None:
+        """The first layer whose output dropout has a part in, by the newest row that tells; None without dropout."""
+        return self._layer_told("dropped_at")
+
+    def _layer_told(self, scalar: str) -> str | None:
+        told = self.scalar(scalar)
         told = told[~np.isnan(told)]
         if not told.size:
             return None

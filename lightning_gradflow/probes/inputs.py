@@ -32,7 +32,7 @@ _BY_CHANNEL = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # (B, channels, ..
 
 
 class InputScale:
-    """Root mean square and standard deviation of each feature of what goes into the first layer of a sampled step.
+    """Root mean square and standard deviation of each feature of what goes into a layer that takes inputs.
 
     Taken from the layer's first positional floating-point tensor; behind a frozen embedding, whose rows are data, from
     that of the layer behind it. The features are its last dimension; of what goes
@@ -92,29 +92,34 @@ class InputScale:
         self._sums, self._counts = sums, counts
         return True
 
-    def pack(self, transfer: Transfer) -> None:
-        """Hands what was seen to the transfer."""
+    def pack(self, transfer: Transfer, name: str = "") -> None:
+        """Hands what was seen to the transfer, under a name: that of the layer, where several take inputs."""
         if self._sums is None:
             return
         features = len(self._counts)
         # ranks agree on lengths: few lengths are few agreements
         length = features if transfer.is_alone else 1 << (features - 1).bit_length()
-        transfer.share((_SUMS, length), _padded(self._sums, length).flatten())
-        transfer.share_numbers((_COUNTS, length), [*self._counts.tolist(), *[0.0] * (length - features)])
+        transfer.share((_SUMS, name, length), _padded(self._sums, length).flatten())
+        transfer.share_numbers((_COUNTS, name, length), [*self._counts.tolist(), *[0.0] * (length - features)])
 
     @staticmethod
-    def unpack(host: Mapping[Hashable, Floats]) -> tuple[Floats, Floats]:
+    def names(host: Mapping[Hashable, Floats]) -> list[str]:
+        """Under which names something was fetched."""
+        return sorted({key[1] for key in host if isinstance(key, tuple) and key[0] == _SUMS})
+
+    @staticmethod
+    def unpack(host: Mapping[Hashable, Floats], name: str = "") -> tuple[Floats, Floats]:
         """(F,) root mean square and (F,) standard deviation out of what was fetched; empty where nothing was measured.
 
         Columns at the end that were not measured are left out, others are NaN.
 
         A deviation below 1e-8 of the mean is lost in the rounding of sums and comes out as about 0.
         """
-        lengths = [name[1] for name in host if isinstance(name, tuple) and name[0] == _SUMS]
+        lengths = [key[2] for key in host if isinstance(key, tuple) and key[:2] == (_SUMS, name)]
         sums, counts = np.zeros((2, max(lengths, default=0))), np.zeros(max(lengths, default=0))
         for length in lengths:
-            sums[:, :length] += host[_SUMS, length].reshape(2, length)
-            counts[:length] += host[_COUNTS, length]
+            sums[:, :length] += host[_SUMS, name, length].reshape(2, length)
+            counts[:length] += host[_COUNTS, name, length]
         features = int(np.flatnonzero(counts)[-1]) + 1 if counts.any() else 0  # those of the padding have no count
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):  # infinity minus infinity
             square, mean = sums[:, :features] / counts[:features]

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gradflow.probes.comparisons import COMPARING
 from lightning_gradflow.probes.detached import Detached
+from lightning_gradflow.probes.dropout import DROPOUTS, drops, drops_inside
 from lightning_gradflow.probes.gates import PRODUCTS
 from lightning_gradflow.probes.layers import ROOT, LayerMap
 from lightning_gradflow.probes.shards import is_cut, is_transformed, local
@@ -103,6 +104,7 @@ class ForwardObserver(TorchFunctionMode):
         self._stack: list[tuple[nn.Module, str | None, bool]] = []
         self._detached = Detached()
         self.input_is_detached = False  # of the layer that is reported
+        self.has_dropped = False  # whether anything was dropped at random since it was opened
         self._handles: list[RemovableHandle] = []
         self._name_by_id: Mapping[int, str] = {}
         self._spread: set[str] = set()
@@ -145,7 +147,7 @@ class ForwardObserver(TorchFunctionMode):
             self.__enter__()  # type: ignore[no-untyped-call]
             self._entered = True
         self._is_open = True
-        self._repeats = False
+        self._repeats = self.has_dropped = False
 
     def follow_backward(self) -> None:
         """A backward pass starts: what it repeats of the forward pass is reported as well."""
@@ -183,12 +185,17 @@ class ForwardObserver(TorchFunctionMode):
                 self._apart(self._after_activation, op, result, args, kwargs)
             elif func in LIMITS:
                 self._apart(self._after_limit, func, result, args, kwargs)
+            elif func in DROPOUTS:
+                self._apart(self._after_dropout, func, args, kwargs)
         return result
 
     def _after_limit(self, func: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         op = rectifier(func, result, args, kwargs)
         if op is not None:
             self._after_activation(op, result, (), {})
+
+    def _after_dropout(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.has_dropped |= drops(func, args, kwargs)
 
     def _after_activation(self, op: str, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = self._stack[-1][1] if self._stack else ROOT
@@ -229,6 +236,7 @@ class ForwardObserver(TorchFunctionMode):
     def _leave_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if not self._layers.is_layer(name):
             return
+        self.has_dropped |= drops_inside(module)
         if self._on_input is not None:
             self._on_input(module, args)
         if name not in self._spread:

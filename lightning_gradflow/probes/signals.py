@@ -27,6 +27,7 @@ from lightning_gradflow.probes.packing import Deltas, Seen, pack
 from lightning_gradflow.probes.points import PointNames
 from lightning_gradflow.probes.recurrence import RecurrentCall, Series, is_watchable, joined
 from lightning_gradflow.probes.segments import RepeatedCall, Segment, may_be_repeated
+from lightning_gradflow.probes.several_inputs import SeveralInputs
 from lightning_gradflow.probes.shards import is_cut, local
 from lightning_gradflow.probes.tables import EMBEDDINGS
 from lightning_gradflow.probes.transfer import Transfer
@@ -85,6 +86,7 @@ class SignalProbe:
         self._gathering = Gathering()
         self._segment = Segment()
         self._patience = Patience()
+        self._inputs = SeveralInputs()
         self._reset()
 
     def _reset(self) -> None:
@@ -93,9 +95,11 @@ class SignalProbe:
         self._gates: Gates[Seen] = Gates()
         self._turns: Counter[tuple[str, str, str]] = Counter()  # what was called since which layer, in this pass
         self._input = InputScale()
+        self._inputs.drop()
         self._before: dict[Point, Seen] = {}  # as it was when the batch began
         self._input_before = self._input
         self._input_layer: str | None = None
+        self._dropped_at: str | None = None
         self._shut: dict[str, tuple[Tensor, int]] = {}  # gates of the first layer, until it is reported
         self._segment.clear()
         self._scales: dict[int, Tensor] = {}  # by backward pass
@@ -132,6 +136,7 @@ class SignalProbe:
         self._gathering.flush()
         self._before = {point: copy.copy(seen) for point, seen in self._seen.items()}
         self._input_before = copy.copy(self._input)
+        self._inputs.start_batch()
         self._awaits_input = self._is_first = True
         self._behind_table = False
         self._start_forward()
@@ -176,6 +181,7 @@ class SignalProbe:
         self._observer.close()
         self._gathering.drop()
         self._seen, self._input = self._before, self._input_before
+        self._inputs.forget_batch()
 
     def next_forward(self) -> None:
         """The same batch has another forward pass to come (manual optimization)."""
@@ -194,6 +200,10 @@ class SignalProbe:
         self._error = self._error or error
 
     def _on_input(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        name = self._layers.name_of(module)
+        if not self._repeats:  # to what is repeated its inputs come without their graph
+            may_be_other = not (self._awaits_input or self._observer.input_is_detached or name == self._input_layer)
+            self._inputs.take(name, module, arguments, is_other=may_be_other)
         if not self._awaits_input:
             return
         is_first, self._is_first = self._is_first, False
@@ -206,7 +216,6 @@ class SignalProbe:
         is_input = is_first or (may_follow and (behind_table or not self._observer.input_is_detached))
         is_input = is_input and self._input.take(module, arguments, is_first=is_first)
         self._awaits_input = may_follow and not is_input
-        name = self._layers.name_of(module)
         if is_input:
             self._input_layer = name
         if name is not None and (is_first or is_input) and self._activations:
@@ -215,6 +224,8 @@ class SignalProbe:
 
     def _on_layer(self, name: str, output: Tensor) -> None:
         point = self._names.layer(name)
+        if self._observer.has_dropped and self._dropped_at is None:
+            self._dropped_at = name
         if self._repeats:
             self._take_again(point, output)
         else:
@@ -335,6 +346,7 @@ class SignalProbe:
         self._gathering.flush()
         pack(self._seen, self._scales, self._transfer)
         self._input.pack(self._transfer)
+        self._inputs.pack(self._transfer)
 
     def collect(self, host: Mapping[Hashable, Floats], multiplier: float = 1.0) -> Signals:
         """The statistics of each point in order of execution, out of what was fetched. Ends the sample.
@@ -343,17 +355,18 @@ class SignalProbe:
             host: what was fetched.
             multiplier: turns the gradients as they were into those of the mean loss.
         """
-        layer = self._input_layer
+        first, dropped_at = self._input_layer, self._dropped_at
         self._reset()
         signals = unpack(host, self._transfer.topology, self.silent, multiplier)
-        rms, deviation = InputScale.unpack(host)
-        return replace(signals, input_rms=rms, input_deviation=deviation, input_layer=layer)
+        rms, deviation, layer = self._inputs.unpack(host, first)
+        return replace(signals, input_rms=rms, input_deviation=deviation, input_layer=layer, dropped_at=dropped_at)
 
     def state_dict(self) -> dict[str, Any]:
         """Names and silent units, so that a resumed run, or one with new layers, goes on with the same columns."""
-        return {"names": self._names.state_dict(), "silent": self.silent.state_dict()}
+        return {"names": self._names.state_dict(), "silent": self.silent.state_dict(), "input": self._inputs.chosen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
         self._names.load_state_dict(state["names"])
         self.silent.load_state_dict(state["silent"])
+        self._inputs.chosen = state.get("input")

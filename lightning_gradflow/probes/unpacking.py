@@ -44,6 +44,7 @@ class Signals:
             empty where it was not measured.
         input_deviation: (F,) standard deviation of each.
         input_layer: the layer that it went into.
+        dropped_at: the first layer whose output dropout has a part in.
     """
 
     order: Sequence[Point] = ()
@@ -53,6 +54,7 @@ class Signals:
     input_rms: Floats = field(default_factory=lambda: np.empty(0))
     input_deviation: Floats = field(default_factory=lambda: np.empty(0))
     input_layer: str | None = None
+    dropped_at: str | None = None
 
     @property
     def points(self) -> dict[Point, dict[str, float]]:

@@ -104,11 +104,13 @@ def make_critical(
       where that is below 4: those behind it are made for 1;
     - as a last one, its weights are off `1 / sqrt(fan_in)` by more than a factor of 10, and not 0;
     - as an end of a branch, its gain and that of its weights alone are above what the gain is to be by more than a
-      factor of 4;
-    - where others are drawn, its weights are above `1 / sqrt(fan_in)` by more than a factor of 4: they were drawn as
+      factor of 4; or of 2, where the outputs of such ends grow tenfold from one to a later one: each adds to the sum,
+      and takes it in;
+    - where others are drawn, its weights are above `1 / sqrt(fan_in)` by more than a factor of 2: they were drawn as
       badly, and what follows, such as the norm of a sum of branches that are all too large, hides it;
-    - where no layer is off by itself, and an output that none takes has a spread above 10, they are above it by more
-      than a factor of 2: together they make it.
+    - where no layer is off by itself, its weights are so, and those of all such layers are above that by more than a
+      factor of 10 together; or an output that none takes has a spread above 10: together they make it. Only the former
+      counts where `max_off` is 4 or more.
 
     A random gradient tells how a layer treats noise. What samples differ in may grow far more: behind weights that have
     a mean, or a sum or mean over numbers that are alike, as over the neighbours in a graph. Where it grows by more than

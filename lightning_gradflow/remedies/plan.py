@@ -25,7 +25,7 @@ PLAN: dict[tuple[FindingKind, str], tuple[str, ...]] = {
     (FindingKind.EXPLODING_GRADIENT, "unknown"): ("clip", "rollback"),
     (FindingKind.NONFINITE_GRADIENT, "initialisation"): ("reinit",),
     (FindingKind.NONFINITE_GRADIENT, "learning_rate_too_large"): ("reinit", "rollback", "clip"),
-    (FindingKind.NONFINITE_GRADIENT, "unscaled_inputs"): ("scale_inputs", "rollback"),
+    (FindingKind.NONFINITE_GRADIENT, "unscaled_inputs"): ("scale_inputs", "clip", "rollback"),
     (FindingKind.NONFINITE_GRADIENT, "forward"): ("reinit", "clip", "rollback"),
     (FindingKind.NONFINITE_GRADIENT, "unknown"): ("clip", "rollback"),
     (FindingKind.DEAD_UNITS, "initialisation"): ("reinit", "recycle"),
@@ -48,7 +48,7 @@ PLAN: dict[tuple[FindingKind, str], tuple[str, ...]] = {
     (FindingKind.LOSS_PLATEAU, "dead_units"): ("reinit", "recycle"),
     (FindingKind.UPDATE_RATIO, "learning_rate_too_large"): ("reinit", "rollback"),
     (FindingKind.UPDATE_RATIO, "overwritten"): ("rollback",),
-    (FindingKind.UPDATE_RATIO, "unscaled_inputs"): ("scale_inputs", "rollback"),
+    (FindingKind.UPDATE_RATIO, "unscaled_inputs"): ("scale_inputs", "clip", "rollback"),
 }
 """A cause without a row has that of `unknown`, if its kind has one.
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, combinations
 
 from torch import Tensor, nn
 
@@ -49,28 +49,48 @@ class Choice:
             max_spread: of a layer's output.
         """
         modules, aims, stretches = self._modules, self.aims(links), _stretches(links)
-        limits = _Limits(max_off, max_spread)
+        limits, adding = _Limits(max_off, max_spread), self._adding_up(links, aims)
         sick = [
             name
             for name in links
             if name in self.may
-            and (name in broken or _is_sick(modules[name], links[name], aims[name], stretches.get(name, 0.0), limits))
+            and (
+                name in broken
+                or name in adding
+                or _is_sick(modules[name], links[name], aims[name], stretches.get(name, 0.0), limits)
+            )
         ]
-        if max_off >= FAR or self._is_trained:
+        if self._is_trained:
             return sick
         if not sick:
-            return self._loud_together(links)
+            return self._loud_together(links, max_off)
         others = self.may - {*sick}
-        too = {name for name in others if _is_quiet(modules[name], links[name], max_off)}
+        too = {name for name in others if max_off < FAR and _is_quiet(modules[name], links[name], max_off)}
         too |= {name for name in others if _is_loud(modules[name], links[name])}
         return [name for name in links if name in sick or name in too]
 
-    def _loud_together(self, links: Mapping[str, Link]) -> list[str]:
-        """Layers none of which is off by far by itself, and which make outputs that are."""
+    def _adding_up(self, links: Mapping[str, Link], aims: Mapping[str, float]) -> list[str]:
+        """Ends of branches none of which is off by far by itself, and with each of which the sum grows."""
+        ends = [
+            name
+            for name, link in links.items()
+            if link.is_known
+            and not (link.is_chain or link.is_first or link.is_normalised)
+            and min(link.growth, link.own_gain) > aims[name] * _UNUSUAL
+            and _looks_drawn(self._modules[name])
+        ]
+        spreads = [links[name].spread for name in ends]
+        grows = any(late > _MAX_STRETCH * early > 0 for early, late in combinations(spreads, 2))
+        return ends if grows else []
+
+    def _loud_together(self, links: Mapping[str, Link], max_off: float) -> list[str]:
+        """Layers none of which is off by far by itself, and which are so together, or make outputs that are."""
+        loud = [name for name in links if name in self.may and _is_loud(self._modules[name], links[name])]
         ends = [link.spread for link in links.values() if not link.follower]
-        if not any(_MAX_STRETCH < spread < math.inf for spread in ends):
-            return []
-        return [name for name in links if name in self.may and _is_loud(self._modules[name], links[name], _UNUSUAL)]
+        if max_off < FAR and any(_MAX_STRETCH < spread < math.inf for spread in ends):
+            return loud
+        over = sum(math.log10(_size(self._modules[name]) / _UNUSUAL) for name in loud)
+        return loud if over > math.log10(_MAX_STRETCH) else []
 
     def aims(self, links: Mapping[str, Link]) -> dict[str, float]:
         """The gain that each layer is to have: less before a last layer that is too large and has to stay as it is."""
@@ -165,12 +185,12 @@ def _is_quiet(layer: nn.Module, link: Link, max_off: float) -> bool:
     return link.is_first and not link.is_normalised and _is_off(link.spread, 1.0, max_off) and _looks_drawn(layer)
 
 
-def _is_loud(layer: nn.Module, link: Link, limit: float = FAR) -> bool:
+def _is_loud(layer: nn.Module, link: Link) -> bool:
     """Whether no usual initialisation gives its weights, in a network in which others are drawn anew: as badly drawn.
 
     What follows may hide it, as the norm behind the sum of many branches that are all too large does.
     """
-    return not link.is_normalised and _size(layer) > limit and _looks_drawn(layer)
+    return not link.is_normalised and _size(layer) > _UNUSUAL and _looks_drawn(layer)
 
 
 def _looks_drawn(layer: nn.Module) -> bool:

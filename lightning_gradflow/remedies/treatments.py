@@ -40,6 +40,8 @@ def _clip(patient: Patient) -> Treatment | None:
 
 def _reinit(patient: Patient) -> Treatment | None:
     finding = patient.finding
+    if finding.cause == "unscaled_inputs" and inputs_jumped(patient.training.history):
+        return None  # the weights are drawn on one batch, and this one stands out
     done, folded = _drawn_on_scaled(patient)
     behind: Mapping[str, Centre] = {}
     if done is None:
@@ -127,7 +129,9 @@ def _recycle(patient: Patient) -> Treatment | None:
 
 def _scale_inputs(patient: Patient) -> Treatment | None:
     """Unscaled inputs hide what else is wrong: what is far off any usual size on scaled ones is drawn anew with it."""
-    keeps = patient.has_past and inputs_jumped(patient.training.history)
+    keeps = inputs_jumped(patient.training.history)
+    if keeps and not patient.has_past:  # a batch that stands out is no measure of those to come
+        return None
     if patient.has_past and not keeps and (patient.finding.kind, patient.finding.cause) != UNTOUCHED:
         return None
     with patient.training.whole() as whole:

@@ -110,6 +110,26 @@ def test_a_layer_that_takes_the_inputs_up_makes_them_harmless(spreads, sizes, ex
     assert judged(spreads=spreads, sizes=sizes) == expected
 
 
+@pytest.mark.parametrize(
+    ("at", "spreads", "losses", "expected"),
+    [
+        (None, [0.01, 0.5], STILL, []),
+        ("fc1", [0.01, 0.5], STILL, SICK),  # dropout makes them differ
+        ("fc1", [0.062, 0.5], STILL, []),
+        ("fc0", [0.01, 0.01], STILL, []),  # nothing is known
+        ("gone", [0.01, 0.5], STILL, []),
+        ("fc1", [0.01, 0.5], np.repeat([2.3, 1.0], 100), []),  # weights that have learnt do so too
+        ("fc1", [0.01, 0.01], np.repeat([2.3, 1.0], [60, 140]), SICK),
+    ],
+)
+def test_what_differs_behind_dropout_is_no_sign_while_nothing_is_learnt(at, spreads, losses, expected):
+    layers = ["fc0", "fc1", "gone"]
+    history = run(spreads=spreads, losses=losses, **({"dropped_at": float(layers.index(at))} if at else {}))
+    history.layer_axis.merge(layers)
+    assert history.dropped_at == at
+    assert verdict(UnscaledInputs().judge(history)) == expected
+
+
 def test_what_an_activation_gives_is_not_asked():
     points = [Point("fc0", "fc0"), Point("act0", "act0", "tanh"), Point("fc1", "fc1")]
     assert taken_up(run(points=points, spreads=[0.1, 1.0, 0.2], sizes=[0.5, 1.0, 0.5])) == pytest.approx(0.1)

@@ -138,6 +138,29 @@ def test_zeros_before_a_relu_get_no_gradient_through_it(op, dead, delta, found):
     assert zero_weights(run(*[row] * 3, points=points)).layers == found
 
 
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, ("fc0", "fc1")),
+        ({"out": [1, 1, 0, 0, 1]}, ("fc1",)),  # the first one gives something
+        ({"zero": [nan, 1, nan]}, ("fc1",)),
+        ({"delta": [0.1, 0, 0, 0.3, 0.3]}, ()),  # a gradient gets past to it, and the run is young
+    ],
+)
+def test_before_such_a_relu_all_that_give_zeros_are_to_blame(change, found):
+    acts = (Point("act0", "act0", "relu"), Point("act1", "act1", "relu"))
+    points = [Point("fc0", "fc0"), acts[0], Point("fc1", "fc1"), acts[1], Point("fc2", "fc2")]
+    row = {
+        "zero": [1, 1, nan],
+        "out": [0, 0, 0, 0, 1],
+        "delta": [0, 0, 0, 0.3, 0.3],
+        "dead": [nan, 1, nan, 1, nan],
+        "norm": [0, 0, 0.1],
+        **change,
+    }
+    assert zero_weights(run(*[row] * 3, points=points)).layers == found
+
+
 TOWERS = {"zero": [nan, 1, 1], "out": [1, 0, 0], "delta": [0, 0, 0], "norm": [0, 0, 0]}
 
 

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_gradflow.remedies.critical import make_critical
 from lightning_gradflow.remedies.gains import Gains
-from lightning_gradflow.remedies.sick_layers import FAR
+from lightning_gradflow.remedies.sick_layers import FAR, MAX_OFF
 
 WIDTH = 32
 
@@ -341,6 +341,64 @@ def test_residual_branches_that_blow_the_signal_up_are_set_to_share_it():
     assert gains == pytest.approx([1 / 3] * 9, rel=0.05)
 
 
+@pytest.mark.parametrize("max_off", [MAX_OFF, FAR])
+@pytest.mark.parametrize(("depth", "std", "is_sick"), [(14, 1.0, True), (14, 0.5, False), (4, 1.0, False)])
+def test_residual_branches_that_add_up_are_set_to_share_it(depth, std, is_sick, max_off):
+    blocks = _made(lambda: [Residual(nn.Linear(WIDTH, WIDTH)) for _ in range(depth)])
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), *blocks, nn.Linear(WIDTH, 4))
+    for block in blocks:
+        nn.init.normal_(block.layers[0].weight, std=std / WIDTH**0.5)
+    changed = _treated(net, _batch(64, WIDTH), max_off=max_off).changed
+    ends = [f"{i}.layers.0" for i in range(1, depth + 1)]
+    assert [name for name in changed if name in ends] == (ends if is_sick else [])
+
+
+def test_branches_that_are_put_side_by_side_do_not_add_up():
+    _assert_untouched(
+        _made(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), *(Split() for _ in range(8)))),
+        _batch(64, WIDTH),
+        max_off=FAR,
+    )
+
+
+class Split(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.halves = nn.ModuleList(nn.Linear(WIDTH, WIDTH // 2) for _ in range(2))
+        for half in self.halves:
+            nn.init.kaiming_normal_(half.weight)
+
+    def forward(self, x):
+        return torch.cat([half(x).relu() for half in self.halves], 1)
+
+
+class Highway(nn.Module):
+    """Gates that are mostly shut hold back what weights make."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.h, self.g = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        for layer in (self.h, self.g):
+            nn.init.normal_(layer.weight, std=size / WIDTH**0.5)
+        nn.init.constant_(self.g.bias, -2.0)
+
+    def forward(self, x):
+        gate = self.g(x).sigmoid()
+        return gate * self.h(x).relu() + (1 - gate) * x
+
+
+@pytest.mark.parametrize(("depth", "size", "is_sick"), [(6, 3.3, True), (2, 3.3, False), (12, 1.5, False)])
+@pytest.mark.parametrize("max_off", [MAX_OFF, FAR])
+def test_weights_that_are_too_large_only_together_are_all_drawn(depth, size, is_sick, max_off):
+    net = _made(
+        lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), *(Highway(size) for _ in range(depth)), nn.Linear(WIDTH, 4))
+    )
+    x = 0.3 * _batch(64, WIDTH)
+    changed = _treated(net, x, max_off=max_off).changed
+    layers = [f"{i}.{part}" for i in range(1, depth + 1) for part in "hg"]
+    assert {name for name in changed if "." in name} == ({*layers} if is_sick else set())
+
+
 # One of them alone
 
 
@@ -476,7 +534,11 @@ def test_far_is_what_no_usual_initialisation_gives():
     ours = _made(lambda: _stack(nn.ReLU, 20))
     _assert_untouched(ours, _batch(64, WIDTH), max_off=FAR)
     large = _made(lambda: _stack(nn.ReLU, 20, width=64, draw=LARGE))
-    assert list(_treated(large, _batch(64, 64), max_off=FAR).changed) == [str(i) for i in range(2, 40, 2)]
+    # the first one, whose spread is made up for, and the last one are as badly drawn
+    assert list(_treated(large, _batch(64, 64), max_off=FAR).changed) == [str(i) for i in range(0, 41, 2)]
+    one = _made(lambda: _stack(nn.ReLU, 20, width=64))
+    nn.init.normal_(one[8].weight)
+    assert list(_treated(one, _batch(64, 64), max_off=FAR).changed) == ["8"]
 
 
 def test_centres_are_where_inputs_lie_that_are_farther_from_zero_than_they_spread():

@@ -74,5 +74,10 @@ def test_what_was_wrong_from_the_start_is_not_left_by_going_back(kind, cause, fi
     assert remedies_for(kind, cause, has_learnt=True)[0] == first
 
 
+@pytest.mark.parametrize("kind", [FindingKind.UPDATE_RATIO, FindingKind.NONFINITE_GRADIENT])
+def test_where_inputs_can_not_be_scaled_steps_are_clipped_before_the_run_is_slowed_down(kind):
+    assert remedies_for(kind, "unscaled_inputs") == ("scale_inputs", "clip", "rollback")
+
+
 def test_what_was_overwritten_is_put_back():
     assert remedies_for(FindingKind.UPDATE_RATIO, "overwritten", has_learnt=True) == ("rollback",)

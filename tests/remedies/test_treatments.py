@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_gradflow.detectors.inputs import inputs_jumped
 from lightning_gradflow.findings import FindingKind
 from lightning_gradflow.history import Row
 from lightning_gradflow.remedies import treatments
@@ -340,7 +341,7 @@ def test_where_there_was_nothing_to_draw_the_rate_is_not_tried_out():
 UNSCALED = finding(FindingKind.DEAD_UNITS, "unscaled_inputs")
 
 
-def _raw(hurt, allow=REMEDIES, seed=0):
+def _raw(hurt, allow=REMEDIES, seed=0, sizes=(), remedy="scale_inputs"):
     """What is done to a net on inputs around 500, after `hurt` did something to its weights."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24))
@@ -356,8 +357,11 @@ def _raw(hurt, allow=REMEDIES, seed=0):
         yield twin, lambda: twin(x)
 
     run = Run(model=net, rehearse=rehearse)
+    run.history.add_features(8)
+    for step, size in enumerate(sizes):
+        run.history.append(Row(step, {"input_rms": np.full(8, size)}))
     before = [p.detach().clone() for p in net.parameters()]
-    done = treat("scale_inputs", replace(_patient(run, UNSCALED), allow=allow))
+    done = treat(remedy, replace(_patient(run, UNSCALED), allow=allow))
     return run, net, x, before, done
 
 
@@ -402,6 +406,15 @@ def test_without_leave_to_draw_the_inputs_are_scaled_alone():
     _, net, _, before, done = _raw(_dead, allow=("scale_inputs", "clip"))
     assert (done.layers, done.note) == (("0",), "")
     assert all(torch.equal(p, q) for p, q in zip(list(net.parameters())[2:], before[2:], strict=True))
+
+
+@pytest.mark.parametrize("remedy", ["scale_inputs", "reinit"])
+@pytest.mark.parametrize(("sizes", "acts"), [([500.0, 500.0], True), ([1.0, 1.0], True), ([1.0, 1.0, 500.0], False)])
+def test_a_batch_that_stands_out_is_no_measure_of_the_inputs(remedy, sizes, acts):
+    run, net, _, before, done = _raw(_large, sizes=sizes, remedy=remedy)
+    assert inputs_jumped(run.history) == (not acts)
+    assert (done is not None) == acts
+    assert acts or all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
 
 
 # -- weights that are too small, on inputs that are too large
