@@ -69,7 +69,9 @@ METRICS: dict[str, Metric] = {
         "layers", "fraction", "cosine of the same weights and their gradient, from 0; at first, and as long as above it"
     ),
     "recurrent_radius": Metric("layers", "norm", "spectral radius of the hidden-to-hidden weights of a recurrence"),
-    "loop_radius": Metric("layers", "norm", "the same of a square weight called in a loop, eight times or more"),
+    "loop_radius": Metric(
+        "layers", "norm", "the same of a square weight, or of stacked ones, in a loop of eight calls or more"
+    ),
     "hh_to_ih": Metric("layers", "norm", "gradient norm of a recurrence's weights of the state / of the input"),
     "stack_gain": Metric(
         "layers", "norm", "gradient norm of the biases of a stacked recurrence's first layer / of its last"

@@ -178,7 +178,8 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         _FEATURES,
     ),
     (FindingKind.SATURATED_ACTIVATION, "weight_scale"): (
-        "It is so from the start: the weights before it are too large",
+        "It is so from the start: the weights before it are too large, or a bias holds it there",
+        "all gates are shut, {gate_opening} of a signal comes through, and no step that is planned opens them",
     ),
     (FindingKind.SATURATED_ACTIVATION, "drift"): ("It was not so at the start: the weights grew in training",),
     (FindingKind.LOSS_PLATEAU, "unscaled_inputs"): (

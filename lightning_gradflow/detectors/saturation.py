@@ -12,6 +12,7 @@ from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped,
 from lightning_gradflow.detectors.known import first_values, layer_mask
 from lightning_gradflow.detectors.onset import loss_rose, weight_growth
 from lightning_gradflow.detectors.progress import has_learnt
+from lightning_gradflow.detectors.shut_gates import gate_mask, shut_gates
 from lightning_gradflow.detectors.small_steps import MIN_REACH, too_small
 from lightning_gradflow.detectors.update_sizes import ratios_of
 from lightning_gradflow.findings import Finding, FindingKind, Severity
@@ -26,7 +27,6 @@ _PATIENCE = 50  # steps: as long as for units that are dead
 _OPEN = 0.5  # at most so many outputs are saturated in an activation that was well
 _GROWN = 1.5  # times the weight norm: an odd batch saturates an activation too, and leaves the weights as they are
 _SHUT = 0.01  # factor on the delta norm: of outputs that are wrong and at the bound, next to nothing comes back
-_GATE = 0.5  # of the places where it was seen (several ranks): they all run the same code
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class SaturatedActivation:
     the first outputs of the last layer differ between samples by more than 3: that layer is too large as well. Gates,
     whose output is multiplied with another signal, and activations behind the last layer are left out: they saturate by
     design. Yet none is made to be shut at the start: where most of the gates are, in the first sample, and the last
-    layer is too large, they count like the others; and so does each that is shut then, where inputs are unscaled.
+    layer is too large, they count like the others; and so does each that is shut then, where inputs are unscaled. And
+    where all of them are shut, from the start and for good (see `shut_gates`), that is an alarm, whatever is learnt.
 
     Behind the last layer it is a finding only where the activation was shut from the start, lets at most 1 % of the
     gradient through, and no step gets anywhere for it (see `too_small`).
@@ -92,7 +93,8 @@ class SaturatedActivation:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        return self._hidden(history) or self._output(history)
+        found = self._hidden(history) or self._output(history)
+        return found or shut_gates(history, self.samples, _gains(history["delta_norm"]))
 
     def _output(self, history: History) -> list[Finding]:
         """An activation behind the last layer that was shut from the start, for which no step gets anywhere."""
@@ -169,7 +171,7 @@ class SaturatedActivation:
 
     def _judged(self, history: History) -> Mask:
         """(P,) the activations before a layer; gates only where weights or unscaled inputs shut them from the start."""
-        before_a_layer, gates = _before_a_layer(history), _gates(history)
+        before_a_layer, gates = _before_a_layer(history), gate_mask(history)
         first = np.where(before_a_layer & gates, first_values(history, "saturated_fraction"), np.nan)
         known = first[~np.isnan(first)]
         if known.size and _starts_large(history) and np.median(known) >= self.max_saturated:
@@ -200,14 +202,6 @@ class SaturatedActivation:
 def _before_a_layer(history: History) -> Mask:
     """(P,) the points behind which there is a layer, or which are one."""
     return np.asarray(np.logical_or.accumulate(layer_mask(history)[::-1])[::-1])
-
-
-def _gates(history: History) -> Mask:
-    """(P,) the activations that gate something."""
-    gates = history["gate_fraction"]
-    return history.facts.so_far(
-        "gates", len(gates), lambda start: np.asarray((gates[start:] > _GATE).any(axis=0)), np.logical_or
-    )
 
 
 def _known_rows(history: History, hidden: Mask) -> Mask:

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.rounding import MAX_LOST, lost_share
-from lightning_gradflow.detectors.update_sizes import finding_of, largest_of
+from lightning_gradflow.detectors.update_sizes import finding_of, largest_of, ratios_of
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import Floats, History
 
@@ -60,6 +60,21 @@ def too_small(history: History, ratios: Floats, min_reach: float) -> list[Findin
     if lost > MAX_LOST:  # of the steps that were meant the weights show nothing
         return [finding_of(history, "rounding", ratios[-1], evidence | {"unchanged_fraction": lost})]
     return [finding_of(history, "learning_rate_too_small", ratios[-1], evidence)]
+
+
+def reaches_of(history: History) -> Floats:
+    """(L,) share of its norm by which each layer can move in the planned run; NaN where that is not known.
+
+    Not known is it before the third sample, while a schedule has not shown its learning rate, in a run of less than 50
+    steps, and of layers that were zero.
+    """
+    ratios = ratios_of(history)
+    planned = float(history.scalar("planned_steps")[-1])
+    steps = planned if planned > 0 else _ENDLESS
+    known = (~np.isnan(ratios)).sum(axis=0) >= _MIN_SAMPLES
+    if not known.any() or steps < _SHORT or not _at_full_rate(history):
+        return np.full(len(known), np.nan)
+    return np.where(known, np.fmax.reduce(ratios, axis=0, initial=np.nan) * steps, np.nan)
 
 
 def _promise(history: History, counts: Bools) -> float:

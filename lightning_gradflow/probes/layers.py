@@ -42,6 +42,9 @@ def module_named(model: nn.Module, layer: str) -> nn.Module:
 class LayerMap:
     """The layers of a model: the modules that own parameters directly, a weight and its bias together.
 
+    A list of parameters is a layer that is never called: where a module has nothing but such lists, what it gives
+    stands for the first of them.
+
     A tied weight belongs to the module that registered it first. Parameters behind a parametrization (weight norm,
     spectral norm, ...) belong to the module that is parametrized.
 
@@ -68,6 +71,7 @@ class LayerMap:
         self.find_owners(model)
         for owner in dict.fromkeys(self._owner.values()):
             self._modules[owner] = module_named(model, owner)
+        self._first_list = self._find_lists(model)
 
     def _look_at(self, model: nn.Module) -> list[tuple[str, nn.Module, list[nn.Module | None]]]:
         """Name, module and children of all there is; the last time's, which is found faster, where nothing changed."""
@@ -84,6 +88,16 @@ class LayerMap:
                 if parameter is not None:
                     self._known.add((id(module), key))
                     self._owner.setdefault(id(parameter), _parametrized(name) or ROOT)
+
+    def _find_lists(self, model: nn.Module) -> dict[str, str]:
+        """Module -> its first list of parameters, of those that have nothing else to compute with."""
+        found = {}
+        for name, module, children in self._look_at(model):
+            lists = [child for child in children if isinstance(child, _LISTS) and self.name_of(child) in self._modules]
+            inside = {self.name_of(part) for part in module.modules()} & {*self._modules}
+            if lists and inside == {self.name_of(one) for one in lists}:
+                found[name or ROOT] = str(self.name_of(lists[0]))
+        return found
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,6 +120,17 @@ class LayerMap:
     def is_layer(self, name: str) -> bool:
         """Whether the module of this name owns parameters."""
         return name in self._modules
+
+    def that_runs(self, name: str) -> str | None:
+        """The layer whose output a module gives; None for one that is none.
+
+        Example:
+            >>> import torch
+            >>> model = nn.ModuleDict({"own": nn.ModuleDict({"w": nn.ParameterList([torch.ones(2)])})})
+            >>> LayerMap(model).that_runs("own")
+            'own.w'
+        """
+        return name if name in self._modules else self._first_list.get(name)
 
     def is_activation(self, name: str) -> bool:
         """Whether the module of this name is a leaf without parameters: the only thing in it is what it computes."""

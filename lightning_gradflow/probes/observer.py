@@ -234,13 +234,14 @@ class ForwardObserver(TorchFunctionMode):
             self._apart(self._leave_module, name, module, args, output)
 
     def _leave_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._layers.is_layer(name):
+        layer = self._layers.that_runs(name)
+        if layer is None:
             return
         self.has_dropped |= drops_inside(module)
-        if self._on_input is not None:
+        if self._on_input is not None and layer == name:
             self._on_input(module, args)
         if name not in self._spread:
-            self._report_layer(name, output)
+            self._report_layer(layer, output)
             # its steps are no calls of anything: they are looked for at what goes in
             if self._on_recurrence is not None and isinstance(module, nn.RNNBase):
                 self._on_recurrence(name, module, args, output)

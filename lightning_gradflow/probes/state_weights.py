@@ -24,7 +24,8 @@ def state_weights(module: nn.Module, turns: int) -> Iterator[tuple[str, Tensor]]
     - Of a linear layer that is called eight times or more in a forward pass its weight, if it is square.
     - Of such a convolution, with as many channels out as in, the sum of its weights over the taps: what it does to a
       state that is the same everywhere.
-    - Of a module of the user's own, which applies an activation that often for each of them, its square matrices.
+    - Of a module of the user's own, which applies an activation that often for each of them, its square matrices; where
+      there are none, those that stack three or four of them for the gates of a cell.
 
     Args:
         module: a layer.
@@ -48,13 +49,28 @@ def state_weights(module: nn.Module, turns: int) -> Iterator[tuple[str, Tensor]]
     elif isinstance(module, _CONVOLUTIONS):
         found = {key: p.flatten(2).sum(dim=2) for key, p in own.items() if module.groups == 1}
     elif not is_of_torch(module):
-        found = {key: p for key, p in own.items() if p.ndim == 2 and p.shape[0] == p.shape[1]}
-        found = found if turns >= _MIN_TURNS * len(found) else {}
+        stacks = {key: stack for key, p in own.items() if p.ndim == 2 and (stack := squares(p))}
+        alone = {key: stack for key, stack in stacks.items() if len(stack) == 1}
+        stacks = alone or stacks
+        found = {f"{key}[{i}]" if i else key: p for key, stack in stacks.items() for i, p in enumerate(stack)}
+        found = found if turns >= _MIN_TURNS * len(stacks) else {}
     else:
         found = {}
     for key, weight in found.items():
         if weight.shape[0] == weight.shape[1] > 1:
             yield key, weight
+
+
+def squares(weight: Tensor) -> tuple[Tensor, ...]:
+    """The square matrices that one consists of: itself, or three or four side by side, as for the gates of a cell.
+
+    Example:
+        >>> [len(squares(torch.ones(*shape))) for shape in ((2, 2), (2, 8), (6, 2), (2, 4))]
+        [1, 4, 3, 0]
+    """
+    side, longer = sorted(weight.shape)
+    is_stack = side > 0 and longer in (side, 3 * side, 4 * side)
+    return weight.split(side, dim=int(weight.shape[1] > side)) if is_stack else ()
 
 
 def stack_gain(module: nn.RNNBase) -> Tensor | None:

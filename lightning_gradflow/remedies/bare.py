@@ -89,7 +89,8 @@ class Bare:
             if not use.loops or not isinstance(layer, BareLinear) or not looks_fresh(layer.weight):
                 continue
             size = float(layer.weight.detach().double().square().mean().sqrt()) * math.sqrt(layer.in_features)
-            grows = use.op not in BOUNDED and size > 10 ** (_GROWTH / use.calls)
+            is_stack = layer.out_features != layer.in_features  # the gates of a cell are bounded, each by its own
+            grows = not is_stack and use.op not in BOUNDED and size > 10 ** (_GROWTH / use.calls)
             is_far = size < 1 / _FAR or max(size, _radius(layer.weight)) > _FAR
             if (grows or is_far) and reinitialise_loop(layer, [], use.op, generator):
                 drawn.append(name)

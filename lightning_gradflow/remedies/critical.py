@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_gradflow.remedies.bare_map import BareMap
 from lightning_gradflow.remedies.gains import TRANSPOSED, Gains, Link, by_unit
-from lightning_gradflow.remedies.sick_layers import MAX_OFF, Choice, decades
+from lightning_gradflow.remedies.sick_layers import MAX_OFF, Choice, decades, looks_drawn
 
 _MIN_ROUNDS = 5
 """Forward passes that set the gains, at most, or one for each layer, where that is more: most settle in ten, but behind
@@ -80,6 +80,7 @@ def make_critical(
     max_spread: float = math.inf,
     only: Collection[str] | None = None,
     gates: Collection[str] = (),
+    always: Collection[str] = (),
 ) -> Treated:
     """Draws the layers anew that do not keep the size of the signal, and sets their gain to 1 on the batch.
 
@@ -132,6 +133,7 @@ def make_critical(
         max_spread: of a layer's output, before it is treated.
         only: names of the layers that may be drawn; None for all.
         gates: layers whose output opens or shuts a gate; they keep their bias, which says how far it stands open.
+        always: layers that are drawn whatever was measured of them, unless they look trained, are tied or frozen.
 
     Returns:
         What was drawn, and what was measured before and after.
@@ -155,7 +157,8 @@ def make_critical(
     if only is not None:
         choice.may &= {*only}
     generator = torch.Generator().manual_seed(seed)
-    broken = [name for name in before if name in choice.may and not _is_finite(modules[name])]
+    chosen = {name for name in always if name in before and looks_drawn(modules[name])}
+    broken = [name for name in before if name in choice.may and (name in chosen or not _is_finite(modules[name]))]
     for name in broken:
         _draw(modules[name], generator, keeps_bias=name in gates)
     if broken:  # nothing can be measured behind a layer that gives NaN

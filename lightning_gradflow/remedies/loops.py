@@ -11,6 +11,9 @@ from torch import Tensor
 from lightning_gradflow.history import History
 from lightning_gradflow.remedies.through_time import Looped, TimeWatch
 
+GATES = (3, 4)
+"""How many gates and contents are computed together, in cells like GRU and LSTM."""
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -41,7 +44,8 @@ def loops_among(
     Without one, a square layer is taken for it if it is the only one, and the others of its size for the ways in.
 
     Left out is what makes a gate, whose size is no question of a signal that comes through; and layers whose output has
-    another size than the state, as where several gates are computed together.
+    another size than the state, but for those of which nobody knows what follows, where it is three or four times as
+    large: several gates are computed together there.
 
     Args:
         layers: the candidates, by name: linear layers and convolutions that are called once at each time step.
@@ -65,7 +69,12 @@ def loops_among(
         feeding = {again: tuple(n for n, layer in layers.items() if n != again and len(layer.weight) == size)}
     else:
         columns = {name: watch.state_columns(name) for name in layers}
-        fitting = {n: c for n, c in columns.items() if c is not None and int(c.sum()) == len(layers[n].weight)}
+        sizes = {name: (1, *GATES) if behind and behind.get(name) == ("", False) else (1,) for name in layers}
+        fitting = {
+            name: c
+            for name, c in columns.items()
+            if c is not None and any(int(c.sum()) * count == len(layers[name].weight) for count in sizes[name])
+        }
         states = {name: None if bool(c.all()) else c for name, c in fitting.items()}
         feeding = {
             name: tuple(one for one in layers if columns[one] is None and watch.feeds(one, name)) for name in fitting

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradflow.activations import BOUNDED, RECTIFIERS, SIGMOIDS
+from lightning_gradflow.remedies.loops import GATES
 from lightning_gradflow.remedies.textbook import assign, gain_between, initialise, is_writable
 from lightning_gradflow.remedies.through_time import Looped
 
@@ -113,6 +114,9 @@ def reinitialise_loop(
     units that starts at -1. The weights of the input are Glorot, twice as large before a sigmoid. All other biases are
     0.
 
+    Where several gates are computed together, the weights of each are orthogonal, and all biases stay: they say how far
+    gates stand open.
+
     Of a convolution it is the tap in the middle that hands the state on so, and the others are 0: what is kept stays
     where it is, and the kernel learns to move it.
 
@@ -126,8 +130,8 @@ def reinitialise_loop(
         input_gain: of the weights of the input, in (0, inf), in the same place.
 
     Returns:
-        The parameters that were drawn anew; nothing where the state has another size than the output, as with gates
-        that are computed together, and as with groups of channels, or where the weight is frozen or parametrized.
+        The parameters that were drawn anew; nothing where the output is not of the size of the state, or three or four
+        times as large, as with groups of channels, or where the weight is frozen or parametrized.
 
     References:
         Saxe et al. 2014; Le et al. 2015, A simple way to initialize recurrent networks of rectified linear units; Xiao
@@ -141,10 +145,13 @@ def reinitialise_loop(
     """
     size, inputs = again.weight.shape[:2]
     columns = torch.ones(inputs, dtype=torch.bool) if columns is None else columns
-    if int(columns.sum()) != size or getattr(again, "groups", 1) > 1 or not is_writable(again.weight):
+    states = int(columns.sum())
+    is_stack = any(size == count * states for count in GATES)
+    if not (size == states or is_stack) or getattr(again, "groups", 1) > 1 or not is_writable(again.weight):
         return []
-    square = torch.empty(size, size)
-    _fill_block(square, "weight_hh", op in RECTIFIERS, generator)
+    square = torch.empty(size, states)
+    for block in square.split(states):
+        _fill_block(block, "weight_hh", op in RECTIFIERS, generator)
     if op in BOUNDED:
         square *= gain * gain_between(op, op)
     fresh = torch.empty(again.weight.shape)
@@ -156,10 +163,13 @@ def reinitialise_loop(
     assign(again.weight, fresh)
     changed = [again.weight]
     for layer in ways_in:
+        bias = layer.bias.detach().clone() if is_stack and layer.bias is not None else None
         changed += initialise(layer, "glorot", generator, gain=inlet)
+        if bias is not None and is_writable(layer.bias):
+            assign(layer.bias, bias)
     centre = -0.5 * square.sum(dim=1) if op in SIGMOIDS else torch.zeros(len(square))
     for layer in (again, *ways_in):
-        if is_writable(layer.bias):
+        if is_writable(layer.bias) and not is_stack:
             assign(layer.bias, centre)
             centre = torch.zeros(len(square))
             changed += [] if any(layer.bias is one for one in changed) else [layer.bias]

@@ -161,8 +161,9 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
             drawn |= draw_tables(module, finding.layers, bare.multiplied, training.seed)
         drawn |= bare.draw_loops(module, training.seed)
         whole = bare.layers(module, with_loops=False)
-        gates = gates_of(training.history)
-        treated = make_critical(whole, whole.routed(run), training.seed, max_off, max_spread, gates=gates)
+        shut = finding.layers if "gate_opening" in finding.evidence else ()
+        gates = gates_of(training.history) - {*shut}
+        treated = make_critical(whole, whole.routed(run), training.seed, max_off, max_spread, gates=gates, always=shut)
         if "output_growth" in finding.evidence and not _helps_outputs(treated):
             return None
         drawn |= bare.owners(module, treated.changed)

@@ -77,7 +77,7 @@ class Choice:
             if link.is_known
             and not (link.is_chain or link.is_first or link.is_normalised)
             and min(link.growth, link.own_gain) > aims[name] * _UNUSUAL
-            and _looks_drawn(self._modules[name])
+            and looks_drawn(self._modules[name])
         ]
         spreads = [links[name].spread for name in ends]
         grows = any(late > _MAX_STRETCH * early > 0 for early, late in combinations(spreads, 2))
@@ -163,7 +163,7 @@ class _Limits:
 
 
 def _is_sick(layer: nn.Module, link: Link, aim: float, stretch: float, limits: _Limits) -> bool:
-    if link.is_normalised or not _looks_drawn(layer):
+    if link.is_normalised or not looks_drawn(layer):
         return False
     size = _size(layer)
     if not link.is_known:  # zero is a usual choice for an output layer
@@ -182,7 +182,7 @@ def _is_sick(layer: nn.Module, link: Link, aim: float, stretch: float, limits: _
 
 def _is_quiet(layer: nn.Module, link: Link, max_off: float) -> bool:
     """Whether a first layer gives those behind it, which are drawn anew, another size than they are made for."""
-    return link.is_first and not link.is_normalised and _is_off(link.spread, 1.0, max_off) and _looks_drawn(layer)
+    return link.is_first and not link.is_normalised and _is_off(link.spread, 1.0, max_off) and looks_drawn(layer)
 
 
 def _is_loud(layer: nn.Module, link: Link) -> bool:
@@ -190,10 +190,11 @@ def _is_loud(layer: nn.Module, link: Link) -> bool:
 
     What follows may hide it, as the norm behind the sum of many branches that are all too large does.
     """
-    return not link.is_normalised and _size(layer) > _UNUSUAL and _looks_drawn(layer)
+    return not link.is_normalised and _size(layer) > _UNUSUAL and looks_drawn(layer)
 
 
-def _looks_drawn(layer: nn.Module) -> bool:
+def looks_drawn(layer: nn.Module) -> bool:
+    """Whether the weights of a layer look as they were drawn; see `looks_fresh`."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return looks_fresh(weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight)

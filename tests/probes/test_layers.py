@@ -152,3 +152,35 @@ def test_a_layer_that_never_ran_stands_behind_the_one_registered_before_it():
 def test_a_first_layer_that_never_ran_stands_first():
     layers = LayerMap(nn.Sequential(*(nn.Linear(1, 1) for _ in range(3))))
     assert layers.in_order(["2", "1"]) == ["0", "2", "1"]
+
+
+class Own(nn.Module):
+    def __init__(self, *others, scale=False):
+        super().__init__()
+        self.w = nn.ParameterList([torch.ones(2, 2), torch.ones(2, 2)])
+        self.b = nn.ParameterList([torch.ones(2)])
+        self.others = nn.ModuleList(others)
+        if scale:
+            self.scale = nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "runs"),
+    [
+        (Own, "own.w"),
+        (lambda: Own(nn.Tanh()), "own.w"),
+        (lambda: Own(scale=True), "own"),
+        (lambda: Own(nn.Linear(2, 2)), None),  # what it gives may be what the other layer gives
+        (lambda: nn.Sequential(nn.Tanh()), None),
+    ],
+)
+def test_what_a_module_of_lists_alone_gives_is_what_its_first_list_gives(make, runs):
+    model = nn.ModuleDict({"own": make()})
+    assert LayerMap(model).that_runs("own") == runs
+    assert LayerMap(model).that_runs("(root)") is None
+
+
+def test_a_list_of_lists_gives_nothing():
+    model = nn.ModuleDict({"own": nn.ModuleDict({"inner": Own()})})
+    assert LayerMap(model).that_runs("own") is None
+    assert LayerMap(model).that_runs("own.inner") == "own.inner.w"

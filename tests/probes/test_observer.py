@@ -353,3 +353,18 @@ def test_what_a_backward_pass_repeats_is_seen_in_order():
 def test_a_backward_pass_that_was_followed_leaves_nothing():
     _checkpointed(follow=True)
     _nothing_is_left()
+
+
+class OfLists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.ParameterList([torch.ones(6, 6), torch.ones(6, 6)])
+
+    def forward(self, x):
+        return torch.tanh(x @ self.w[0]) @ self.w[1]
+
+
+def test_the_end_of_a_module_whose_parameters_are_in_lists_is_that_of_a_layer():
+    model = nn.Sequential(OfLists(), nn.Linear(6, 6))
+    assert _observed(model) == [("0", "tanh"), "0.w", "1"]
+    assert _observed(OfLists()) == [("(root)", "tanh"), "w"]

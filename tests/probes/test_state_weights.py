@@ -41,6 +41,10 @@ def _shapes(module, turns=STEPS):
         (Own((3, SIZE), (SIZE, SIZE)), {"w1": (SIZE, SIZE)}),
         (Own((SIZE, SIZE), (SIZE, SIZE)), {}),  # ten turns for two: it may be a chain of them
         (Own((SIZE, SIZE, SIZE)), {}),
+        (Own((SIZE, 3 * SIZE)), {"w0": (SIZE, SIZE), "w0[1]": (SIZE, SIZE), "w0[2]": (SIZE, SIZE)}),
+        (Own((SIZE, 2 * SIZE)), {}),
+        (Own((SIZE, 4 * SIZE), (SIZE, SIZE)), {"w1": (SIZE, SIZE)}),
+        (Own((SIZE, 4 * SIZE), (SIZE, 4 * SIZE)), {}),  # as above
         (nn.Linear(1, 1), {}),
     ],
 )
@@ -153,3 +157,12 @@ def test_a_single_layer_and_one_without_biases_have_none(stack):
 
 def test_nor_has_a_stack_without_gradients():
     assert stack_gain(nn.RNN(3, SIZE, 4)) is None
+
+
+@pytest.mark.parametrize("shape", [(SIZE, 4 * SIZE), (4 * SIZE, SIZE)])
+def test_of_gates_that_are_stacked_each_is_a_matrix_of_its_own(shape):
+    own = Own(shape)
+    found = dict(state_weights(own, STEPS))
+    dim = shape.index(4 * SIZE)
+    assert list(found) == ["w0", "w0[1]", "w0[2]", "w0[3]"]
+    assert torch.equal(torch.cat([*found.values()], dim), own.w0)

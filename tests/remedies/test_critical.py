@@ -810,3 +810,32 @@ def test_layers_none_of_which_is_off_by_far_are_drawn_where_together_they_make_o
     assert (before > 10) is is_drawn
     assert (set(treated.changed) == {"0", "2", "4"}) is is_drawn
     assert float(net(x).detach().std()) < (2 if is_drawn else 10)
+
+
+class Highway(nn.Module):
+    def __init__(self, bias):
+        super().__init__()
+        self.h, self.t, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+        nn.init.constant_(self.t.bias, bias)
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.t(x))
+        return self.out(gate * torch.relu(self.h(x)) + (1 - gate) * x)
+
+
+@pytest.mark.parametrize("is_shut", [True, False])
+def test_a_gate_keeps_its_bias_unless_it_is_to_be_drawn_whatever_was_measured(is_shut):
+    net, x = _made(lambda: Highway(-20.0)), _batch(64, WIDTH)
+    treated = _treated(net, x, gates=() if is_shut else ("t",), always=("t",))
+    assert "t" in treated.changed
+    opening = torch.sigmoid(net.t(x)).mean().item()
+    assert (abs(opening - 0.5) < 0.1) == is_shut
+    assert bool((net.t.bias == -20).all()) != is_shut
+
+
+def test_what_is_to_be_drawn_whatever_was_measured_is_left_where_it_looks_trained():
+    net, x = _made(lambda: Highway(-20.0)), _batch(64, WIDTH)
+    net.t.weight.data += 5 * torch.outer(_batch(WIDTH), _batch(WIDTH, seed=1)) / WIDTH**0.5
+    before = net.t.weight.clone()
+    assert "t" not in _treated(net, x, always=("t", "nowhere")).changed
+    assert torch.equal(net.t.weight, before)

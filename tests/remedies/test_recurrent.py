@@ -281,3 +281,20 @@ def test_a_loop_that_cannot_be_treated_is_left_whole(again):
     assert changed == []
     assert torch.equal(again.weight, before)
     assert enter.bias.any()
+
+
+@pytest.mark.parametrize(("count", "is_drawn"), [(3, True), (4, True), (2, False), (5, False)])
+def test_of_gates_that_are_computed_together_each_is_orthogonal_and_all_biases_stay(count, is_drawn):
+    torch.manual_seed(0)
+    again, enter = nn.Linear(SIZE, count * SIZE), nn.Linear(5, count * SIZE)
+    biases = again.bias.clone(), enter.bias.clone()
+    weight = again.weight.clone()
+    _, _, changed = _loop("", again=again, ways_in=[enter])
+    assert bool(changed) == is_drawn
+    assert torch.equal(again.bias, biases[0])
+    assert torch.equal(enter.bias, biases[1])
+    if is_drawn:
+        assert all(_is_orthogonal(block) for block in again.weight.split(SIZE))
+        assert enter.weight.var().item() == pytest.approx(2 / (5 + count * SIZE), rel=0.3)
+    else:
+        assert torch.equal(again.weight, weight)
