@@ -50,8 +50,8 @@ def state_weights(module: nn.Module, turns: int) -> Iterator[tuple[str, Tensor]]
         found = {key: p.flatten(2).sum(dim=2) for key, p in own.items() if module.groups == 1}
     elif not is_of_torch(module):
         stacks = {key: stack for key, p in own.items() if p.ndim == 2 and (stack := squares(p))}
-        alone = {key: stack for key, stack in stacks.items() if len(stack) == 1}
-        stacks = alone or stacks
+        if any(len(stack) == 1 for stack in stacks.values()):
+            stacks = {key: stack for key, stack in stacks.items() if len(stack) == 1}
         found = {f"{key}[{i}]" if i else key: p for key, stack in stacks.items() for i, p in enumerate(stack)}
         found = found if turns >= _MIN_TURNS * len(stacks) else {}
     else:

@@ -812,7 +812,7 @@ def test_layers_none_of_which_is_off_by_far_are_drawn_where_together_they_make_o
     assert float(net(x).detach().std()) < (2 if is_drawn else 10)
 
 
-class Highway(nn.Module):
+class Gated(nn.Module):
     def __init__(self, bias):
         super().__init__()
         self.h, self.t, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
@@ -825,7 +825,7 @@ class Highway(nn.Module):
 
 @pytest.mark.parametrize("is_shut", [True, False])
 def test_a_gate_keeps_its_bias_unless_it_is_to_be_drawn_whatever_was_measured(is_shut):
-    net, x = _made(lambda: Highway(-20.0)), _batch(64, WIDTH)
+    net, x = _made(lambda: Gated(-20.0)), _batch(64, WIDTH)
     treated = _treated(net, x, gates=() if is_shut else ("t",), always=("t",))
     assert "t" in treated.changed
     opening = torch.sigmoid(net.t(x)).mean().item()
@@ -834,7 +834,7 @@ def test_a_gate_keeps_its_bias_unless_it_is_to_be_drawn_whatever_was_measured(is
 
 
 def test_what_is_to_be_drawn_whatever_was_measured_is_left_where_it_looks_trained():
-    net, x = _made(lambda: Highway(-20.0)), _batch(64, WIDTH)
+    net, x = _made(lambda: Gated(-20.0)), _batch(64, WIDTH)
     net.t.weight.data += 5 * torch.outer(_batch(WIDTH), _batch(WIDTH, seed=1)) / WIDTH**0.5
     before = net.t.weight.clone()
     assert "t" not in _treated(net, x, always=("t", "nowhere")).changed
