@@ -315,6 +315,12 @@ class Ledger:
                 self._resolve(kind, step)
         return sorted(opened, key=lambda f: -f.severity.rank)
 
+    def amend(self, change: Callable[[Suggestion], Suggestion]) -> None:
+        """Changes the suggestions of all findings, now that more is known."""
+        self._findings = [
+            replace(finding, suggestions=tuple(map(change, finding.suggestions))) for finding in self._findings
+        ]
+
     def _resolve(self, kind: FindingKind, step: int) -> None:
         index = self._open.pop(kind)
         self._findings[index] = replace(self._findings[index], resolved_step=step)

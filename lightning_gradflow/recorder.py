@@ -147,6 +147,8 @@ class Recorder:
             action: the one that is new, or was decided about.
         """
         self.actions = list(actions)
+        if action.outcome == "kept":
+            self.ledger.amend(lambda suggestion: advice.with_rate_of(suggestion, action))
         for part, sink in self._named_sinks():
             self._show(part, sink, "on_action", action, self.view)
 

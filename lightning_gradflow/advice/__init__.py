@@ -5,7 +5,7 @@ To change a wording, change a row in `explanations`; to change which cures are p
 """
 
 from lightning_gradflow.advice.explanations import explain
-from lightning_gradflow.advice.rate_cures import too_often_clipped
+from lightning_gradflow.advice.rate_cures import too_often_clipped, with_rate_of
 from lightning_gradflow.advice.suggestions import suggest
 
-__all__ = ["explain", "suggest", "too_often_clipped"]
+__all__ = ["explain", "suggest", "too_often_clipped", "with_rate_of"]

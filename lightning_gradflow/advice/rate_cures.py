@@ -6,11 +6,14 @@ Each takes a `Site` and returns its suggestions, none where it does not apply.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from lightning_gradflow.advice.site import Site
-from lightning_gradflow.findings import Suggestion
+from lightning_gradflow.findings import Action, Suggestion
 
 _USUAL_RATIO = 1e-3  # of a step to the weights
+_FIRST_RATIO = 1e-2  # the same at the start of a run
+_LOWER = "Lower the learning rate"
 _MAX_CLIPPED = 0.5  # of the recent steps
 _HALF = 0.5
 _MIN_LEFT = 0.1  # of the gradient, by clipping
@@ -33,16 +36,38 @@ def clip(site: Site) -> list[Suggestion]:
 
 
 def lower_rate(site: Site) -> list[Suggestion]:
-    """A smaller learning rate."""
+    """A smaller learning rate: with it the first steps would have been of the usual size."""
+    # the steps of a run that breaks are far larger than those that broke it
+    factor = _FIRST_RATIO / site.first_ratio if site.first_ratio > 0 else _towards_usual(site)
     return [
         Suggestion(
-            "Lower the learning rate",
-            _rate(site, min(0.1, max(1e-6, _towards_usual(site)))),
+            _LOWER,
+            _rate(site, min(0.1, max(1e-6, factor))),
             "Steps larger than the loss surface is smooth raise the loss, and can push units where no gradient reaches "
             "them.",
             "Bengio 2012, Practical recommendations for gradient-based training of deep architectures",
         )
     ]
+
+
+def with_rate_of(suggestion: Suggestion, action: Action) -> Suggestion:
+    """The advice to lower the learning rate with the one that an action has found, where it has.
+
+    Args:
+        suggestion: any one.
+        action: one that was kept.
+
+    Example:
+        >>> advice = Suggestion("Lower the learning rate", "lr = 0.8", "", "")
+        >>> kept = Action(8, "rollback", before={"lr": 8.0, "lr_factor": 1.0}, after={"lr": 0.25, "lr_factor": 1 / 32})
+        >>> with_rate_of(advice, kept).code.splitlines()[-1].strip()
+        'group["lr"] = 0.25  # it was 8'
+    """
+    rate, before = action.after.get("lr", math.nan), action.before.get("lr", math.nan)
+    if suggestion.title != _LOWER or not rate < before:
+        return suggestion
+    was = before / action.before.get("lr_factor", 1.0)  # of the scheduler, whatever was done before
+    return replace(suggestion, code=_rate_code(was, rate / was, digits=2))
 
 
 def lower_rate_where_clipped(site: Site) -> list[Suggestion]:
@@ -112,9 +137,9 @@ def _rate(site: Site, factor: float) -> str:
     return _rate_code(site.lr, factor)
 
 
-def _rate_code(lr: float, factor: float) -> str:
+def _rate_code(lr: float, factor: float, digits: int = 1) -> str:
     known = not math.isnan(lr)
-    value = f"{lr * factor:.1g}" if known else f"{factor:.1g} * lr"
+    value = f"{lr * factor:.{digits}g}" if known else f"{factor:.{digits}g} * lr"
     was = f"  # it was {lr:.3g}" if known else ""
     before = "# in configure_optimizers, before the optimizer is returned"
     return f'{before}\nfor group in optimizer.param_groups:\n    group["lr"] = {value}{was}'

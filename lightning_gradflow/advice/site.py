@@ -23,6 +23,7 @@ ROOT = "(root)"
 """How a model is named that owns parameters itself."""
 
 _LINE = 100
+_NEAR = 0.5  # of the newest learning rate: before, it was warming up
 _MIN_NORMS = 5  # before so many samples the run has no usual norm to speak of
 
 
@@ -57,6 +58,8 @@ class Site:
         grad_norm: the median of the total gradient norms that were finite, or NaN where they are fewer than five.
         clipped: share of the recent steps in which the Trainer clipped the gradients, or NaN.
         input_layer: the layer that the measured inputs go into; empty where that is not known.
+        first_ratio: size of a step against that of the weights, a median over the layers, in the first sample with a
+            learning rate near the newest; NaN where that is not known.
     """
 
     finding: Finding
@@ -66,6 +69,7 @@ class Site:
     grad_norm: float = math.nan
     clipped: float = math.nan
     input_layer: str = ""
+    first_ratio: float = math.nan
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -125,7 +129,19 @@ def survey(finding: Finding, history: History) -> Site:
         grad_norm=float(np.median(norms)) if norms.size >= _MIN_NORMS else math.nan,
         clipped=float(clipped[-1]) if clipped.size else math.nan,
         input_layer=history.input_layer or "",
+        first_ratio=_first_ratio(history),
     )
+
+
+def _first_ratio(history: History) -> float:
+    rates, ratios = history.scalar("lr"), history["update_ratio"]
+    if not rates.size:
+        return math.nan
+    near = np.flatnonzero((rates >= _NEAR * rates[-1]) & (np.isfinite(ratios) & (ratios > 0)).any(axis=1))
+    if not near.size:
+        return math.nan
+    first = ratios[near[0]]
+    return float(np.median(first[np.isfinite(first) & (first > 0)]))
 
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # torch's own, within names

@@ -4,15 +4,16 @@ import re
 from dataclasses import replace
 from math import inf, nan
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lightning_gradflow.advice import explain, suggest, too_often_clipped
+from lightning_gradflow.advice import explain, suggest, too_often_clipped, with_rate_of
 from lightning_gradflow.advice.explanations import BECAUSE, SEEN, UNKNOWN
 from lightning_gradflow.advice.site import survey
 from lightning_gradflow.advice.suggestions import CURES
-from lightning_gradflow.findings import Finding, FindingKind, Severity
+from lightning_gradflow.findings import Action, Finding, FindingKind, Severity, Suggestion
 from lightning_gradflow.history import History, Point, Row
 from tests.advice.cases import PAIRS, Net, finding, history_of
 
@@ -140,6 +141,45 @@ def test_the_rate_to_write_makes_a_step_a_thousandth_of_the_weights(cause, ratio
     found = Finding(FindingKind.UPDATE_RATIO, Severity.WARNING, 2, cause=cause, evidence={"update_ratio": ratio})
     code = suggest(found, history_of(Net(), lr=0.02))[0].code
     assert f'group["lr"] = {rate}  # it was 0.02' in code
+
+
+@pytest.mark.parametrize(
+    ("rates", "ratios", "rate"),
+    [
+        ([0.02, 0.02], [[0.5, 0.5], [40.0, 40.0]], "0.0004"),  # by the step before all broke, not by the largest
+        ([0.001, 0.02], [[0.5, 0.5], [2.0, 2.0]], "0.0001"),  # not by one of a warm-up
+        ([0.02, 0.02], [[np.nan, 0.0], [np.nan, 1.0]], "0.0002"),  # nor by one that tells nothing
+        ([0.02, 0.02], [[0.01, 0.01], [40.0, 40.0]], "0.002"),  # at most a tenth
+    ],
+)
+def test_a_rate_that_is_too_large_is_lowered_so_that_the_first_steps_have_the_usual_size(rates, ratios, rate):
+    history = history_of(Net())
+    history.layer_axis.merge(["a", "b"])
+    for step, (lr, ratio) in enumerate(zip(rates, ratios, strict=True), 1):
+        history.append(Row(step, {"update_ratio": np.array(ratio)}, {"lr": lr}))
+    found = Finding(FindingKind.UPDATE_RATIO, Severity.WARNING, 2, cause="learning_rate_too_large")
+    assert f'group["lr"] = {rate}  # it was 0.02' in suggest(found, history)[0].code
+
+
+@pytest.mark.parametrize(
+    ("title", "after", "code"),
+    [
+        ("Lower the learning rate", {"lr": 0.253, "lr_factor": 0.0316}, "0.25  # it was 8"),
+        ("Lower the learning rate", {"lr": 8.0, "lr_factor": 1.0}, "0.8  # it was 8"),  # it was not for the rate
+        ("Lower the learning rate", {"span": 0.1}, "0.8  # it was 8"),
+        ("Clip the gradient norm", {"lr": 0.253, "lr_factor": 0.0316}, "0.8  # it was 8"),
+    ],
+)
+def test_the_rate_that_an_action_found_takes_the_place_of_the_one_that_was_guessed(title, after, code):
+    advice = Suggestion(title, 'group["lr"] = 0.8  # it was 8', "why", "who")
+    action = Action(8, "rollback", before={"lr": 8.0, "lr_factor": 1.0}, after=after, outcome="kept")
+    assert with_rate_of(advice, action).code.endswith(code)
+
+
+def test_a_rate_that_was_lowered_twice_is_told_against_the_one_in_the_code():
+    advice = Suggestion("Lower the learning rate", "", "", "")
+    action = Action(8, "rollback", before={"lr": 0.8, "lr_factor": 0.1}, after={"lr": 0.2, "lr_factor": 0.025})
+    assert 'group["lr"] = 0.2  # it was 8' in with_rate_of(advice, action).code
 
 
 def history_with(**scalars):
