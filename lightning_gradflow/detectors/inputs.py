@@ -20,6 +20,7 @@ _NORMALISED = 2.0  # rms of the first layer's output: so it has absorbed the siz
 _OPEN = 0.5  # of a recurrence's gates at most that the inputs shut: so it has
 _ROUNDING = 1e-6  # of the mean: a spread that single precision hardly holds
 _MOST_NAMED = 5
+_NOTHING = 1e-9  # output of weights that are not 0, for inputs that are large
 _JUMP = 10.0  # times their own past: no augmentation does that
 _LOOK_BACK = 6  # samples in which it may have set in
 
@@ -169,7 +170,8 @@ def _sizes(history: History) -> Floats:
 def _is_absorbed(history: History) -> bool:
     """Whether the output of the layer that takes them is of the usual size in the first sample.
 
-    That of a recurrence is, whatever comes: there the share of its gates tells that the inputs shut.
+    It is not where nothing comes out, as of a basis of bumps that all stand elsewhere. That of a recurrence is,
+    whatever comes: there the share of its gates tells that the inputs shut.
     """
     at = input_point(history)
     if at is None:
@@ -177,5 +179,6 @@ def _is_absorbed(history: History) -> bool:
     shut = float(first_values(history, "saturated_fraction")[at])
     if not math.isnan(shut):
         return shut <= _OPEN
-    # NaN where it was not measured
-    return bool(first_values(history, "output_rms")[at] <= _NORMALISED)
+    output = float(first_values(history, "output_rms")[at])
+    # NaN where it was not measured; weights of exactly 0 say nothing of the inputs
+    return output == 0 or _NOTHING <= output <= _NORMALISED

@@ -43,7 +43,8 @@ class UnscaledInputs:
     on the common part takes up the step size that it can bear, so that what is to be learnt is slower by the contrast,
     and with Adam by its root. It is a finding if all of these hold:
 
-    - the contrast is below `min_contrast`, in the first sample and in the newest one;
+    - the contrast is below `min_contrast`, in the first sample and in the newest one; or the inputs are too large (see
+      `offending_features`), and have been so from the start: so large that the first layer gives the same for all;
     - no layer takes the inputs up: of no output is the part that differs between samples above 3 % of the usual size.
       A normalisation brings it there, weights that were made for such inputs do, and so does training in time. What
       dropout does is no sign of it: while nothing is learnt, only what stands in front of the first one counts;
@@ -51,7 +52,7 @@ class UnscaledInputs:
       learning rate last rose;
     - nothing is learnt: not by 5 % of the loss from the start, or nothing more since the middle of the run.
 
-    Inputs that are too large (see `offending_features`) do harm in another way: the first steps are so large that they
+    Inputs that are too large do harm in another way: the first steps are so large that they
     overwrite the weights, and those that come out of it are too large for any later step to change. The loss says
     little there, for it starts as far above what a constant gives as the inputs are too large. It is a finding if all
     of these hold:
@@ -106,12 +107,14 @@ class UnscaledInputs:
         rows = np.flatnonzero(known_rows(history, "input_deviation"))
         if not rows.size:
             return []
-        if not all(contrast(history, row) < self.min_contrast for row in (rows[0], rows[-1])):
-            return []
-        if not taken_up(history) < _TAKEN_UP or not self._had_time(history):
+        is_even = all(contrast(history, row) < self.min_contrast for row in (rows[0], rows[-1]))
+        is_large = large_from_start(history) and bool(offending_features(history))
+        if not (is_even or is_large) or not taken_up(history) < _TAKEN_UP or not self._had_time(history):
             return []
         if has_learnt(history) and still_falls(history):
             return []
+        if not is_even:
+            return [self._finding(history, feature_evidence(history))]
         mean, deviation = deviations(history, rows[-1])
         evidence = {
             "input_deviation": float(np.sqrt(np.mean(np.square(deviation)))),

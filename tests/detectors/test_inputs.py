@@ -54,7 +54,10 @@ def test_one_large_feature_among_many_small_ones_does_not_count_until_it_outweig
     assert offending_features(run([101.0, *[0.0] * 99])) == [0]
 
 
-@pytest.mark.parametrize(("output", "expected"), [(1.0, []), (2.0, []), (2.1, [0]), (nan, [0])])
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [(1.0, []), (2.0, []), (2.1, [0]), (nan, [0]), (1e-9, []), (1e-10, [0]), (0.0, [])],
+)
 def test_a_first_layer_that_absorbs_the_size_makes_it_harmless(output, expected):
     assert offending_features(run([300.0], output=output)) == expected
 

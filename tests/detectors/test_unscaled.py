@@ -217,6 +217,26 @@ def test_inputs_that_are_only_too_large_are_the_business_of_others():
     assert judged(**large, spreads=[0.3, 0.5], losses=STILL[:101]) == []
 
 
+@pytest.mark.parametrize(
+    ("sizes", "spreads", "expected"),
+    [
+        ((4e-23, 1e-2), (0.9, 1e-7), SICK),  # bumps that all stand elsewhere
+        ((50.0, 0.5), (1e-7, 1e-3), SICK),  # a first layer of which only the offset comes through
+        ((4e-23, 0.5), (0.9, 0.5), []),  # something behind it finds out what differs: a normalisation
+        ((0.0, 1e-2), (0.0, 1e-7), []),  # zero weights hide any inputs
+        ((1e-8, 1e-2), (0.9, 1e-7), []),  # weights that are made for such inputs
+    ],
+)
+def test_large_inputs_of_which_nothing_comes_through_are_found(sizes, spreads, expected):
+    large = {"deviation": [2000.0, 30.0]}
+    assert judged(**large, sizes=sizes, spreads=spreads) == expected
+
+
+def test_large_inputs_of_a_run_that_learns_are_left_alone():
+    large = {"deviation": [2000.0, 30.0], "sizes": [4e-23, 1e-2], "spreads": [0.9, 1e-3]}
+    assert judged(**large, losses=np.linspace(2.3, 0.5, 401)) == []
+
+
 def test_several_optimizers_are_not_judged():
     assert judged(optimizers=1.0) == SICK
     assert judged(optimizers=2.0) == []
