@@ -166,6 +166,7 @@ SCALARS: dict[str, str] = {
     "loss_line": "1 in a row in which a standstill was looked into",
     "residual_rms": "root mean square of outputs less targets, where the loss is a squared or absolute error of these",
     "compared_rms": "root mean square of those outputs",
+    "target_deviation": "standard deviation of those targets, over the batch of each rank",
     **MISMATCHES,
     **dict.fromkeys(LOSS_LINE, "of the loss along the update, in a row in which a standstill was looked into"),
     **dict.fromkeys(PAIRING, "of the same row: whether the targets follow from the inputs"),

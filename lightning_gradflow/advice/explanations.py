@@ -215,6 +215,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.LOSS_MISMATCH, "unscaled_targets"): (
         "The targets are far larger than the outputs of {layers}, which are made to be of size 1",
         "they are off by {error} (rms), and the outputs are {output_rms}",
+        "what tells targets apart is {target_deviation}",
     ),
     (FindingKind.LOSS_MISMATCH, "softmax_twice"): (
         "cross_entropy has a softmax of its own, and gets the output of another one: the loss cannot come near 0",

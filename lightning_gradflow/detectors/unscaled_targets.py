@@ -16,6 +16,10 @@ from lightning_gradflow.history import History
 _FIRST = 10  # steps that tell how fast outputs grow
 _RISEN = 3.0  # times the first loss
 _TOLD = 3  # losses that tell so: one alone is that of a batch
+_OFFSET = 3.0  # deviations of the targets that the first error is: their mean is what it is made of
+_FAR = 10.0  # of the first error: what is less is made up soon
+_WORSE = 1.5  # deviations: a constant leaves one
+_SHARE = 0.2  # of the planned steps
 _ALIKE = 0.05  # share by which the sizes of some outputs and of all may differ
 
 
@@ -32,6 +36,11 @@ class UnscaledTargets:
     when the run had time to learn something (`steps_needed`, or 300 steps where nobody knows how long the run will be);
     the outputs would not get to a tenth of it in the planned steps, if they went on to grow with the square of the
     steps, as behind a hidden layer; the losses of the first 50 steps are not finite any more, or three times the first.
+
+    Targets such as 293 +- 8 have a mean far from 0 beside their deviation (`target_deviation`). On the way there all
+    layers learn nothing else, and what they started with is lost. So it is a finding too if the first error was above
+    10, and three deviations or more, and no sample of a fifth of the planned steps (300 where nobody knows how many)
+    came within 1.5 deviations: a constant leaves one.
 
     Args:
         min_error: root mean square of outputs less targets, in (0, inf). By default 30: to that size a last layer grows
@@ -66,16 +75,15 @@ class UnscaledTargets:
         """The finding of the newest row, if there is one."""
         errors, outputs = history.scalar("residual_rms"), history.scalar("compared_rms")
         known = np.flatnonzero(~np.isnan(errors))
-        if not known.size or known[0] != 0 or not self._is_far(errors[0], outputs[0]):
+        if not known.size or known[0] != 0:
             return []
-        error, output, steps = float(errors[known[-1]]), float(outputs[known[-1]]), steps_at_full_rate(history)
-        planned = float(np.nan_to_num(history.scalar("planned_steps")[-1]))
-        at_the_end = output * (max(planned - history.rows[-1].step, 0.0) / steps + 1) ** 2 if steps else math.inf
-        had_time = steps >= (steps_needed(history) if planned > 0 else LONGEST)
-        had_time |= planned > 0 and steps >= _FIRST and self._is_far(error, at_the_end)
-        if not (_has_broken(history) or (had_time and self._is_far(error, output))):
+        error, output = float(errors[known[-1]]), float(outputs[known[-1]])
+        is_far = self._is_far(errors[0], outputs[0]) and self._stays_far(history, error, output)
+        if not is_far and not _lags(history):
             return []
         evidence = {"error": error, "output_rms": output, "steps": float(history.rows[-1].step)}
+        deviation = float(history.scalar("target_deviation")[known[-1]])
+        evidence |= {} if math.isnan(deviation) else {"target_deviation": deviation}
         return [
             Finding(
                 kind=FindingKind.LOSS_MISMATCH,
@@ -87,8 +95,46 @@ class UnscaledTargets:
             )
         ]
 
+    def _stays_far(self, history: History, error: float, output: float) -> bool:
+        """Whether outputs that were far smaller than the error still are, or will be, or have broken on the way."""
+        steps, planned = steps_at_full_rate(history), _planned(history)
+        at_the_end = output * (max(planned - history.rows[-1].step, 0.0) / steps + 1) ** 2 if steps else math.inf
+        had_time = steps >= (steps_needed(history) if planned > 0 else LONGEST)
+        had_time |= planned > 0 and steps >= _FIRST and self._is_far(error, at_the_end)
+        return _has_broken(history) or (had_time and self._is_far(error, output))
+
     def _is_far(self, error: float, output: float) -> bool:
         return self.min_error < error < math.inf and error > self.min_times * output
+
+
+def were_offset(history: History) -> bool:
+    """Whether the first sample had targets with a mean that is far from 0, and from the outputs, beside their deviation.
+
+    Example:
+        >>> from lightning_gradflow.history import Row
+        >>> history = History()
+        >>> history.append(Row(0, {}, {"residual_rms": 293.0, "compared_rms": 0.3, "target_deviation": 8.0}))
+        >>> were_offset(history)
+        True
+    """
+    names = ("residual_rms", "compared_rms", "target_deviation")
+    error, output, deviation = (float(values[0]) if (values := history.scalar(n)).size else math.nan for n in names)
+    return _FAR * max(output, 1.0) < error < math.inf and error >= _OFFSET * deviation
+
+
+def _lags(history: History) -> bool:
+    """Whether a run is on the way to the mean of its targets after a fifth of its steps."""
+    planned = _planned(history)
+    enough = max(PATIENCE, _SHARE * planned) if planned > 0 else LONGEST
+    if not were_offset(history) or steps_at_full_rate(history) < enough:
+        return False
+    errors, deviations = history.scalar("residual_rms"), history.scalar("target_deviation")
+    known = ~np.isnan(errors) & ~np.isnan(deviations)
+    return bool(np.isfinite(errors[known][-1]) and (errors[known] > _WORSE * deviations[known]).all())
+
+
+def _planned(history: History) -> float:
+    return float(np.nan_to_num(history.scalar("planned_steps")[-1]))
 
 
 def _has_broken(history: History) -> bool:

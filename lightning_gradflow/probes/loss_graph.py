@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
 _MOST = 64  # nodes behind the loss: a loss function is made of few
 _SOME = 16384  # entries that tell how large an error is
+_FEWEST = 8  # targets of a rank that tell their deviation
 _MOST_PAIRS = 8  # of outputs and targets in a sample
 _PASS_ON = frozenset(
     {"View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Permute", "T", "Clone", "ToCopy"}
@@ -51,8 +53,10 @@ class LossProbe:
         if not is_measurable(outputs) or not outputs.numel() or len(self._sizes) == _MOST_PAIRS:
             return
         outputs, targets = (_some(values) for values in (outputs, targets))
-        sums = [(outputs - targets).square().sum(), outputs.square().sum(), torch.full_like(outputs[0], len(outputs))]
-        self._sizes.append(torch.stack(sums))
+        # few tell little of a deviation, and one tells nothing
+        around = targets - targets.mean() if len(targets) >= _FEWEST else torch.full_like(targets, math.nan)
+        squares = [values.square().sum() for values in (outputs - targets, outputs, around)]
+        self._sizes.append(torch.stack([*squares, torch.full_like(outputs[0], len(outputs))]))
 
     def before_backward(self, loss: Tensor) -> None:
         """Takes a loss that is about to go back."""
@@ -79,17 +83,18 @@ def told(host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, float]:
     """The scalars of the row, from what came to the host: of several errors the largest beside its outputs.
 
     Example:
-        >>> told({"compared": (36.0, 4.0, 4.0), "broadcast": (1.0,)})
-        {'broadcast': 1.0, 'residual_rms': 3.0, 'compared_rms': 1.0}
+        >>> told({"compared": (36.0, 4.0, 16.0, 4.0), "broadcast": (1.0,)})
+        {'broadcast': 1.0, 'residual_rms': 3.0, 'compared_rms': 1.0, 'target_deviation': 2.0}
     """
     found = {name: 1.0 for name in MISMATCHES if name in host}
     if "compared" in host:
-        errors, outputs, numbers = np.asarray(host["compared"], dtype=np.float64).reshape(-1, 3).T
+        *sums, numbers = np.asarray(host["compared"], dtype=np.float64).reshape(-1, 4).T
         with np.errstate(all="ignore"):
-            errors, outputs = np.sqrt(errors / numbers), np.sqrt(outputs / numbers)
-            ratios = np.nan_to_num(errors / np.maximum(outputs, 1.0), nan=np.inf)
-        worst = int(np.argmax(ratios))
-        found["residual_rms"], found["compared_rms"] = measured(errors[worst]), measured(outputs[worst])
+            sizes = np.sqrt(sums / numbers)
+            ratios = np.nan_to_num(sizes[0] / np.maximum(sizes[1], 1.0), nan=np.inf)
+        error, output, deviation = sizes[:, np.argmax(ratios)]
+        found |= {"residual_rms": measured(error), "compared_rms": measured(output)}
+        found |= {} if np.isnan(deviation) else {"target_deviation": float(deviation)}
     return found
 
 

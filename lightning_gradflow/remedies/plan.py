@@ -59,6 +59,9 @@ they that are drawn anew.
 UNTOUCHED = (FindingKind.LOSS_PLATEAU, "unscaled_inputs")
 """Kind and cause of a run that can have learnt nothing but a constant: there is nothing to go back to."""
 
+OFF_TARGET = (FindingKind.LOSS_MISMATCH, "unscaled_targets")
+"""The same of one whose targets lie far from all that it gives."""
+
 NOT_FOR = frozenset({"underflow", "rounding", "learning_rate_too_small", "no_signal_in_data", "not_optimized"})
 """Causes that only the user can cure: number format, learning rate, data, and what the optimizer is given."""
 
@@ -70,7 +73,7 @@ BY_BIRTH = frozenset(
         (FindingKind.DEAD_UNITS, "symmetry"),
         (FindingKind.LOSS_PLATEAU, "weight_scale"),
         (FindingKind.LOSS_PLATEAU, "recurrence"),
-        (FindingKind.LOSS_MISMATCH, "unscaled_targets"),
+        OFF_TARGET,
         UNTOUCHED,
     }
 )

@@ -9,9 +9,10 @@ import numpy as np
 
 from lightning_gradflow.detectors.inputs import inputs_jumped, offending_features
 from lightning_gradflow.detectors.progress import has_learnt
+from lightning_gradflow.detectors.unscaled_targets import were_offset
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
-from lightning_gradflow.remedies.plan import UNTOUCHED
+from lightning_gradflow.remedies.plan import OFF_TARGET, UNTOUCHED
 from lightning_gradflow.remedies.slowing import LARGEST_FACTOR, start_factor
 from lightning_gradflow.remedies.snapshot import Snapshot
 from lightning_gradflow.remedies.training import Training
@@ -68,13 +69,13 @@ class WaysBack:
         """What a run that broke goes back to, and whether that is a state in which it went well.
 
         One that has learnt nothing starts anew: what a fault has left of its weights is no better than what they were.
-        So does one whose inputs were unscaled from the start: its weights fit no others. And so does one that is young
-        and made large steps from the start: they have done harm before it showed. Where the finding tells which step
+        So does one whose inputs or targets were unscaled from the start: its weights fit no others. And so does one
+        that is young and made large steps from the start: they have done harm before it showed. Where the finding tells which step
         did, and the last good weights are younger, these are no better.
         """
         is_accident = finding.kind in BROKEN and finding.cause != "learning_rate_too_large"
         if self._start is not None:
-            if remedy == "scale_inputs" and not inputs_jumped(history):
+            if self.starts_anew(finding) or (remedy == "scale_inputs" and not inputs_jumped(history)):
                 return self._start, False
             is_fast = not is_accident and self.is_young(history) and start_factor(history) <= LARGEST_FACTOR
             if remedy == "rollback" and (is_fast or self.came_before(finding)):
@@ -89,7 +90,7 @@ class WaysBack:
 
     def starts_anew(self, finding: Finding) -> bool:
         """Whether the run has learnt nothing but a constant, and what it started from is still there."""
-        return (finding.kind, finding.cause) == UNTOUCHED and self._start is not None
+        return (finding.kind, finding.cause) in (UNTOUCHED, OFF_TARGET) and self._start is not None
 
     def keep(self, said: Sequence[Finding], training: Training) -> None:
         """Remembers the present weights of a run that is well; they count as good when the next sample is well too."""
@@ -100,7 +101,8 @@ class WaysBack:
         if self._newest is not None:
             self.good, self.good_step = self._newest, self._newest_step
             is_slow = start_factor(history) > LARGEST_FACTOR
-            if self.learnt and is_slow and not self.is_young(history) and not offending_features(history):
+            is_bound = bool(offending_features(history)) or were_offset(history)  # it may have to start anew
+            if self.learnt and is_slow and not self.is_young(history) and not is_bound:
                 self._start = None
         self._newest = Snapshot.take(training.model, training.optimizers)
         self._newest_step = history.rows[-1].step

@@ -26,18 +26,19 @@ class Prices(LightningModule):
         return self.make(self.parameters())
 
 
-def _data(standardised=False):
+def _data(standardised=False, unit=(MEAN, DEVIATION)):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1024, 4, generator=generator)
     y = torch.sin(2 * x[:, :1]) + x[:, 1:2] * x[:, 2:3]
-    return x, y if standardised else MEAN + DEVIATION * y
+    return x, y if standardised else unit[0] + unit[1] * y
 
 
-def _fit(tmp_path, make, mitigate, standardised=False, steps=400):
-    x, y = _data(standardised)
+def _fit(tmp_path, make, mitigate, standardised=False, steps=400, unit=(MEAN, DEVIATION), bias=0.0):
+    x, y = _data(standardised, unit)
     torch.manual_seed(0)
     flow = GradFlow(every_n_steps=10, report=False, console=False, mitigate=mitigate)
     model = Prices(make)
+    torch.nn.init.constant_(model.net[-1].bias, bias)
     Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -78,6 +79,31 @@ def test_raw_targets_are_told_and_cured(tmp_path, name):
 @pytest.mark.parametrize("name", MAKES)
 def test_standardised_targets_are_left_in_peace(tmp_path, name):
     flow, left = _fit(tmp_path, MAKES[name], "apply", standardised=True)
+    assert _alarms(flow) == []
+    assert flow.actions == ()
+    assert left < 0.5
+
+
+KELVIN = (293.0, 8.0)
+
+
+def _slow(parameters):
+    return torch.optim.Adam(parameters, lr=3e-3)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")
+def test_targets_with_an_offset_are_told_and_cured(tmp_path):
+    flow, left = _fit(tmp_path, _slow, "suggest", unit=KELVIN)
+    assert ("loss_mismatch", "unscaled_targets", ("net.4",)) in _alarms(flow)
+    assert left > 2
+    flow, cured = _fit(tmp_path, _slow, "apply", unit=KELVIN)
+    _, twin = _fit(tmp_path, _slow, "off", standardised=True)
+    assert [(a.kind, a.outcome) for a in flow.actions] == [("reinit", "kept")]
+    assert cured < twin + 0.2 * (1 - twin)
+
+
+def test_an_output_that_starts_at_the_offset_is_left_in_peace(tmp_path):
+    flow, left = _fit(tmp_path, MAKES["adam"], "apply", unit=KELVIN, bias=KELVIN[0])
     assert _alarms(flow) == []
     assert flow.actions == ()
     assert left < 0.5

@@ -157,8 +157,18 @@ def test_of_large_outputs_some_entries_are_enough():
     probe.see(F.l1_loss, F.l1_loss(outputs, outputs.detach() + 2), (outputs, outputs.detach() + 2), {})
     probe.share(transfer)
     found = transfer.fetch()["compared"]
-    assert 8_000 < found[2] <= 16_384
-    assert told({"compared": found}) == {"residual_rms": 2.0, "compared_rms": 1.0}
+    assert 8_000 < found[3] <= 16_384
+    assert told({"compared": found}) == {"residual_rms": 2.0, "compared_rms": 1.0, "target_deviation": 0.0}
+
+
+def test_the_targets_of_a_batch_tell_their_deviation_where_they_are_enough():
+    for count, deviation in ((8, 2.0), (7, None)):
+        probe, transfer = LossProbe(), Transfer()
+        outputs, targets = torch.zeros(count, 1, requires_grad=True), 293 + 2 * (-1.0) ** torch.arange(count)[:, None]
+        probe.see(F.mse_loss, F.mse_loss(outputs, targets), (outputs, targets), {})
+        probe.share(transfer)
+        found = told(transfer.fetch()).get("target_deviation")
+        assert found == (None if deviation is None else pytest.approx(deviation))
 
 
 def test_functions_of_the_users_own_are_not_taken_for_torchs():
