@@ -108,7 +108,7 @@ class UnscaledTargets:
 
 
 def were_offset(history: History) -> bool:
-    """Whether the first sample had targets with a mean that is far from 0, and from the outputs, beside their deviation.
+    """Whether the targets of the first sample had a mean far from 0, and from the outputs, beside their deviation.
 
     Example:
         >>> from lightning_gradflow.history import Row

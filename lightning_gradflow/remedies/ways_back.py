@@ -70,8 +70,8 @@ class WaysBack:
 
         One that has learnt nothing starts anew: what a fault has left of its weights is no better than what they were.
         So does one whose inputs or targets were unscaled from the start: its weights fit no others. And so does one
-        that is young and made large steps from the start: they have done harm before it showed. Where the finding tells which step
-        did, and the last good weights are younger, these are no better.
+        that is young and made large steps from the start: they have done harm before it showed. Where the finding tells
+        which step did, and the last good weights are younger, these are no better.
         """
         is_accident = finding.kind in BROKEN and finding.cause != "learning_rate_too_large"
         if self._start is not None:
