@@ -90,7 +90,7 @@ def reinitialise(
     if (finding.kind, finding.cause) == (FindingKind.NO_GRADIENT, "initialisation"):
         return _without_zeros(training, finding)
     if (finding.kind, finding.cause) == (FindingKind.LOSS_MISMATCH, "unscaled_targets"):
-        return _with_targets(training) if fits_outputs else None
+        return fit_targets(training) if fits_outputs else None
     if training.rehearse is not None:
         try:
             done = _from_data(training, finding, only_far, fits_outputs)
@@ -105,7 +105,7 @@ def reinitialise(
     return None if only_far else _by_the_book(training, finding)
 
 
-def _with_targets(training: Training) -> Reinit | None:
+def fit_targets(training: Training) -> Reinit | None:
     """Lets an output layer start where its targets are."""
     if training.rehearse is None:
         return None

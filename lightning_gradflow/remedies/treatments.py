@@ -15,7 +15,7 @@ from lightning_gradflow.remedies.plan import UNTOUCHED
 from lightning_gradflow.remedies.readers import centres_behind
 from lightning_gradflow.remedies.recurrent import GATED
 from lightning_gradflow.remedies.recycle import recycle
-from lightning_gradflow.remedies.reinit import Reinit, reinitialise
+from lightning_gradflow.remedies.reinit import Reinit, fit_targets, reinitialise
 from lightning_gradflow.remedies.slowing import USUAL_RATIO, slow_down, slow_down_anew
 from lightning_gradflow.remedies.snapshot import Snapshot
 from lightning_gradflow.remedies.training import Rehearsal, RehearsalError, Training
@@ -146,6 +146,9 @@ def _scale_inputs(patient: Patient) -> Treatment | None:
             # where one is far off, the others were drawn as badly
             rest = reinitialise(scaled, patient.finding) if far is not None else None
             drawn.extend(anew for anew in (far, rest) if anew is not None)
+            # beside a loss that is all of targets nobody could see what scaled inputs are worth
+            fitted = fit_targets(scaled) if not any(anew.targets for anew in drawn) else None
+            drawn.extend([fitted] if fitted is not None else [])
             return True
 
         done = patient.held.scaling.start(training, keep_function=keeps, before_fold=draw if draws else None)

@@ -33,8 +33,9 @@ def _data(standardised=False, unit=(MEAN, DEVIATION)):
     return x, y if standardised else unit[0] + unit[1] * y
 
 
-def _fit(tmp_path, make, mitigate, standardised=False, steps=400, unit=(MEAN, DEVIATION), bias=0.0):
+def _fit(tmp_path, make, mitigate, standardised=False, steps=400, unit=(MEAN, DEVIATION), bias=0.0, size=1.0):
     x, y = _data(standardised, unit)
+    x = x if size == 1 else size * (x + 3)
     torch.manual_seed(0)
     flow = GradFlow(every_n_steps=10, report=False, console=False, mitigate=mitigate)
     model = Prices(make)
@@ -107,3 +108,13 @@ def test_an_output_that_starts_at_the_offset_is_left_in_peace(tmp_path):
     assert _alarms(flow) == []
     assert flow.actions == ()
     assert left < 0.5
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")
+@pytest.mark.parametrize("name", MAKES)
+def test_raw_inputs_and_raw_targets_are_cured_together(tmp_path, name):
+    """By the loss nobody could see what scaled inputs are worth while the targets are all of it."""
+    flow, cured = _fit(tmp_path, MAKES[name], "apply", size=5000.0)
+    _, twin = _fit(tmp_path, MAKES[name], "off", standardised=True)
+    assert {a.kind for a in flow.actions if a.outcome == "kept"} == {"scale_inputs"}
+    assert cured < twin + 0.2 * (1 - twin)
