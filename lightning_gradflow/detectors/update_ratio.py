@@ -52,8 +52,9 @@ class UpdateRatio:
     hundredth of its maximum for 32 steps, is judged by those steps.
 
     Too large: the median of the layers was above `max_ratio` in some sample, and the loss is three times what it was at
-    the start, or after 32 steps still above it. At the third loss twice `max_ratio` is asked for. A tenth of
-    `max_ratio` is enough where, after 50 steps, the weights of the median layer have three times the norm they started
+    the start, or after 32 steps still above it. At the third loss twice `max_ratio` is asked for. Where a sample
+    showed a tenth of it, growth by `max_ratio` in each step until the next sample counts as well: steps that feed on
+    themselves are largest where nobody looks. A tenth of `max_ratio` is enough where, after 50 steps, the weights of the median layer have three times the norm they started
     with, which was no unusually small one, and 90 % of the very first loss is left: what the initialisation was made
     for is gone, and nothing has come of it. So it is where some layer could tell the samples apart in the first row and
     none can any more (see `best_share`): a collapse needs no growth where norms take the size out of the signal. Half
@@ -106,7 +107,7 @@ class UpdateRatio:
             return []
         medians = medians_of(history)
         return (
-            self._from_the_start(history, ratios, medians, losses)
+            self._from_the_start(history, ratios, _with_growth(history, medians, self.max_ratio), losses)
             or self._all_together(history, ratios, medians, losses)
             or self._from_now_on(history, ratios, medians, steps, losses)
             or overwritten(history)
@@ -177,6 +178,22 @@ class UpdateRatio:
                 row = ratios[len(ratios) - back + int(np.nanargmax(last))]
                 return [_too_large(history, -row, evidence)]
         return []
+
+
+def _with_growth(history: History, medians: Floats, max_ratio: float) -> Floats:
+    """(R,) the median update ratio, or that by which the median layer grew in each step until the next sample.
+
+    Steps that feed on themselves are largest where nobody looks. Weights that grow behind usual steps are another
+    matter: somebody may have set them.
+    """
+    norms, steps = history["weight_norm"], history.steps
+    with np.errstate(all="ignore"):
+        grown = (norms[1:] / norms[:-1] - 1) / np.diff(steps)[:, None]
+    grown[~np.isfinite(grown)] = np.nan
+    is_known = ~np.isnan(grown).all(axis=1) & (medians[:-1] >= _LARGE * max_ratio)
+    most = medians.copy()
+    most[:-1][is_known] = np.fmax(medians[:-1][is_known], np.nanmedian(grown[is_known], axis=1))
+    return most
 
 
 def _stands(losses: Floats) -> bool:
