@@ -62,6 +62,8 @@ METRICS: dict[str, Metric] = {
     "zero_weights": Metric(
         "layers", "index", "weights that are all zero, and so is their gradient; at first, and as long as it is so"
     ),
+    "gain_rms": Metric("layers", "norm", "rms of a norm layer's gains; at first, and as long as it is below 0.1"),
+    "gain_mean": Metric("layers", "norm", "magnitude of their mean"),
     "embedding_rms": Metric(
         "layers", "norm", "rms of an embedding's table, or of a module's own matrices the largest; in the first sample"
     ),

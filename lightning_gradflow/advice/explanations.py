@@ -95,6 +95,8 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.VANISHING_GRADIENT, "weight_scale"): (
         "The weights are too small for the depth",
         "those of a layer multiply the gradient by {weight_gain} (median)",
+        "the gains of norm layers were drawn around 0, and are {gain_rms} (rms), where 1 is usual",
+        "all planned steps together move them by {gain_reach} at most",
     ),
     (FindingKind.VANISHING_GRADIENT, "depth"): (
         "No layer loses much by itself, but the losses multiply and there are many layers",

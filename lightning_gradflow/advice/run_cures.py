@@ -165,6 +165,29 @@ def draw_zeros(site: Site) -> list[Suggestion]:
     ]
 
 
+def gains_of_one(site: Site) -> list[Suggestion]:
+    """The usual gains for norm layers whose gains were drawn around 0."""
+    if "gain_rms" not in site.finding.evidence:
+        return []
+    return [
+        Suggestion(
+            "Start the gains of norm layers from 1",
+            "\n".join(
+                [
+                    PASTE,
+                    "from torch import nn",
+                    "",
+                    f"for name in {literal(site.named)}:",
+                    "    nn.init.ones_(model.get_submodule(name).weight)",
+                ]
+            ),
+            "A norm layer gives what its gains are. An initialisation of all parameters, as in `for p in "
+            "model.parameters()`, is made for matrices: leave out those with one dimension, `if p.dim() > 1`.",
+            "Ba et al. 2016, Layer normalization",
+        )
+    ]
+
+
 def detect_anomaly(site: Site) -> list[Suggestion]:
     """Autograd's own search for the operation."""
     layer = (*site.named, "")[0]

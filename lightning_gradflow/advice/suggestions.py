@@ -42,6 +42,7 @@ from lightning_gradflow.advice.run_cures import (
     detect_anomaly,
     draw_zeros,
     fill_missing,
+    gains_of_one,
     larger_eps,
     overfit_batch,
     reconnect,
@@ -61,7 +62,7 @@ Cure = Callable[[Site], list[Suggestion]]
 
 CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.VANISHING_GRADIENT, "saturation"): (residuals, swap_activations, gates, normalise, initialise),
-    (FindingKind.VANISHING_GRADIENT, "weight_scale"): (initialise, pre_norm, residuals, normalise),
+    (FindingKind.VANISHING_GRADIENT, "weight_scale"): (gains_of_one, initialise, pre_norm, residuals, normalise),
     (FindingKind.VANISHING_GRADIENT, "depth"): (initialise, pre_norm, residuals, normalise, gates, swap_activations),
     (FindingKind.VANISHING_GRADIENT, "recurrence"): (
         initialise_recurrence,
@@ -140,6 +141,7 @@ IN_THE_RUN: dict[Cure, frozenset[str]] = {
     shorten_rows: frozenset(),
     fill_missing: frozenset(),
     draw_zeros: frozenset(),
+    gains_of_one: frozenset(),
     initialise_recurrence: frozenset(),
     scale_inputs: frozenset({"unscaled_inputs"}),
     scale_targets: frozenset(),

@@ -52,16 +52,17 @@ class UpdateRatio:
     hundredth of its maximum for 32 steps, is judged by those steps.
 
     Too large: the median of the layers was above `max_ratio` in some sample, and the loss is three times what it was at
-    the start, or after 32 steps still above it. At the third loss twice `max_ratio` is asked for. Where a sample
-    showed a tenth of it, growth by `max_ratio` in each step until the next sample counts as well: steps that feed on
-    themselves are largest where nobody looks. A tenth of `max_ratio` is enough where, after 50 steps, the weights of the median layer have three times the norm they started
-    with, which was no unusually small one, and 90 % of the very first loss is left: what the initialisation was made
-    for is gone, and nothing has come of it. So it is where some layer could tell the samples apart in the first row and
-    none can any more (see `best_share`): a collapse needs no growth where norms take the size out of the signal. Half
-    of the loss is enough where a step was above `max_ratio` and the loss stands still since. Later on it is a jump to
-    30 times the run's own ratio, or of the learning rate, that makes the loss three times what it was. Large steps
-    alone are no finding: many a network starts with one and learns. Weights that were changed by something else than
-    steps are told apart (see `overwritten`). Not judged with several optimizers, whose losses play against each other.
+    the start, or after 32 steps still above it. At the third loss twice `max_ratio` is asked for. Where a sample showed
+    a tenth of it, growth by `max_ratio` in each step until the next sample counts as well: steps that feed on
+    themselves are largest where nobody looks. A tenth of `max_ratio` is enough where, after 50 steps, the weights of
+    the median layer have three times the norm they started with, which was no unusually small one, and 90 % of the very
+    first loss is left: what the initialisation was made for is gone, and nothing has come of it. So it is where some
+    layer could tell the samples apart in the first row and none can any more (see `best_share`): a collapse needs no
+    growth where norms take the size out of the signal. Half of the loss is enough where a step was above `max_ratio`
+    and the loss stands still since. Later on it is a jump to 30 times the run's own ratio, or of the learning rate,
+    that makes the loss three times what it was. Large steps alone are no finding: many a network starts with one and
+    learns. Weights that were changed by something else than steps are told apart (see `overwritten`). Not judged with
+    several optimizers, whose losses play against each other.
 
     Args:
         min_reach: share of its norm that some layer must be able to move by in the planned run, in [0, 1). By default

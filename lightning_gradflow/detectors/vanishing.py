@@ -15,6 +15,7 @@ from lightning_gradflow.detectors.onset import loss_rose
 from lightning_gradflow.detectors.profile import is_same_pass, recent_profiles
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.saddle import saddle_of
+from lightning_gradflow.detectors.small_gains import small_gains
 from lightning_gradflow.detectors.smothered import best_share, is_smothered
 from lightning_gradflow.detectors.underflow import MIN_HEADROOM, Underflow, recent_underflow, underflow_of
 from lightning_gradflow.findings import Finding, FindingKind, Severity
@@ -50,6 +51,9 @@ class VanishingGradient:
 
     Less than `max_decay` is enough where a run had time to learn and stands still, and what its inputs differ by is
     lost on the way forward as the gradient is on the way back, so that no layer has both (see `is_smothered`).
+
+    Norm layers all of whose gains were drawn around 0, as weights are, are one too, where no planned step makes up for
+    it (see `small_gains`).
 
     The cause is where the loss of signal happens: in the activations (bounded ones: `saturation`; rectifiers:
     `dead_units`) or in the weights (`weight_scale` where a layer and its activation lose more than weights of the right
@@ -107,7 +111,7 @@ class VanishingGradient:
         if decay is not None and (underflow is None or decay.span <= -max(self.max_decay, _LASTING_DECAY)):
             return [self._of_decay(history, decay, underflow)]
         if underflow is None:
-            return self._of_saddle(history) or self._of_smothered(history)
+            return self._of_saddle(history) or self._of_smothered(history) or small_gains(history)
         finding = self._of_underflow(history, underflow)
         return [finding] if underflow.is_sure or finding.severity.is_alarm else []
 

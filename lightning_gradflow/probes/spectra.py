@@ -14,6 +14,7 @@ from lightning_gradflow.history import Floats
 from lightning_gradflow.metrics import measured
 from lightning_gradflow.probes.copied_units import has_units, matrix_spread, unit_spread
 from lightning_gradflow.probes.layers import LayerMap
+from lightning_gradflow.probes.norm_gains import norm_gains
 from lightning_gradflow.probes.shards import is_sharded
 from lightning_gradflow.probes.state_weights import stack_gain, state_weights
 from lightning_gradflow.probes.tables import EMBEDDINGS, table_cosine, table_rms
@@ -21,8 +22,9 @@ from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 from lightning_gradflow.probes.zero_weights import zero_weights
 
 _KEY = "spectra"
-_COPIED, _ZERO, _PULLED = ":copied", "::zero", ":pulled"
+_COPIED, _ZERO, _PULLED, _SMALL_GAINS = ":copied", "::zero", ":pulled", ":gains"
 _COPIES = 1e-4  # of their size: so much at most may be rounding
+_GAIN = 0.1  # where 1 is usual
 _PRODUCTS = 2
 _SMALL, _TOGETHER = 1 << 14, 256  # entries of a matrix, and how many of them, that a call is shared by
 _SHARE = 0.25  # of the newest sample in the mean growth
@@ -47,9 +49,9 @@ class SpectralProbe:
 
     In the first sample it is also seen whether the units of a layer, or of a matrix that is no layer's, are copies of
     one another, and get the same gradient, without which they don't stay copies; and whether weights are zero, and get
-    a zero gradient. Where they are, they are looked at in the later samples too. Of an embedding, and of matrices that
-    are no layer's, the first sample has the size, and the cosine with the gradient; the later samples too, as long as
-    it has been above 0.
+    a zero gradient; and how large the gains of norm layers are, and their mean. Where they are, or gains are below
+    0.1, they are looked at in the later samples too. Of an embedding, and of matrices that are no layer's, the first
+    sample has the size, and the cosine with the gradient; the later samples too, as long as it has been above 0.
 
     Args:
         layers: whose weights are read.
@@ -75,6 +77,7 @@ class SpectralProbe:
         self._copied: set[str] = set()  # layers whose units were copies once
         self._zero: set[str] = set()  # layers with weights that were zero, and got no gradient, so far
         self._pulled: set[str] = set()  # tables whose gradient has pointed along them, so far
+        self._small_gains: set[str] = set()  # norm layers with small gains, so far
         self._has_begun, self._is_first = False, True
         self._measured: list[list[tuple[str, str]]] = []  # layer, metric; a list for each device
 
@@ -131,6 +134,7 @@ class SpectralProbe:
         counts = {layer: values["zero_weights"] for layer, values in found.items() if "zero_weights" in values}
         self._zero = (self._zero - counts.keys()) | {layer for layer, count in counts.items() if count > 0}
         self._pulled = {layer for layer, values in found.items() if values.get("table_cosine", 0.0) > 0}
+        self._small_gains = {layer for layer, values in found.items() if values.get("gain_rms", math.inf) < _GAIN}
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -138,14 +142,17 @@ class SpectralProbe:
         copied = {f"{layer}{_COPIED}": torch.ones(()) for layer in sorted(self._copied)}
         zero = {f"{layer}{_ZERO}": torch.ones(()) for layer in sorted(self._zero)}
         pulled = {f"{layer}{_PULLED}": torch.ones(()) for layer in sorted(self._pulled)}
-        return {name: vector.clone() for name, vector in self._vectors.items()} | copied | zero | pulled
+        gains = {f"{layer}{_SMALL_GAINS}": torch.ones(()) for layer in sorted(self._small_gains)}
+        return {name: vector.clone() for name, vector in self._vectors.items()} | copied | zero | pulled | gains
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
         self._copied = {name.removesuffix(_COPIED) for name in state if name.endswith(_COPIED)}
         self._zero = {name.removesuffix(_ZERO) for name in state if name.endswith(_ZERO)}
         self._pulled = {name.removesuffix(_PULLED) for name in state if name.endswith(_PULLED)}
-        vectors = {name: vector for name, vector in state.items() if not name.endswith((_COPIED, _ZERO, _PULLED))}
+        self._small_gains = {name.removesuffix(_SMALL_GAINS) for name in state if name.endswith(_SMALL_GAINS)}
+        kinds = (_COPIED, _ZERO, _PULLED, _SMALL_GAINS)
+        vectors = {name: vector for name, vector in state.items() if not name.endswith(kinds)}
         self._vectors = {name: torch.as_tensor(vector).clone() for name, vector in vectors.items()}
 
     def _of_layer(self, layer: str, module: nn.Module, turns: int) -> Iterator[tuple[str, Tensor | _Matrix]]:
@@ -155,6 +162,9 @@ class SpectralProbe:
             yield "table_cosine", cosine
         if (layer in self._copied or self._is_first) and (spread := matrix_spread(module)) is not None:
             yield "matrix_spread", spread
+        if (layer in self._small_gains or self._is_first) and (gains := norm_gains(module)) is not None:
+            yield "gain_rms", gains[0]
+            yield "gain_mean", gains[1]
         if self._is_first and (size := table_rms(module)) is not None:
             yield "embedding_rms", size
         weights = {key: p for key, p in module.named_parameters(recurse=False) if _is_matrix(p)}

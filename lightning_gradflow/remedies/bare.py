@@ -19,6 +19,7 @@ from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.recurrent import reinitialise_loop
 from lightning_gradflow.remedies.textbook import assign, is_writable
 from lightning_gradflow.remedies.training import RehearsalError, Training
+from lightning_gradflow.remedies.weights import parameters_of
 
 _FAR = 4.0  # factor between the weights of a loop and 1 / sqrt(fan_in), or 1, which no usual initialisation gives
 _GROWTH = 3.0  # decades, in a loop without bounds
@@ -101,7 +102,7 @@ class Bare:
         """Name -> parameters of the layers, for a matrix of that which it is in."""
         known = {use.name: use.owner for use in self.uses}
         modules = dict.fromkeys(known.get(name, name) for name in names)
-        return {name: list(model.get_submodule(name).parameters(recurse=False)) for name in modules}
+        return {name: parameters_of(model.get_submodule(name)) for name in modules}
 
 
 def _radius(weight: Tensor) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_gradflow.remedies.bare_map import BareMap
 from lightning_gradflow.remedies.gains import TRANSPOSED, Gains, Link, by_unit
 from lightning_gradflow.remedies.sick_layers import MAX_OFF, Choice, decades, looks_drawn
+from lightning_gradflow.remedies.weights import parameters_of, set_weight
 
 _MIN_ROUNDS = 5
 """Forward passes that set the gains, at most, or one for each layer, where that is more: most settle in ten, but behind
@@ -123,7 +124,7 @@ def make_critical(
 
     Left as they are: layers of less than 16 units or inputs in a network of which another layer looks trained; layers
     whose scale a normalisation takes away again, that are called with autograd off alone, that share weights, are
-    parametrized (weight norm) or frozen.
+    frozen, or have a parametrization that can't make any weight that is asked for (weight norm can, spectral norm not).
 
     Args:
         module: the model, or a copy of it; its weights are changed.
@@ -172,7 +173,7 @@ def make_critical(
         known = gains.measure(_Adjustment(frozenset(sick), aims, known, frozenset(gates)))
         if _off(known, sick, aims) < _SETTLED:
             break
-    changed = {name: list(modules[name].parameters(recurse=False)) for name in sick}
+    changed = {name: parameters_of(modules[name]) for name in sick}
     look = _Look(frozenset(sick) | (choice.may & {links[name].follower for name in sick}))
     return Treated(changed, before, gains.measure(look) if sick else before, look.centres)
 
@@ -184,20 +185,20 @@ def _off(links: Mapping[str, Link], names: Sequence[str], aims: Mapping[str, flo
 
 
 def _is_finite(layer: nn.Module) -> bool:
-    return all(bool(torch.isfinite(parameter).all()) for parameter in layer.parameters(recurse=False))
+    return all(bool(torch.isfinite(parameter).all()) for parameter in parameters_of(layer))
 
 
 @torch.no_grad()
 def _draw(layer: nn.Module, generator: torch.Generator, *, keeps_bias: bool = False) -> None:
     weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, Tensor)
     fresh = torch.empty(weight.shape)
     for group in fresh.chunk(getattr(layer, "groups", 1)):
         by_output = group.transpose(0, 1) if isinstance(layer, TRANSPOSED) else group
         drawn = torch.empty(by_output.shape)
         nn.init.orthogonal_(drawn, generator=generator)
         by_output.copy_(drawn)
-    weight.copy_(fresh)
+    set_weight(layer, fresh)
     bias = layer.bias
     if isinstance(bias, nn.Parameter) and bias.requires_grad and not (keeps_bias and bool(torch.isfinite(bias).all())):
         bias.zero_()
@@ -231,8 +232,8 @@ class _Adjustment:
             return False
         factor = self._factor(name, float((values - mean).square().mean().sqrt()))
         weight = layer.weight
-        assert isinstance(weight, nn.Parameter)
-        weight.mul_(factor)
+        assert isinstance(weight, Tensor)
+        set_weight(layer, weight * factor)
         if isinstance(layer.bias, nn.Parameter) and layer.bias.requires_grad and name not in self.gates:
             layer.bias.copy_((layer.bias.double() - mean.to(layer.bias.device)) * factor)
         return True
@@ -262,12 +263,12 @@ def _leave_out_mean(layer: nn.Module, source: Tensor) -> bool:
         return False
     centre = centre_of(layer, source)
     weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, Tensor)
     if centre is None or len(centre.mean) < _MIN_CHANNELS:
         return False
     by_input = weight.movedim(1, -1)
     mean = (centre.mean / centre.mean.norm()).to(weight)
-    by_input -= (by_input @ mean)[..., None] * mean
+    set_weight(layer, (by_input - (by_input @ mean)[..., None] * mean).movedim(-1, 1))
     torch.clear_autocast_cache()  # it holds the weights as they were
     return True
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lightning_gradflow.detectors.small_gains import drawn_gains
 from lightning_gradflow.detectors.zero_weights import zero_weights
 from lightning_gradflow.findings import Finding, FindingKind
 from lightning_gradflow.history import History
@@ -23,6 +24,7 @@ from lightning_gradflow.remedies.draw_zeros import draw_zeros
 from lightning_gradflow.remedies.fill import fill_missing
 from lightning_gradflow.remedies.fit_outputs import fit_outputs
 from lightning_gradflow.remedies.fresh import looks_fresh
+from lightning_gradflow.remedies.norm_gains import reset_gains
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.output_scaling import TargetScale
 from lightning_gradflow.remedies.recurrent_treatment import treat
@@ -32,6 +34,7 @@ from lightning_gradflow.remedies.tables import draw_tables
 from lightning_gradflow.remedies.textbook import gain_between, initialise, name_for
 from lightning_gradflow.remedies.training import RehearsalError, Training
 from lightning_gradflow.remedies.unusual import draw_unusual
+from lightning_gradflow.remedies.weights import parameters_of
 
 _SATURATED = 0.5  # of an activation's outputs, at its bounds; of a gate that is what it is for
 _SMALLER = 0.5  # times what outputs were that were too large, for weights that cure it
@@ -152,6 +155,7 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
         # a table of zeros beside those that are too large is so on purpose
         drawn |= {} if only_far or is_of_tables else draw_unusual(module, run, training.seed)
         drawn |= {} if only_far else draw_attention(module, training.seed)
+        drawn |= {} if only_far else reset_gains(module, drawn_gains(training.history))
         if finding.cause == "symmetry":
             around = activations_around(training.history.points)
             drawn |= break_symmetry(module, finding.layers, around, training.seed)
@@ -228,8 +232,8 @@ def _max_spread(finding: Finding, history: History, only_far: bool) -> float:
 def _copied(model: nn.Module, fresh: Mapping[str, Sequence[Tensor]]) -> list[nn.Parameter]:
     changed = []
     for name, values in fresh.items():
-        own = list(model.get_submodule(name).parameters(recurse=False))
-        for parameter, value in zip(own, values, strict=True):
+        # of a parametrized layer some have treated its own ones alone, which come first
+        for parameter, value in zip(parameters_of(model.get_submodule(name)), values, strict=False):
             if parameter.requires_grad:
                 parameter.copy_(value)
                 parameter.grad = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.gains import TRANSPOSED, Link
+from lightning_gradflow.remedies.weights import is_settable, originals_of, parameters_of
 
 MAX_OFF = 1.25
 """Factor by which a gain may be off: thirty layers that are off by less lose three decades at most."""
@@ -121,15 +122,15 @@ def _noise(link: Link) -> float:
 def _treatable(module: nn.Module, links: Mapping[str, Link]) -> tuple[set[str], bool]:
     """The layers that may be drawn anew, and whether a part of the network looks trained."""
     owners = Counter(p for m in module.modules() for p in m.parameters(recurse=False))
-    layers = {name: m for name, m in module.named_modules() if name in links and isinstance(m.weight, nn.Parameter)}
+    layers = {name: m for name, m in module.named_modules() if name in links and is_settable(m)}
     telling = {name for name, m in layers.items() if min(m.weight.flatten(1).shape) >= _TELLING}
     # where a part has been trained, what is too small to tell may have been as well
     is_trained = any(not looks_fresh(layers[name].weight) for name in telling)
     may = {
         name
         for name, layer in layers.items()
-        if layer.weight.requires_grad
-        and all(owners[p] == 1 for p in layer.parameters(recurse=False))
+        if all(p.requires_grad for p in originals_of(layer))
+        and all(owners[p] == 1 for p in parameters_of(layer))
         # a last layer has to be off by far
         and (name in telling or not is_trained or not links[name].is_known)
     }

@@ -461,10 +461,39 @@ def test_a_layer_that_is_called_in_a_loop_is_judged_by_all_of_its_calls():
     assert treated.after["again"].gain == pytest.approx(1, rel=0.1)
 
 
-def test_parametrized_weights_are_left():
-    _, _, changed = _with(lambda net: parametrizations.weight_norm(net[4]))
-    assert not any(name.startswith("4.") for name in changed)
-    assert "6.weight" in changed
+@pytest.mark.parametrize("make", [parametrizations.spectral_norm, parametrizations.orthogonal])
+def test_weights_that_cannot_be_scaled_are_left(make):
+    net = _made(lambda: _stack(nn.Sigmoid, 8))
+    before = _state(make(net[4]))
+    treated = _treated(net, _batch(64, WIDTH))
+    assert "4" not in treated.changed
+    assert "6" in treated.changed
+    assert all(torch.equal(p, before[name]) for name, p in net[4].named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize("magnitude", [0.1, 10.0])
+def test_the_magnitudes_of_weight_norm_are_set(norm, magnitude):
+    net = _made(lambda: _stack(nn.LeakyReLU, 8))
+    for layer in net[:-1:2]:
+        norm(layer)
+        g = layer.weight_g if hasattr(layer, "weight_g") else layer.parametrizations.weight.original0
+        nn.init.constant_(g, magnitude)
+    x = _batch(64, WIDTH)
+    treated = _treated(net, x)
+    assert abs(treated.spans[0]) > 4
+    assert abs(treated.spans[1]) < 0.3
+    assert {f"{i}" for i in range(0, 16, 2)} <= set(treated.changed)
+    assert len(treated.changed["4"]) == 3  # the bias as well
+
+
+def test_a_frozen_magnitude_is_left():
+    def freeze(net):
+        parametrizations.weight_norm(net[4]).parametrizations.weight.original0.requires_grad_(False)
+
+    _, treated, _ = _with(freeze)
+    assert "4" not in treated.changed
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3])
