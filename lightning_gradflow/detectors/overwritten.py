@@ -43,6 +43,13 @@ def not_by_steps(norms: Floats, updates: Floats, steps: Ints) -> Bools:
         return np.asarray(np.abs(np.diff(norms, axis=0)) > NOT_BY_STEPS * reach)
 
 
+def start_of_steps(history: History) -> int:
+    """The row from which on steps alone have changed the weights: not somebody who drew some of them anew, say."""
+    far = not_by_steps(history["weight_norm"], history["update_norm"], history.steps)
+    changed = np.flatnonzero(far.any(axis=1))
+    return int(changed[-1]) + 1 if changed.size else 0
+
+
 def overwritten(history: History) -> list[Finding]:
     """Weights that were changed from outside in the midst of a run that had learnt, and what it had learnt is gone.
 

@@ -25,6 +25,7 @@ _FULL = 0.1  # of the largest learning rate: below, nothing can be expected
 _YOUNG = 2.0  # times the patience: what sets in later has another reason
 _FALLEN = 0.02  # of the loss, over the second half of the run so far
 _CLEAR = 2.0  # z score of such a fall
+_RESIDUAL = 0.5  # of the first gradient at the output: a constant leaves 0.6 of it or more
 _PRESENT = 20  # losses: one alone is that of a batch
 
 
@@ -138,6 +139,22 @@ def still_falls(history: History, share: float = _FALLEN) -> bool:
     before, now = float(np.median(late[:quarter])), float(np.median(late[quarter:]))
     noise = 1.25 * float(np.median(np.abs(np.diff(late)))) / math.sqrt(quarter)
     return before - now > max(share * abs(before), _CLEAR * noise)
+
+
+def keeps_residual(history: History, start: int = 0) -> bool:
+    """Whether the gradient at the network's output is as large as at first, but for what a constant makes of it.
+
+    A loss that started far above what a constant gives says nothing of what was learnt when it comes down to that. This
+    does: of a cross-entropy it is how far the probabilities are off, which is at most 1; of squares the distance
+    itself.
+
+    Args:
+        history: where to read; False where the gradient is not known.
+        start: the row that the newest one is compared with.
+    """
+    deltas = history["delta_norm"][[start, -1]]
+    known = np.flatnonzero(layer_mask(history) & np.isfinite(deltas).all(axis=0) & (deltas[0] > 0))
+    return bool(known.size and deltas[1, known[-1]] >= _RESIDUAL * deltas[0, known[-1]])
 
 
 def starts_with_embedding(history: History) -> bool:

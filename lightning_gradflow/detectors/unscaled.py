@@ -17,7 +17,13 @@ from lightning_gradflow.detectors.inputs import (
 )
 from lightning_gradflow.detectors.known import input_point, known_rows, layer_mask, newest_known
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.detectors.standstill import present_loss, steps_at_full_rate, steps_needed, still_falls
+from lightning_gradflow.detectors.standstill import (
+    keeps_residual,
+    present_loss,
+    steps_at_full_rate,
+    steps_needed,
+    still_falls,
+)
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
@@ -26,7 +32,6 @@ _LARGE_STEP = 0.1  # share of its weights that one step changes: ten times what 
 _OVERGROWN = 3.0  # times the norm of the first weights: a ninth of the square is left of them
 _USUAL_GAIN = 0.5  # largest singular value; most initialisations give 0.6 to 3
 _ENOUGH = 16  # losses
-_RESIDUAL = 0.5  # of the first gradient at the output: a constant leaves 0.6 of it or more
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class UnscaledInputs:
         """Inputs so large that the first steps have overwritten the weights, and nothing can make up for that."""
         if not self._had_time(history) or not large_from_start(history) or not offending_features(history):
             return []
-        if not _weights_grew(history) or _residual(history) < _RESIDUAL or still_falls(history):
+        if not _weights_grew(history) or not keeps_residual(history) or still_falls(history):
             return []
         return [self._finding(history, feature_evidence(history))]
 
@@ -181,15 +186,3 @@ def _weights_grew(history: History) -> bool:
     growth = growth[np.isfinite(growth) & (usual >= _USUAL_GAIN)]
     was_large = bool((np.nan_to_num(ratios) >= _LARGE_STEP).any())
     return was_large and growth.size > 0 and bool(np.median(growth) >= _OVERGROWN)
-
-
-def _residual(history: History) -> float:
-    """How large the gradient at the network's output still is, over what it was in the first sample.
-
-    Where inputs are unscaled a loss starts far above what a constant gives, and says nothing of what was learnt when
-    it comes down to that. This does: of a cross-entropy it is how far the probabilities are off, which is at most 1;
-    of squares the distance itself. 0 where it is not known.
-    """
-    deltas = history["delta_norm"]
-    known = np.flatnonzero(layer_mask(history) & np.isfinite(deltas[[0, -1]]).all(axis=0) & (deltas[0] > 0))
-    return float(deltas[-1, known[-1]] / deltas[0, known[-1]]) if known.size else 0.0

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import feature_evidence, offending_features
-from lightning_gradflow.detectors.overwritten import not_by_steps, overwritten
+from lightning_gradflow.detectors.overwritten import overwritten, start_of_steps
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.small_steps import MIN_REACH, too_small
 from lightning_gradflow.detectors.smothered import was_smothered
@@ -136,7 +136,7 @@ class UpdateRatio:
         """Steps that have left next to nothing of the weights that the run started from, and led nowhere."""
         if history.steps[-1] < _WARM or np.isnan(medians).all() or np.nanmax(medians) < _LARGE * self.max_ratio:
             return []
-        start = _start_of_steps(history)
+        start = start_of_steps(history)
         medians, since = medians[start:], losses[history.loss_steps >= history.steps[start]]
         if history.steps[-1] - history.steps[start] < _WARM or np.isnan(medians).all():
             return []
@@ -209,13 +209,6 @@ def _stands(losses: Floats) -> bool:
 def _when(history: History, row: int) -> dict[str, float]:
     """The step of a row that is not the newest."""
     return {} if row == len(history) - 1 else {"largest_step": float(history.steps[row])}
-
-
-def _start_of_steps(history: History) -> int:
-    """The row from which on steps alone have changed the weights: not somebody who drew some of them anew, say."""
-    far = not_by_steps(history["weight_norm"], history["update_norm"], history.steps)
-    changed = np.flatnonzero(far.any(axis=1))
-    return int(changed[-1]) + 1 if changed.size else 0
 
 
 def overwrites(history: History, row: int, max_ratio: float = 1.0) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -122,14 +123,22 @@ def _axes(function: Any, dims: int, is_left: bool, args: tuple[Any, ...], kwargs
 
 def _einsum(args: tuple[Any, ...]) -> list[Call]:
     flat = [args[0], *(args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:])]
-    if len(flat) != 3 or not isinstance(flat[0], str) or "->" not in flat[0]:
+    if (
+        not isinstance(flat[0], str)
+        or "->" not in flat[0]
+        or not all(isinstance(factor, Tensor) for factor in flat[1:])
+    ):
         return []
     left, _, result = flat[0].replace(" ", "").partition("->")
     terms = left.split(",")
     found = []
-    for own, other in ((0, 1), (1, 0)):
+    for own, other in permutations(range(len(terms)), 2):
+        beside = [i for i in range(len(terms)) if i not in (own, other)]
+        # what is learnt beside it would be lost to the search for what an output is made of
+        if any(flat[i + 1].requires_grad or {*terms[own]} & {*terms[i]} for i in beside):
+            continue
         axes = _of_letters(terms[own], terms[other], result)
-        if axes is not None and isinstance(flat[own + 1], Tensor) and isinstance(flat[other + 1], Tensor):
+        if axes is not None:
             again: _Again = (torch.einsum, tuple(flat), other + 1, {})
             found.append(Call(flat[own + 1], axes, flat[other + 1], None, again))
     return found

@@ -270,3 +270,59 @@ def test_branches_that_give_nothing_are_no_alarm_where_the_gradient_goes_around_
         history.append(Row(step, {"dead_fraction": dead, "silent_fraction": dead, "delta_norm": deltas}))
     (finding,) = DeadUnits().judge(history)
     assert str(finding.severity) == severity
+
+
+def _constant(now=0.62, before=0.0, step=60, spread=0.3, residual=0.2, fall=0.0, weights=1.0):
+    """A run whose loss starts far above what a constant gives, and comes to it as act1 dies."""
+    history = History()
+    history.add_points(POINTS)
+    history.layer_axis.merge([f"fc{i}" for i in range(4)])
+    losses = 1.6 - fall * (np.arange(step - 4) > 3 * step // 4)
+    for at, dead, ratio, seen in (
+        (0, 0, 0.1, [4.4]),
+        (1, 0, 0.2, [2.0]),
+        (4, 0, 0.1, [1.7] * 3),
+        (step, now, 1e-4, losses),
+    ):
+        values = {
+            "dead_fraction": row(0, dead, 0) if at else row(nan, nan, nan),
+            "silent_fraction": row(0, dead or before, 0),
+            "delta_norm": [*[0.1] * 6, residual if at else 0.2],
+            "output_rms": [1, nan, 1, nan, 1, nan, 0.3 if at else 3],
+            "output_spread": [0.5, nan, 0.5, nan, 0.5, nan, spread if at else 0.4],
+            "weight_norm": [1.0 if at else weights] * 4,
+            "update_norm": [ratio] * 4,
+            "update_ratio": [ratio] * 4,
+        }
+        known = {name: np.array(value, dtype=float) for name, value in values.items()}
+        history.append(Row(at, known, {"planned_steps": 200.0}, losses=np.array(seen, dtype=float)))
+    return history
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({}, [("warning", LATER, ("act1",))]),
+        ({"now": 0.49}, []),
+        ({"before": 0.6}, [("warning", LATER, ("act1",))]),
+        ({"before": 0.61}, [("info", "unknown", ("act1",))]),  # it never fired as it should
+        ({"step": 49}, [("info", "unknown", ("act1",))]),  # no time to learn yet
+        ({"step": 101}, [("info", "unknown", ("act1",))]),  # it may have learnt and converged
+        ({"fall": 0.1}, [("info", "unknown", ("act1",))]),
+        ({"residual": 0.11}, [("warning", LATER, ("act1",))]),
+        ({"residual": 0.09}, [("info", "unknown", ("act1",))]),
+        ({"spread": 0.39}, [("warning", LATER, ("act1",))]),
+        ({"spread": 0.41}, [("info", "unknown", ("act1",))]),  # the samples are told apart
+    ],
+)
+def test_half_of_the_units_are_enough_where_the_network_has_become_a_constant(how, expected):
+    assert verdict(DeadUnits().judge(_constant(**how))) == expected
+
+
+def test_the_largest_step_is_told_where_the_network_has_become_a_constant():
+    (finding,) = DeadUnits().judge(_constant())
+    assert finding.evidence["largest_step"] == 1
+
+
+def test_weights_that_somebody_drew_anew_are_what_a_network_starts_from():
+    assert verdict(DeadUnits().judge(_constant(weights=30.0))) == [("info", "unknown", ("act1",))]

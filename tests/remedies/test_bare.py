@@ -16,6 +16,7 @@ from lightning_gradflow import GradFlow
 from lightning_gradflow.findings import Finding, FindingKind, Severity, VanishingGradientWarning
 from lightning_gradflow.history import History, Point
 from lightning_gradflow.remedies.bare import Bare, initialise_bare, with_bare
+from lightning_gradflow.remedies.critical import make_critical
 from lightning_gradflow.remedies.gains import by_unit
 from lightning_gradflow.remedies.reinit import reinitialise
 from lightning_gradflow.remedies.training import RehearsalError, Training
@@ -55,6 +56,8 @@ FORMS = {
     "own inputs of experts": ((4, 3, 5), _x(8, 4, 3), lambda x, w: torch.einsum("bei, eio -> beo", x, w)),
     "heads": ((3, 2, 5), _x(8, 7, 3), lambda x, w: torch.einsum("btd,dhk->bhtk", x, w)),
     "back from heads": ((2, 5, 3), _x(8, 2, 7, 5), lambda x, w: torch.einsum("bhtk,hkd->btd", [x, w])),
+    "over neighbours": ((3, 5), _x(8, 4, 3), lambda x, w: torch.einsum("bvw,bwi,io->bvo", _x(8, 4, 4), x, w)),
+    "weighted": ((3, 5), _x(8, 3), lambda x, w: torch.einsum("b,io,bi,b->bo", _x(8), w, x, _x(8))),
     "ellipsis": ((3, 5), _x(8, 7, 3), lambda x, w: torch.einsum("io,...i->...o", w, x)),
 }
 
@@ -96,6 +99,7 @@ def test_a_row_of_the_layer_is_what_one_unit_of_the_product_is_made_of(form):
         ("experts", 3, 1),
         ("own inputs of experts", 3, 4),
         ("back from heads", 10, 1),
+        ("over neighbours", 3, 1),
     ],
 )
 def test_inputs_are_what_is_summed_over_and_groups_have_inputs_of_their_own(form, inputs, groups):
@@ -110,6 +114,9 @@ def test_inputs_are_what_is_summed_over_and_groups_have_inputs_of_their_own(form
     [
         ((3, 5), _x(8, 3), lambda x, w: torch.einsum("bi,io,bo->b", x, w, torch.ones(8, 5))),
         ((3, 5), _x(8, 3), lambda x, w: torch.einsum("bi,io->b", x, w)),
+        ((3, 3, 5), _x(8, 3), lambda x, w: torch.einsum("bi,bj,ijo->bo", x, x, w)),  # in both factors
+        ((4, 3, 5), _x(8, 3), lambda x, w: torch.einsum("be,bi,eio->bo", _x(8, 4), x, w)),
+        ((3, 5), _x(8, 4, 3), lambda x, w: torch.einsum("bvw,bwi,io->bvo", _x(8, 4, 4).requires_grad_(), x, w)),
         ((3, 3), _x(8, 3), lambda x, w: torch.einsum("bi,ii->b", x, w)),
         ((8, 3), _x(8, 3), lambda x, w: x * w),
         ((5, 3), _x(8, 3), lambda x, w: w @ w.T),
@@ -118,6 +125,30 @@ def test_inputs_are_what_is_summed_over_and_groups_have_inputs_of_their_own(form
 def test_what_is_no_linear_map_of_something_else_is_left_out(shape, x, call):
     net = Own(shape, call)
     assert Bare(net, lambda: net(x)).uses == ()
+
+
+def test_a_stack_that_sums_over_neighbours_is_made_critical():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.ws = nn.ParameterList([torch.randn(32, 32) / 4 for _ in range(5)])
+            self.out = nn.Linear(32, 2)
+
+        def forward(self, x, near):
+            for w in self.ws:
+                x = F.relu(torch.einsum("bvw,bwi,io->bvo", near, x, w))
+            return self.out(x.mean(1))
+
+    net, x, near = Graph(), _x(16, 8, 32), (_x(16, 8, 8) > 0).float()
+    bare = Bare(net, lambda: net(x, near))
+    layers = bare.layers(net)
+    treated = make_critical(layers, layers.routed(lambda: net(x, near)))
+    assert [use.op for use in bare.uses] == ["relu"] * 5
+    assert set(treated.changed) >= {"ws.0", "ws.1", "ws.2", "ws.3", "ws.4"}
+    before, after = treated.spans
+    assert before > 2
+    assert abs(after) < 0.3
 
 
 def test_layers_of_torch_and_frozen_or_shared_matrices_are_not_drawn():
