@@ -111,8 +111,9 @@ def make_critical(
     - where others are drawn, its weights are above `1 / sqrt(fan_in)` by more than a factor of 2: they were drawn as
       badly, and what follows, such as the norm of a sum of branches that are all too large, hides it;
     - where no layer is off by itself, its weights are so, and those of all such layers are above that by more than a
-      factor of 10 together; or an output that none takes has a spread above 10: together they make it. Only the former
-      counts where `max_off` is 4 or more.
+      factor of 10 together; or an output that none takes has a spread above 10: together they make it, and so do layers
+      that gain more than a factor of 2 without a residual, as sums over neighbours do with usual weights. Only the
+      former counts where `max_off` is 4 or more.
 
     A random gradient tells how a layer treats noise. What samples differ in may grow far more: behind weights that have
     a mean, or a sum or mean over numbers that are alike, as over the neighbours in a graph. Where it grows by more than

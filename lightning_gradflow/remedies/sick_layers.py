@@ -87,9 +87,16 @@ class Choice:
     def _loud_together(self, links: Mapping[str, Link], max_off: float) -> list[str]:
         """Layers none of which is off by far by itself, and which are so together, or make outputs that are."""
         loud = [name for name in links if name in self.may and _is_loud(self._modules[name], links[name])]
-        ends = [link.spread for link in links.values() if not link.follower]
-        if max_off < FAR and any(_MAX_STRETCH < spread < math.inf for spread in ends):
-            return loud
+        ends = {name for name, link in links.items() if not link.follower and _MAX_STRETCH < link.spread < math.inf}
+        if max_off < FAR and ends:
+            # usual weights may grow the signal all the same, as where each layer sums over neighbours
+            growing = {
+                name
+                for name, link in links.items()
+                if link.is_known and link.is_chain and not link.is_normalised and link.growth > _UNUSUAL
+            }
+            drawn = {name for name in growing | ends if name in self.may and looks_drawn(self._modules[name])}
+            return [name for name in links if name in loud or (growing and name in drawn)]
         over = sum(math.log10(_size(self._modules[name]) / _UNUSUAL) for name in loud)
         return loud if over > math.log10(_MAX_STRETCH) else []
 

@@ -868,3 +868,31 @@ def test_what_is_to_be_drawn_whatever_was_measured_is_left_where_it_looks_traine
     before = net.t.weight.clone()
     assert "t" not in _treated(net, x, always=("t", "nowhere")).changed
     assert torch.equal(net.t.weight, before)
+
+
+class Neighbours(nn.Module):
+    """Usual weights, and a sum over `neighbours` of 64 nodes behind each."""
+
+    def __init__(self, neighbours):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 5)])
+        for layer in self.layers:
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.register_buffer("sums", (torch.rand(64, 64) < neighbours / 64).float())
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = torch.relu(self.sums @ layer(x))
+        return self.layers[-1](x)
+
+
+@pytest.mark.parametrize(("neighbours", "expected"), [(32, {"layers.0", "layers.1", "layers.2"}), (2, set())])
+def test_usual_weights_that_make_large_outputs_by_sums_over_neighbours_are_drawn(neighbours, expected):
+    torch.manual_seed(0)
+    net, x = Neighbours(neighbours), 3 * torch.randn(64, 16)
+    treated = make_critical(net, lambda: net(x))
+    assert treated.changed.keys() == expected
+    if expected:
+        assert treated.outputs[0] > 10
+        assert treated.outputs[1] == pytest.approx(1, rel=0.1)
