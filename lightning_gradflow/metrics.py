@@ -71,6 +71,9 @@ METRICS: dict[str, Metric] = {
         "layers", "fraction", "cosine of the same weights and their gradient, from 0; at first, and as long as above it"
     ),
     "recurrent_radius": Metric("layers", "norm", "spectral radius of the hidden-to-hidden weights of a recurrence"),
+    "recurrent_gates": Metric(
+        "layers", "index", "gates of a recurrence: 0 of a plain one, 2 of a GRU, 3 of an LSTM; in the first sample"
+    ),
     "loop_radius": Metric(
         "layers", "norm", "the same of a square weight, or of stacked ones, in a loop of eight calls or more"
     ),

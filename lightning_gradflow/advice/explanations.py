@@ -59,6 +59,11 @@ SEEN: dict[FindingKind, Text] = {
 """What is seen, for each kind."""
 
 SEEN_SO: dict[tuple[FindingKind, str], Text] = {
+    (FindingKind.EXPLODING_GRADIENT, "unscaled_inputs"): (
+        "Inputs are far too large, and make the gradient explode",
+        "feature {columns}",
+        "such features in all: {features}",
+    ),
     (FindingKind.LOSS_PLATEAU, "weight_scale"): (
         "Little or nothing is learnt",
         "it has had {steps} steps",
@@ -117,6 +122,9 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "Most of it is lost in rectifiers with units that pass nothing on",
         "each multiplies the gradient by {activation_gain} (median)",
     ),
+    (FindingKind.VANISHING_GRADIENT, "learning_rate_too_large"): (
+        "It came through at first: steps as large as the weights have overwritten them, the learning rate is too large",
+    ),
     (FindingKind.EXPLODING_GRADIENT, "weight_scale"): (
         "The weights are too large for the depth",
         "those of a layer multiply the gradient by {weight_gain} (median)",
@@ -155,8 +163,12 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "The loss, the gradient or the weights left their range step by step before that: the steps are too large",
     ),
     (FindingKind.EXPLODING_GRADIENT, "unscaled_inputs"): (
-        "The inputs are far larger than weights are made for, or have become so",
-        _FEATURES,
+        "Weights are made for inputs of about 1, so all that follows from these is too large",
+        "the first outputs of the network are {output_rms}",
+        "the gradients of {layers} are so too",
+        "the gradient grows by {decades} decades over {points} points of the network",
+        "its total norm of {grad_norm_total} is {growth} times the median of this run so far",
+        "the loss is {loss}, where it was {highest_loss} at most",
     ),
     (FindingKind.NONFINITE_GRADIENT, "unscaled_inputs"): (
         "The inputs are so large that the numbers overflow",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_gradflow.advice.site import PASTE, Site, literal
+from lightning_gradflow.advice.site import Site, as_function, literal, paste
 from lightning_gradflow.findings import Suggestion
 
 
@@ -17,7 +17,7 @@ def keep_float32(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Keep the weights in float32, and compute in bf16",
-            "import lightning as L\n\n"
+            "# needs: import lightning as L\n"
             'trainer = L.Trainer(precision="bf16-mixed")  # not "bf16-true", and no model.to(torch.bfloat16)\n'
             "model = model.float()",
             "In float32 a weight takes steps of 1e-7 of itself. Under autocast the matrix products are as fast as with "
@@ -31,9 +31,7 @@ def master_weights(site: Site) -> list[Suggestion]:
     """Copies of the weights in float32, for the optimizer alone."""
     rate = 1e-3 if math.isnan(site.lr) else site.lr
     code = [
-        "# in the LightningModule",
-        "import torch",
-        "",
+        "# in the LightningModule; needs: import torch",
         "def configure_optimizers(self):",
         "    self.masters = [(p, p.detach().float().requires_grad_()) for p in self.parameters()]",
         f"    optimizer = torch.optim.AdamW([master for _, master in self.masters], lr={rate:.3g})",
@@ -70,8 +68,8 @@ _TENSORS = [
 
 def hold(site: Site) -> list[Suggestion]:
     """An optimizer that holds all layers."""
+    where = "# in configure_optimizers, behind the optimizer; make it there, when all layers are made"
     code = [
-        "# at the end of configure_optimizers, where model is self; make the optimizer there, when all layers are made",
         *_TENSORS,
         "",
         "known = {id(p) for group in optimizer.param_groups for p in group['params']}",
@@ -87,7 +85,7 @@ def hold(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Give these parameters to the optimizer",
-            "\n".join(code),
+            as_function(where, code, "optimizer"),
             "An optimizer changes the parameters that it was given, and no others. One that is made in __init__ misses "
             "the layers that come later; layers belong into an nn.ModuleList or nn.ModuleDict, tensors into an "
             "nn.Parameter.",
@@ -99,7 +97,6 @@ def hold(site: Site) -> list[Suggestion]:
 def freeze_left_out(site: Site) -> list[Suggestion]:
     """Layers that are left out on purpose: frozen."""
     code = [
-        PASTE,
         *_TENSORS,
         "",
         f"for name in {literal(site.named)}:",
@@ -111,7 +108,7 @@ def freeze_left_out(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "If they are left out on purpose, freeze them",
-            "\n".join(code),
+            paste(code),
             "Gradients that nobody uses take time and memory, and are summed up from step to step, for no optimizer "
             "sets them to zero.",
             "Paszke et al. 2017, Automatic differentiation in PyTorch",

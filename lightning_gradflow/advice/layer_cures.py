@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from lightning_gradflow.activations import BOUNDED, RECTIFIERS, SIGMOIDS
-from lightning_gradflow.advice.site import PASTE, WEIGHTED, Site, get, literal, quote
+from lightning_gradflow.advice.site import NN, WEIGHTED, Hidden, Site, by_hand, get, literal, paste, quote
 from lightning_gradflow.findings import Suggestion
 
 _BF16_STEPS = 128  # numbers of bf16 between a power of two and the next
@@ -46,18 +46,15 @@ def initialise_named(site: Site) -> list[Suggestion]:
     return [_he(layers)] if layers else []
 
 
-def _loop(layers: tuple[str, ...], *body: str) -> str:
-    lines = [
-        PASTE,
-        "from torch import nn",
-        "",
+def _loop(layers: tuple[str, ...], *body: str) -> list[str]:
+    return [
+        *NN,
         f"for name in {literal(layers)}:",
         "    layer = model.get_submodule(name)",
         f"    if not isinstance(layer, {WEIGHTED}):",
         "        continue",
         *(f"    {line}" for line in body),
     ]
-    return "\n".join(lines)
 
 
 def _sigmoid(layers: tuple[str, ...], behind: tuple[str, ...]) -> Suggestion:
@@ -65,12 +62,14 @@ def _sigmoid(layers: tuple[str, ...], behind: tuple[str, ...]) -> Suggestion:
     fed_by_data = tuple(name for name in layers if name not in behind)
     return Suggestion(
         "Initialise the layers before each sigmoid with orthogonal weights of gain 4 and centred biases",
-        _loop(
-            layers,
-            f"is_inner = name not in {literal(fed_by_data)}  # its input comes from a sigmoid",
-            "nn.init.orthogonal_(layer.weight, gain=4.0 if is_inner else 2.0)",
-            "if layer.bias is not None:",
-            "    layer.bias.data = -0.5 * is_inner * layer.weight.data.flatten(1).sum(1)",
+        paste(
+            _loop(
+                layers,
+                f"is_inner = name not in {literal(fed_by_data)}  # its input comes from a sigmoid",
+                "nn.init.orthogonal_(layer.weight, gain=4.0 if is_inner else 2.0)",
+                "if layer.bias is not None:",
+                "    layer.bias.data = -0.5 * is_inner * layer.weight.data.flatten(1).sum(1)",
+            )
         ),
         "Since sigmoid(x) = (1 + tanh(x / 2)) / 2, the network is then exactly an orthogonal tanh network, which keeps "
         "the size of the gradient at first; PyTorch's default loses more than four fifths of it in each sigmoid layer.",
@@ -81,26 +80,32 @@ def _sigmoid(layers: tuple[str, ...], behind: tuple[str, ...]) -> Suggestion:
 def _tanh(layers: tuple[str, ...]) -> Suggestion:
     return Suggestion(
         "Initialise the layers before each tanh with orthogonal weights",
-        _loop(
-            layers,
-            "nn.init.orthogonal_(layer.weight)  # or xavier_normal_(layer.weight, gain=5 / 3)",
-            "if layer.bias is not None:",
-            "    nn.init.zeros_(layer.bias)",
+        paste(
+            _loop(
+                layers,
+                "nn.init.orthogonal_(layer.weight)  # or xavier_normal_(layer.weight, gain=5 / 3)",
+                "if layer.bias is not None:",
+                "    nn.init.zeros_(layer.bias)",
+            )
         ),
         "Where tanh is nearly linear, an orthogonal weight keeps the size of the signal both ways.",
         "Glorot and Bengio 2010; Saxe et al. 2014",
     )
 
 
+def _by_he(layers: tuple[str, ...]) -> list[str]:
+    return _loop(
+        layers,
+        'nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")',
+        "if layer.bias is not None:",
+        "    nn.init.zeros_(layer.bias)",
+    )
+
+
 def _he(layers: tuple[str, ...]) -> Suggestion:
     return Suggestion(
         "Initialise these layers by He's rule, with biases at zero",
-        _loop(
-            layers,
-            'nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")',
-            "if layer.bias is not None:",
-            "    nn.init.zeros_(layer.bias)",
-        ),
+        paste(_by_he(layers)),
         "Half of the units pass nothing on, and a variance of 2 / fan_in makes up for it; PyTorch's default for "
         "linear layers is a sixth of that.",
         "He et al. 2015, Delving deep into rectifiers",
@@ -109,9 +114,7 @@ def _he(layers: tuple[str, ...]) -> Suggestion:
 
 def _orthogonal(layers: tuple[str, ...]) -> Suggestion:
     code = [
-        PASTE,
-        "from torch import nn",
-        "",
+        *NN,
         f"for name in {literal(layers)}:",
         "    layer = model.get_submodule(name)",
         "    for parameter in layer.parameters(recurse=False):",
@@ -120,7 +123,7 @@ def _orthogonal(layers: tuple[str, ...]) -> Suggestion:
     ]
     return Suggestion(
         "Initialise these layers with orthogonal weights",
-        "\n".join(code),
+        paste(code),
         "An orthogonal weight keeps the size of the signal both ways, whatever the depth.",
         "Saxe et al. 2014, Exact solutions to the nonlinear dynamics of learning in deep linear neural networks",
     )
@@ -131,44 +134,53 @@ def swap_activations(site: Site) -> list[Suggestion]:
     places = [place for place in site.hidden if place.op in BOUNDED]
     if not places:
         return []
-    modules = [place.module for place in places if place.module]
-    code = [PASTE, "from torch import nn", ""]
-    if modules:
-        code += [f"for name in {literal(modules)}:", "    model.set_submodule(name, nn.ReLU())"]
-    calls = [place for place in places if not place.module]
-    if calls:
-        code += [f"# in forward(): F.relu(...) in the place of {place.op}(...) after {place.layer}" for place in calls]
     layers = tuple(dict.fromkeys(place.layer for place in places))
+    calls = [place for place in places if not (place.module or place.shared)]
+    told = by_hand("nn.functional.relu(...) in the place of {op}(...) after", calls)
     return [
         Suggestion(
             f"Use ReLU or GELU instead of {' and '.join(dict.fromkeys(place.op for place in places))}, with He's rule",
-            "\n".join(code) + "\n" + _he(layers).code.split("\n\n", 1)[1],
+            paste([*_by_he(layers), *_put(places, "nn.ReLU()")], told),
             "A rectifier passes the gradient on unchanged where it is active; a sigmoid at most a quarter of it.",
             "Glorot, Bordes and Bengio 2011, Deep sparse rectifier neural networks; He et al. 2015",
         )
     ]
 
 
+def _put(places: list[Hidden], activation: str) -> list[str]:
+    """Code that puts an activation in the place of the modules of others."""
+    own = [place.module for place in places if place.module]
+    shared = list(dict.fromkeys(place.shared for place in places if place.shared))
+    code = [f"for name in {literal(own)}:", f"    model.set_submodule(name, {activation})"] if own else []
+    if shared:  # a module that is called in several places may have several names too, of which one is known
+        code += [
+            f"for old in [model.get_submodule(name) for name in {literal(shared)}]:",
+            "    for name, module in list(model.named_modules(remove_duplicate=False)):",
+            "        if module is old:",
+            f"            model.set_submodule(name, {activation})",
+        ]
+    return code
+
+
 def leak(site: Site) -> list[Suggestion]:
     """Leaky rectifiers in the place of those that can die."""
     places = [place for place in site.hidden if place.op in ("relu", "relu6")]
     named = set(site.named)
-    places = [place for place in places if named & {place.module, place.layer}] or places
+    places = [place for place in places if named & {place.module, place.shared, place.layer}] or places
     if not places:
         return []
-    modules = [place.module for place in places if place.module]
-    code = [PASTE, "from torch import nn", ""]
-    if modules:
-        code += [f"for name in {literal(modules)}:", "    model.set_submodule(name, nn.LeakyReLU(0.01))"]
-    code += [f"# in forward(): F.leaky_relu(...) after {place.layer}" for place in places if not place.module]
+    calls = [place for place in places if not (place.module or place.shared)]
+    told = by_hand("nn.functional.leaky_relu(...) in the place of {op}(...) after", calls)
+    code = _put(places, "nn.LeakyReLU(0.01)")
     born_dead = site.finding.cause == "initialisation"
     if born_dead:  # a slope of 0.01 at each layer would only make the gradient vanish
-        layers = tuple(dict.fromkeys(place.layer for place in places))
-        code += _he(layers).code.split("\n\n", 1)[1].splitlines()
+        code = [*_by_he(tuple(dict.fromkeys(place.layer for place in places))), *code]
+    elif code:
+        code = [*NN, *code]
     return [
         Suggestion(
             "Use a rectifier with a slope on both sides (LeakyReLU)" + (", with He's rule" if born_dead else ""),
-            "\n".join(code),
+            paste(code, told),
             "A unit with a slope everywhere gets a gradient everywhere and can come back.",
             "Maas et al. 2013, Rectifier nonlinearities improve neural network acoustic models",
         )
@@ -190,9 +202,7 @@ def normalise(site: Site) -> list[Suggestion]:
     if not layers:
         return []
     code = [
-        PASTE,
-        "from torch import nn",
-        "",
+        *NN,
         *_LAST_AXIS,
         f"norms = {_BATCH_NORMS}",
         f"for name in {literal(layers)}:",
@@ -205,7 +215,7 @@ def normalise(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Normalise before each activation (BatchNorm)",
-            "\n".join(code),
+            paste(code),
             "Each unit is centred where its activation is steep, and the scale of the weights stops mattering. In a "
             "plain stack LayerNorm does not do that: it leaves in what all samples have in common, and with depth that "
             "is most of it.",
@@ -228,9 +238,7 @@ def scale_inputs(site: Site) -> list[Suggestion]:
         return []
     large = [key.removeprefix("feature_") for key in site.finding.evidence if key.startswith("feature_")]
     code = [
-        PASTE,
-        "from torch import nn",
-        "",
+        *NN,
         *(
             [f"# the largest features x[..., i] of the input, channels x[:, i] of images: i = {', '.join(large)}"]
             if large
@@ -253,10 +261,10 @@ def scale_inputs(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Scale the inputs to mean 0 and variance 1" + (f", above all feature {large[0]}" if large else ""),
-            "\n".join(code),
-            "Initialisations are made for inputs of that size; pixels in [0, 255] drive an activation to its bounds. "
-            "Scaling in the dataset, with the mean and deviation of the training data, does the same."
-            + (_BEFORE_THE_CAST if _is_far(site) else ""),
+            paste(code),
+            "Initialisations are made for inputs of that size: far larger ones make outputs and steps too large, and "
+            "columns far smaller than the rest are not seen. Scaling in the dataset, with the mean and deviation of "
+            "the training data, does the same." + (_BEFORE_THE_CAST if _is_far(site) else ""),
             "LeCun et al. 1998, Efficient BackProp",
         )
     ]

@@ -15,10 +15,9 @@ def stable_loss(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Compute the loss from logits, and check the targets",
-            "# in training_step\n"
-            "from torch.nn import functional as F\n\n"
+            "# in training_step; needs: from torch import nn\n"
             "assert target.isfinite().all()\n"
-            "loss = F.cross_entropy(logits, target)  # or F.binary_cross_entropy_with_logits(logits, target)",
+            "loss = nn.functional.cross_entropy(logits, target)  # or binary_cross_entropy_with_logits(logits, target)",
             "log(softmax(x)) and log(sigmoid(x)) overflow when computed in two steps; the joint form does not.",
             "Blanchard et al. 2021, Accurately computing the log-sum-exp and softmax functions",
         )
@@ -31,11 +30,11 @@ def scores_for_classes(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Give cross_entropy the scores of the last layer, without a softmax",
-            "# in training_step; take away the softmax at the end of the network, or keep it for predict_step\n"
-            "from torch.nn import functional as F\n\n"
-            "loss = F.cross_entropy(scores, target)  # for probabilities: scores.softmax(-1)",
-            "cross_entropy is nll_loss of log_softmax. After another softmax all scores lie in [0, 1], so with ten "
-            "classes the loss stays above 1.46, and a gradient passes through two softmaxes.",
+            "# in training_step; needs: from torch import nn\n"
+            "# take away the softmax at the end of the network, or keep it for predict_step\n"
+            "loss = nn.functional.cross_entropy(scores, target)  # for probabilities: scores.softmax(-1)",
+            "cross_entropy is nll_loss of log_softmax. After another softmax all scores lie in [0, 1], so no "
+            "class gets a probability near 1, the loss stays far above 0, and a gradient passes through two softmaxes.",
             "Blanchard et al. 2021, Accurately computing the log-sum-exp and softmax functions",
         )
     ]
@@ -47,9 +46,9 @@ def scores_for_yes_or_no(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Give binary_cross_entropy_with_logits the scores of the last layer, without a sigmoid",
-            "# in training_step; take away the sigmoid at the end of the network, or keep it for predict_step\n"
-            "from torch.nn import functional as F\n\n"
-            "loss = F.binary_cross_entropy_with_logits(scores, target)  # for probabilities: scores.sigmoid()",
+            "# in training_step; needs: from torch import nn\n"
+            "# take away the sigmoid at the end of the network, or keep it for predict_step: scores.sigmoid()\n"
+            "loss = nn.functional.binary_cross_entropy_with_logits(scores, target)",
             "After another sigmoid all scores lie in [0, 1]: no probability is below 0.5 or above 0.73.",
             "Blanchard et al. 2021, Accurately computing the log-sum-exp and softmax functions",
         )
@@ -62,7 +61,7 @@ def scale_targets(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Standardise the targets, and turn predictions back",
-            "# in setup; y_train are the targets of the training set\n"
+            "# in setup; y_train are the targets of the training set; needs: import torch\n"
             "self.target_mean, self.target_std = y_train.mean(0), y_train.std(0)\n\n"
             "# in training_step\n"
             "loss = torch.nn.functional.mse_loss(output, (target - self.target_mean) / self.target_std)\n\n"
@@ -81,9 +80,8 @@ def same_shape(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Give outputs and targets the same shape",
-            "# in training_step\n"
-            "from torch.nn import functional as F\n\n"
-            "loss = F.mse_loss(output.squeeze(-1), target.squeeze(-1))\n"
+            "# in training_step; needs: from torch import nn\n"
+            "loss = nn.functional.mse_loss(output.squeeze(-1), target.squeeze(-1))\n"
             "assert output.squeeze(-1).shape == target.squeeze(-1).shape",
             "(N, 1) less (N,) is (N, N), by the rules of broadcasting; the mean over it pulls every output to the mean "
             "of all targets.",

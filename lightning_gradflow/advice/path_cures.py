@@ -5,7 +5,7 @@ Each takes a `Site` and returns its suggestions, none where it does not apply.
 
 from __future__ import annotations
 
-from lightning_gradflow.advice.site import PASTE, WEIGHTED, Site, get, literal
+from lightning_gradflow.advice.site import NN, WEIGHTED, Site, by_hand, literal, paste
 from lightning_gradflow.findings import Suggestion
 
 
@@ -15,9 +15,10 @@ def residuals(site: Site) -> list[Suggestion]:
     calls = [place for place in site.hidden if not place.module]
     if not pairs and not calls:
         return []
-    code = [PASTE, "from torch import nn", ""]
+    code = []
     if pairs:
-        code += [
+        code = [
+            *NN,
             "class Residual(nn.Sequential):",
             "    def forward(self, x):",
             "        y = super().forward(x)",
@@ -25,11 +26,11 @@ def residuals(site: Site) -> list[Suggestion]:
             "",
             *_around(pairs, "Residual"),
         ]
-    code += [f"# in forward(), if {get(place.layer)} keeps the shape: x = x + {place.op}(...)" for place in calls]
+    told = by_hand("x = x + {op}(layer(x)) where the shape stays, for layer =", calls)
     return [
         Suggestion(
             "Add residual connections around layers whose input and output have the same shape",
-            "\n".join(code),
+            paste(code, told),
             "The gradient then has a way past each layer on which nothing multiplies it.",
             "He et al. 2016, Deep residual learning for image recognition",
         )
@@ -42,11 +43,10 @@ def gates(site: Site) -> list[Suggestion]:
     if not pairs:
         return []
     code = [
-        PASTE,
         "import copy",
-        "import torch",
-        "from torch import nn",
         "",
+        "import torch",
+        *NN,
         "class Highway(nn.Module):",
         "    def __init__(self, layer, activation):",
         "        super().__init__()",
@@ -64,7 +64,7 @@ def gates(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Let a gate decide how much of each layer is used (highway connections)",
-            "\n".join(code),
+            paste(code),
             "A layer gives t * f(x) + (1 - t) * x with a gate t that is learnt: while it is almost shut, the signal "
             "passes unchanged both ways. It costs a second weight for each layer that keeps the shape.",
             "Srivastava, Greff and Schmidhuber 2015, Training very deep networks",
@@ -91,9 +91,7 @@ def pre_norm(site: Site) -> list[Suggestion]:
     if not post:
         return []
     code = [
-        PASTE,
-        "from torch import nn",
-        "",
+        *NN,
         f"for name in {literal(post)}:",
         "    block = model.get_submodule(name)",
         "    if isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):",
@@ -105,7 +103,7 @@ def pre_norm(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Normalise before attention and before the feed-forward part (Pre-LN), not after them",
-            "\n".join(code),
+            paste(code),
             "The residual stream is then a way from the loss to each block on which nothing multiplies the gradient. "
             "Where it is normalised after each block, the gradients near the output are large at first, and it takes "
             "a warm-up of the learning rate to survive them.",

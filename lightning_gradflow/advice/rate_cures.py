@@ -27,7 +27,7 @@ def clip(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Clip the gradient norm",
-            f"import lightning as L\n\ntrainer = L.Trainer(\n    gradient_clip_val={limit}\n)",
+            f"# needs: import lightning as L\ntrainer = L.Trainer(\n    gradient_clip_val={limit}\n)",
             "It bounds the step that one steep place of the loss can cause. Choose the bound near the norms of healthy "
             "steps; if most steps are clipped, lower the learning rate instead.",
             "Pascanu et al. 2013, On the difficulty of training recurrent neural networks",
@@ -103,7 +103,7 @@ def loosen_clipping(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Clip at a larger norm",
-            "import lightning as L\n\n"
+            "# needs: import lightning as L\n"
             f"trainer = L.Trainer(gradient_clip_val={site.grad_norm:.2g})  # the median norm of this run",
             "The limit cuts away nearly all of each gradient, so that it sets the length of the step. A limit near the "
             "usual norm bounds the odd step and leaves the others as they are.",
@@ -151,9 +151,8 @@ def warm_up(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Warm the learning rate up over the first steps",
-            "# in configure_optimizers\n"
-            "from torch.optim.lr_scheduler import LinearLR\n\n"
-            "warm_up = LinearLR(optimizer, start_factor=0.01, total_iters=500)\n"
+            "# in configure_optimizers; needs: import torch\n"
+            "warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=500)\n"
             "# to be returned:\n"
             'plan = {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}',
             "The first gradients are the least reliable; small steps keep them from driving units into dead regions.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_gradflow.advice.site import PASTE, Site, get, literal, quote
+from lightning_gradflow.advice.site import NN, Site, get, literal, paste, quote
 from lightning_gradflow.findings import Suggestion
 
 
@@ -12,11 +12,11 @@ def initialise_recurrence(site: Site) -> list[Suggestion]:
     """Orthogonal recurrent weights, and an open forget gate."""
     if not site.named:
         return []
-    code = [PASTE, "from torch import nn", "", *_initialised(site)]
+    code = [*NN, *_initialised(site)]
     return [
         Suggestion(
             "Initialise the recurrent weights orthogonally, and the forget gate of an LSTM (update gate of a GRU) open",
-            "\n".join(code),
+            paste(code),
             "An orthogonal matrix keeps the size of the signal at each time step; an open gate keeps the state. A bias "
             "of 1 is the usual one; with the logarithm of T a gate remembers about T steps.",
             "Saxe et al. 2014; Jozefowicz et al. 2015, An empirical exploration of recurrent network architectures; "
@@ -44,13 +44,11 @@ def _initialised(site: Site) -> list[str]:
 
 
 def gate_recurrence(site: Site) -> list[Suggestion]:
-    """A gated recurrence in the place of a plain one."""
-    if not site.named or get(site.named[0]) == "model":
+    """A gated recurrence in the place of a plain one; none where it is known to be gated."""
+    if not site.named or get(site.named[0]) == "model" or site.gated.intersection(site.named):
         return []
     code = [
-        PASTE,
-        "from torch import nn",
-        "",
+        *NN,
         f"old = {get(site.named[0])}",
         "if isinstance(old, nn.RNN):",
         "    new = nn.GRU(",
@@ -66,7 +64,7 @@ def gate_recurrence(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "If the recurrence is a plain one (nn.RNN), use a gated one (GRU, LSTM)",
-            "\n".join(code),
+            paste(code),
             "Gates let the state pass from step to step unchanged, and the gradient with it. nn.GRU takes and returns "
             "what nn.RNN does. As PyTorch initialises it, a gate is half shut and forgets within a few steps: with the "
             "logarithm of T for its bias it remembers about T steps.",
@@ -87,10 +85,8 @@ def normalise_recurrence(site: Site) -> list[Suggestion]:
     if not names:
         return []
     code = [
-        PASTE,
         "import torch",
-        "from torch import nn",
-        "",
+        *NN,
         "def small_norm(size):",
         "    norm = nn.LayerNorm(size)",
         "    nn.init.constant_(norm.weight, 0.1)  # so that units work where they are steep",
@@ -123,7 +119,7 @@ def normalise_recurrence(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Normalise what the recurrence hands on from step to step (LayerNorm), with orthogonal weights",
-            "\n".join(code),
+            paste(code),
             "The state keeps its size however many steps there are; the weights have to keep its direction, for "
             "normalisation alone does not. Python then runs the steps, which is slower than one fused call.",
             "Ba et al. 2016, Layer normalization; Cooijmans et al. 2017, Recurrent batch normalization",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_gradflow.advice.site import PASTE, Site, get, literal
+from lightning_gradflow.advice.site import NN, Site, get, literal, paste
 from lightning_gradflow.findings import Suggestion
 
 
@@ -17,7 +17,7 @@ def wider_format(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Train in bf16-mixed, or in 32-true, instead of fp16",
-            'import lightning as L\n\ntrainer = L.Trainer(precision="bf16-mixed")',
+            '# needs: import lightning as L\ntrainer = L.Trainer(precision="bf16-mixed")',
             "bfloat16 has the range of float32: a gradient of 1e-8 stays what it is, in float16 it becomes zero.",
             "Micikevicius et al. 2018, Mixed precision training; Kalamkar et al. 2019, A study of bfloat16",
         )
@@ -30,7 +30,7 @@ def scale_gradients(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Train in 16-mixed, where Lightning scales the gradients",
-            'import lightning as L\n\ntrainer = L.Trainer(precision="16-mixed")',
+            '# needs: import lightning as L\ntrainer = L.Trainer(precision="16-mixed")',
             "A gradient scaler multiplies the loss, so that small gradients stay above the smallest number of fp16, "
             "and divides them again before the step; the weights stay in float32. With 16-true nothing does that.",
             "Micikevicius et al. 2018, Mixed precision training",
@@ -70,7 +70,7 @@ def watch_layer(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Look at what goes into the layer where it began",
-            "\n".join(code),
+            paste(code),
             "Infinity comes from an overflow, a division by zero or the logarithm of zero; the range of the input "
             "tells which. A small constant under a square root, in a divisor or a logarithm prevents it.",
             "Goldberg 1991, What every computer scientist should know about floating-point arithmetic",
@@ -82,8 +82,7 @@ def watch_weights(site: Site) -> list[Suggestion]:
     """A look at the weights around each step."""
     layer = (*site.named, "")[0]
     code = [
-        "import lightning as L",
-        "",
+        "# needs: import lightning as L",
         "class Watch(L.Callback):",
         "    before = None",
         "",
@@ -116,7 +115,7 @@ def fill_missing(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Initialise the parameters that are NaN",
-            "\n".join(
+            paste(
                 [
                     "import torch",
                     "",
@@ -143,11 +142,9 @@ def draw_zeros(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Start no more than one factor of a product from zero",
-            "\n".join(
+            paste(
                 [
-                    PASTE,
-                    "from torch import nn",
-                    "",
+                    *NN,
                     f"for name in {literal(site.named)}:",
                     "    for key, parameter in model.get_submodule(name).named_parameters(recurse=False):",
                     '        if not parameter.requires_grad or parameter.any() or "bias" in key:',
@@ -172,11 +169,9 @@ def gains_of_one(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Start the gains of norm layers from 1",
-            "\n".join(
+            paste(
                 [
-                    PASTE,
-                    "from torch import nn",
-                    "",
+                    *NN,
                     f"for name in {literal(site.named)}:",
                     "    nn.init.ones_(model.get_submodule(name).weight)",
                 ]
@@ -194,7 +189,7 @@ def detect_anomaly(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Let autograd name the operation",
-            "import lightning as L\n\n"
+            "# needs: import lightning as L\n"
             f"# slow, so for a few steps; look at what comes after {layer or 'the last layer'}\n"
             "trainer = L.Trainer(detect_anomaly=True)",
             "It stops at the operation whose backward made the NaN. Usual ones: sqrt or norm at zero, log of zero, and "
@@ -210,7 +205,7 @@ def overfit_batch(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Check that the model can learn one batch by heart, and look at inputs and targets side by side",
-            "import lightning as L\n\nL.Trainer(overfit_batches=1, max_epochs=200).fit(model, data)",
+            "# needs: import lightning as L\nL.Trainer(overfit_batches=1, max_epochs=200).fit(model, data)",
             "A model that learns one batch and not the data is healthy: look for shuffled targets, a wrong join or a "
             "preprocessing that removes the signal.",
             "Zhang et al. 2017, Understanding deep learning requires rethinking generalization",
@@ -224,9 +219,8 @@ def larger_eps(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Give the optimizer an eps that the weights' number format can hold",
-            "# in configure_optimizers, with model = self\n"
-            "import torch\n\n"
-            f"optimizer = torch.optim.AdamW(model.parameters(), lr={rate:.3g}, eps=1e-4)",
+            "# in configure_optimizers; needs: import torch\n"
+            f"optimizer = torch.optim.AdamW(self.parameters(), lr={rate:.3g}, eps=1e-4)",
             "Adam divides by the root of its second moment plus eps. In fp16 the usual eps of 1e-8 is zero, and so is "
             "the square of a gradient below 1e-4: zero divided by zero is NaN.",
             "Kingma and Ba 2015, Adam: a method for stochastic optimization",
@@ -238,8 +232,8 @@ def reconnect(site: Site) -> list[Suggestion]:
     """The place where the graph is cut."""
     code = [
         f"# behind {(*site.named, 'them')[-1]}, on the way to the loss: no .detach(), .data, .numpy(), round(), argmax",
-        f"for name in {literal(site.named)}:  # in on_after_backward, where model is self",
-        "    assert all(p.grad is not None for p in model.get_submodule(name).parameters()), name",
+        f"for name in {literal(site.named)}:  # in on_after_backward",
+        "    assert all(p.grad is not None for p in self.get_submodule(name).parameters()), name",
     ]
     return [
         Suggestion(
@@ -259,7 +253,7 @@ def use_or_freeze(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Call these layers in forward, or freeze them",
-            "\n".join(code),
+            paste(code),
             "A layer without a gradient stays as it was initialised. Look for a branch that is never taken, a detach, "
             "an output that the loss does not use, or torch.no_grad().",
             "Paszke et al. 2017, Automatic differentiation in PyTorch",

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from textwrap import indent, wrap
 
 import numpy as np
 
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
 
-PASTE = "# at the end of __init__, with model = self"
+PASTE = "# at the end of __init__"
 """Where code that changes layers belongs: before the optimizer is made."""
+
+BY_HAND = "# in forward(): "
+"""How a line begins that tells what to write by hand, for no code can be pasted in its place."""
+
+NN = ("from torch import nn", "")
+"""The import that most code needs; its own, for nobody knows what the user's file has."""
 
 CONVOLUTIONS = "nn.Conv1d, nn.Conv2d, nn.Conv3d"
 WEIGHTED = f"(nn.Linear, {CONVOLUTIONS})"
@@ -35,14 +43,16 @@ class Hidden:
         layer: the layer's module name.
         op: the activation, such as `sigmoid`.
         module: the activation's module name; empty where it is a call in `forward`, or one module called in
-            several places, so that nothing can be put in its place by name.
+            several places, so that it cannot be joined to this layer.
         before: the activation that the layer's input comes from; empty where another layer or the data comes first.
+        shared: the name of one module called in several places, where all of them are between layers; else empty.
     """
 
     layer: str
     op: str
     module: str
     before: str = ""
+    shared: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ class Site:
         input_layer: the layer that the measured inputs go into; empty where that is not known.
         first_ratio: size of a step against that of the weights, a median over the layers, in the first sample with a
             learning rate near the newest; NaN where that is not known.
+        gated: the layers that are known to be gated recurrences, or to feed a gate.
     """
 
     finding: Finding
@@ -70,6 +81,7 @@ class Site:
     clipped: float = math.nan
     input_layer: str = ""
     first_ratio: float = math.nan
+    gated: frozenset[str] = frozenset()
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -81,9 +93,11 @@ class Site:
         return tuple(dict.fromkeys(place.layer for place in self.hidden if place.op in ops))
 
     def feeding_named(self) -> tuple[str, ...]:
-        """The layers of the finding, with the layer before it in the place of an activation."""
-        before = {place.module: place.layer for place in self.hidden if place.module}
-        return tuple(dict.fromkeys(before.get(name, name) for name in self.named))
+        """The layers of the finding, with the layers before it in the place of an activation."""
+        before: dict[str, list[str]] = {}
+        for place in self.hidden:
+            before.setdefault(place.module or place.shared, []).append(place.layer)
+        return tuple(dict.fromkeys(layer for name in self.named for layer in before.get(name, [name])))
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -101,20 +115,24 @@ def survey(finding: Finding, history: History) -> Site:
         >>> points = [("fc1", ""), ("act", "tanh"), ("fc2", ""), ("out", "sigmoid")]
         >>> history.add_points([Point(name, name, op) for name, op in points])
         >>> survey(Finding(FindingKind.LOSS_PLATEAU, Severity.WARNING, 0), history).hidden
-        (Hidden(layer='fc1', op='tanh', module='act', before=''),)
+        (Hidden(layer='fc1', op='tanh', module='act', before='', shared=''),)
     """
     points = history.points
     last = max((i for i, point in enumerate(points) if point.is_layer), default=-1)
-    modules = [point.module for point in points]
+    modules = Counter(point.module for point in points)
+    inner = Counter(point.module for point in points[: last + 1])
     hidden: list[Hidden] = []
     layer = before = op = ""
     for point in points[: last + 1]:
         if point.is_layer:
             layer, before, op = point.module, op, ""
         elif layer:
-            own = point.module not in history.layers and modules.count(point.module) == 1 and point.module != layer
+            is_module = point.module not in history.layers and point.module != layer
+            is_own, is_inner = modules[point.module] == 1, inner[point.module] == modules[point.module]
+            own = point.module if is_module and is_own else ""
+            shared = point.module if is_module and is_inner and not is_own else ""
             op = point.op
-            hidden.append(Hidden(layer, op, point.module if own else "", before))
+            hidden.append(Hidden(layer, op, own, before, shared))
     rates = history.scalar("lr")
     rates = rates[rates > 0]
     layers = history.layers or tuple(point.module for point in points if point.is_layer)
@@ -130,7 +148,19 @@ def survey(finding: Finding, history: History) -> Site:
         clipped=float(clipped[-1]) if clipped.size else math.nan,
         input_layer=history.input_layer or "",
         first_ratio=_first_ratio(history),
+        gated=_gated(history),
     )
+
+
+def _gated(history: History) -> frozenset[str]:
+    found = {history.layers[i] for i in np.flatnonzero(np.any(history["recurrent_gates"] > 0, axis=0))}
+    gates = set(np.flatnonzero(np.any(history["gate_fraction"] > 0, axis=0)).tolist())
+    layer = ""
+    for i, point in enumerate(history.points):
+        layer = point.module if point.is_layer else layer
+        if i in gates:
+            found.add(layer)
+    return frozenset(found)
 
 
 def _first_ratio(history: History) -> float:
@@ -142,6 +172,60 @@ def _first_ratio(history: History) -> float:
         return math.nan
     first = ratios[near[0]]
     return float(np.median(first[np.isfinite(first) & (first > 0)]))
+
+
+def paste(lines: Iterable[str], by_hand: Iterable[str] = ()) -> str:
+    """Code to paste at the end of `__init__`, behind lines that tell what to change by hand.
+
+    It is a function of its own: an import, a class or a variable in `__init__` itself would hide the user's own of
+    that name from the lines above.
+
+    Args:
+        lines: the code, in which `model` is the module; may be empty where there is something to do by hand.
+        by_hand: comments.
+
+    Example:
+        >>> print(paste(["model.act = None"]))
+        # at the end of __init__
+        def follow_advice(model):
+            model.act = None
+        <BLANKLINE>
+        follow_advice(self)
+    """
+    body = list(lines)
+    parts = ["\n".join(by_hand), as_function(PASTE, body) if body else ""]
+    return "\n\n".join(part for part in parts if part)
+
+
+def as_function(where: str, lines: Iterable[str], *rest: str) -> str:
+    """Code in a function of `model`, and of `rest`, and the call of it.
+
+    Args:
+        where: a comment that says where it belongs.
+        lines: the code.
+        rest: names that are known there.
+    """
+    body = indent("\n".join(lines), "    ")
+    takes, given = ", ".join(("model", *rest)), ", ".join(("self", *rest))
+    return f"{where}\ndef follow_advice({takes}):\n{body}\n\nfollow_advice({given})"
+
+
+def by_hand(text: str, places: Iterable[Hidden]) -> list[str]:
+    """Comments that tell what to write in `forward`, one for each kind of activation.
+
+    Args:
+        text: in which `{op}` stands for the activation; the names of the layers are put behind it.
+        places: the activations.
+
+    Example:
+        >>> by_hand("relu(...) in the place of {op}(...) after", [Hidden("fc1", "tanh", ""), Hidden("fc2", "tanh", "")])
+        ['# in forward(): relu(...) in the place of tanh(...) after fc1, fc2']
+    """
+    layers: dict[str, list[str]] = {}
+    for place in places:
+        layers.setdefault(place.op, []).append(place.layer)
+    told = [f"{BY_HAND}{text.format(op=op)} {', '.join(dict.fromkeys(names))}" for op, names in layers.items()]
+    return [line for one in told for line in wrap(one, _LINE, subsequent_indent="#   ", break_long_words=False)]
 
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # torch's own, within names

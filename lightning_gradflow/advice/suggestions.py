@@ -53,7 +53,7 @@ from lightning_gradflow.advice.run_cures import (
     watch_weights,
     wider_format,
 )
-from lightning_gradflow.advice.site import PASTE, Site, survey
+from lightning_gradflow.advice.site import BY_HAND, Site, survey
 from lightning_gradflow.advice.table_cures import shorten_rows
 from lightning_gradflow.findings import Finding, FindingKind, Suggestion
 from lightning_gradflow.history import History
@@ -72,6 +72,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     ),
     (FindingKind.VANISHING_GRADIENT, "underflow"): (scale_gradients, wider_format, scale_loss),
     (FindingKind.VANISHING_GRADIENT, "dead_units"): (initialise, leak, normalise, lower_rate),
+    (FindingKind.VANISHING_GRADIENT, "learning_rate_too_large"): (lower_rate, warm_up, pre_norm),
     (FindingKind.VANISHING_GRADIENT, "unknown"): (initialise, pre_norm, residuals, normalise, swap_activations),
     (FindingKind.EXPLODING_GRADIENT, "weight_scale"): (initialise, pre_norm, normalise, lower_rate_where_clipped, clip),
     (FindingKind.EXPLODING_GRADIENT, "depth"): (initialise, pre_norm, normalise, lower_rate_where_clipped, clip),
@@ -162,15 +163,19 @@ def suggest(finding: Finding, history: History, in_the_run: bool = False) -> tup
         in_the_run: whether remedies are tried anyway; else suggestions say where they can be.
 
     Returns:
-        The suggestions; those that do not apply to the model are left out, and those whose code only says what to
-        change by hand come last. The code is Python to paste.
+        The suggestions; those that do not apply to the model are left out, and those of which a part is to be
+        written by hand come last. The code is Python to paste.
 
     Example:
         >>> from lightning_gradflow.findings import Severity
         >>> finding = Finding(FindingKind.NO_GRADIENT, Severity.INFO, step=8, layers=("head.1",), cause="unused")
         >>> print(suggest(finding, History())[0].code)
-        for name in ("head.1",):
-            model.get_submodule(name).requires_grad_(False)
+        # at the end of __init__
+        def follow_advice(model):
+            for name in ("head.1",):
+                model.get_submodule(name).requires_grad_(False)
+        <BLANKLINE>
+        follow_advice(self)
     """
     cures = CURES.get((finding.kind, finding.cause), CURES[finding.kind, "unknown"])
     site = survey(finding, history)
@@ -183,9 +188,8 @@ def suggest(finding: Finding, history: History, in_the_run: bool = False) -> tup
 
 
 def _is_left_to_do(code: str) -> bool:
-    """Whether what is to be pasted changes nothing by itself: activations that are calls can be told of only."""
-    lines = (line.strip() for line in code.removeprefix(PASTE).splitlines())
-    return code.startswith(PASTE) and all(not line or line.startswith(("#", "import ", "from ")) for line in lines)
+    """Whether what is to be pasted does not do all: activations that are calls can be told of only."""
+    return code.startswith(BY_HAND)
 
 
 def _with_hint(cure: Cure, suggestion: Suggestion, finding: Finding) -> Suggestion:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_gradflow.advice.site import PASTE, Site, literal
+from lightning_gradflow.advice.site import NN, Site, literal, paste
 from lightning_gradflow.findings import Suggestion
 
 
@@ -11,9 +11,7 @@ def shorten_rows(site: Site) -> list[Suggestion]:
     if "weight_size" in site.finding.evidence:
         return []
     code = [
-        PASTE,
-        "from torch import nn",
-        "",
+        *NN,
         f"for name in {literal(site.finding.layers)}:",
         "    part = model.get_submodule(name)",
         "    for table in part.parameters(recurse=False):",
@@ -25,7 +23,7 @@ def shorten_rows(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             "Draw these tables with a standard deviation of 1 / sqrt(width), so that their rows have length 1",
-            "\n".join(code),
+            paste(code),
             "PyTorch draws an embedding with a deviation of 1: the product of two rows of 64 entries then has 8, "
             "and so have the outputs of a layer that shares its weight with the embedding.",
             "LeCun et al. 1998, Efficient BackProp; Rendle 2010, Factorization machines",

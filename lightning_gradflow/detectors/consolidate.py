@@ -70,9 +70,11 @@ _FOLLOWS: tuple[tuple[_Some, _Some], ...] = (
     (_Some((_UPDATES, _EXPLODING), (_LARGE,)), _Some((_NONFINITE,))),
     (_Some((_UPDATES,), (_INPUTS,)), _Some((_NONFINITE,))),
     (_Some((_EXPLODING,), (_LARGE,)), _Some((_UPDATES,), (_LARGE,))),
-    (_Some((_DEAD,), (_LARGE,)), _Some((_UPDATES, _EXPLODING), (_LARGE,))),
+    (_Some((_DEAD,), (_LARGE, "unknown")), _Some((_UPDATES, _EXPLODING), (_LARGE,))),
     (_Some((_SATURATED,), ("drift",)), _Some((_UPDATES, _EXPLODING), (_LARGE,))),
     (_Some((_VANISHING,), ("saturation",)), _Some((_UPDATES,), (_LARGE,))),
+    (_Some((_VANISHING,), (_LARGE,)), _Some((_UPDATES, _EXPLODING, _DEAD), (_LARGE, _INPUTS))),
+    (_Some((_PLATEAU,), (_LARGE,)), _Some((_VANISHING,), (_LARGE,))),
     (_Some((_PLATEAU,), (_LARGE,)), _Some((_UPDATES, _EXPLODING, _DEAD), (_LARGE,))),
     (_Some((_PLATEAU,), (_LARGE,)), _Some((_UPDATES,), (_INPUTS,))),
     (_Some((_PLATEAU,), (_LARGE,)), _Some((_SATURATED,), ("drift",))),
@@ -109,11 +111,18 @@ def consolidate(found: Iterable[Finding], still_open: Iterable[Finding]) -> list
     alarms += [finding for finding in still_open if finding.severity.is_alarm and finding.kind not in said]
     return [
         replace(finding, severity=Severity.INFO)
-        if finding.severity.is_alarm and any(_follows(finding, other) for other in alarms)
+        if finding.severity.is_alarm and any(follows(finding, other) for other in alarms)
         else finding
         for finding in found
     ]
 
 
-def _follows(finding: Finding, other: Finding) -> bool:
+def follows(finding: Finding, other: Finding) -> bool:
+    """Whether a finding is what comes of another one, by kind and cause.
+
+    Example:
+        >>> root = Finding(FindingKind.VANISHING_GRADIENT, Severity.CRITICAL, step=400)
+        >>> follows(Finding(FindingKind.LOSS_PLATEAU, Severity.INFO, step=400, cause="vanishing_gradient"), root)
+        True
+    """
     return any(finding in consequences and other in roots for consequences, roots in _FOLLOWS)

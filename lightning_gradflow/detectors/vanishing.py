@@ -18,6 +18,7 @@ from lightning_gradflow.detectors.saddle import saddle_of
 from lightning_gradflow.detectors.small_gains import small_gains
 from lightning_gradflow.detectors.smothered import best_share, is_smothered
 from lightning_gradflow.detectors.underflow import MIN_HEADROOM, Underflow, recent_underflow, underflow_of
+from lightning_gradflow.detectors.update_sizes import medians_of
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
@@ -28,6 +29,7 @@ _BOUNDED_DECAY = 6.0  # decades: what is left of usual gradients is then below A
 _LASTING_DECAY = 4.0  # decades: with less, an optimizer that evens the updates out is slow at times, and gets there
 _PATIENCE = 50  # steps: of the runs that heal most do so in fewer
 _FEW_LOST = 0.25  # of the layers: with fewer lost, most networks learn as they do in fp32
+_OVERWRITTEN = 1.0  # share of the weights that one step changes: there is nothing left of what they were
 _MANY_LOST = 0.5  # of the layers: what has lost so many for 50 steps, and learnt nothing, hardly ever recovers
 
 
@@ -57,7 +59,9 @@ class VanishingGradient:
 
     The cause is where the loss of signal happens: in the activations (bounded ones: `saturation`; rectifiers:
     `dead_units`) or in the weights (`weight_scale` where a layer and its activation lose more than weights of the right
-    scale would, else `depth`: each layer loses a little, there are just too many of them).
+    scale would, else `depth`: each layer loses a little, there are just too many of them). Where the first sample did
+    not lose half of `max_decay`, and a step since was as large as the weights of the median layer, it is that step
+    which made them what they are (`learning_rate_too_large`); what bounded activations lose they lose either way.
 
     A short span is a finding too where the number format ends before the network does (`underflow`): in fp16 without a
     gradient scaler whatever is below 6e-8 becomes zero. It is so where the bits run out on the way to the first layers,
@@ -117,6 +121,8 @@ class VanishingGradient:
 
     def _of_decay(self, history: History, decay: Decay, underflow: Underflow | None) -> Finding:
         cause = cause_of(decay)
+        if cause != "saturation" and self._was_overwritten(history, decay):
+            cause = "learning_rate_too_large"
         severities = [self._severity_of_decay(history, decay, cause)]
         if underflow is not None:
             severities.append(self._severity_of_underflow(history, underflow))
@@ -128,6 +134,16 @@ class VanishingGradient:
             cause=cause,
             evidence=decay.evidence,
         )
+
+    def _was_overwritten(self, history: History, decay: Decay) -> bool:
+        """Whether the signal came through at first, and a step since was as large as the weights."""
+        medians = medians_of(history)
+        if history.scalar("optimizers")[-1] > 1 or not (medians[:-1] >= _OVERWRITTEN).any():
+            return False
+        first = underflow_of(history, 0, self.min_headroom)
+        if first is None or not is_same_pass(first.profile, decay.profile):
+            return False
+        return decay_of(first, self.max_decay / 2) is None
 
     def _of_saddle(self, history: History) -> list[Finding]:
         saddle = saddle_of(history, self.max_decay)

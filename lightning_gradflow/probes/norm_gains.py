@@ -23,7 +23,8 @@ def gains_of(module: nn.Module) -> nn.Parameter | None:
         >>> [gains_of(norm) is None for norm in (nn.LayerNorm(2), nn.BatchNorm1d(2, affine=False), Offset(2))]
         [False, True, True]
     """
-    is_own = not type(module).forward.__module__.startswith("torch.nn.") or "forward" in vars(module)
+    place = getattr(type(module).forward, "__module__", None) or ""  # a class that was made by exec has none
+    is_own = not place.startswith("torch.nn.") or "forward" in vars(module)
     gains = module._parameters.get("weight") if isinstance(module, _NORMS) and not is_own else None
     if gains is None or isinstance(gains, nn.UninitializedParameter) or not gains.requires_grad:
         return None

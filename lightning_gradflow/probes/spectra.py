@@ -16,7 +16,7 @@ from lightning_gradflow.probes.copied_units import has_units, matrix_spread, uni
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.norm_gains import norm_gains
 from lightning_gradflow.probes.shards import is_sharded
-from lightning_gradflow.probes.state_weights import stack_gain, state_weights
+from lightning_gradflow.probes.state_weights import gates_of, stack_gain, state_weights
 from lightning_gradflow.probes.tables import EMBEDDINGS, table_cosine, table_rms
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 from lightning_gradflow.probes.zero_weights import zero_weights
@@ -187,6 +187,8 @@ class SpectralProbe:
             yield "spectral_norm", _Matrix(f"{layer}:{key}", weights[key].detach().flatten(1))
             return
         recurrent = {key: p for key, p in weights.items() if key.startswith("weight_hh")}
+        if self._is_first:
+            yield "recurrent_gates", torch.tensor(float(gates_of(module)), device=weights[key].device)
         for name, parameter in recurrent.items():
             yield "spectral_norm", _Matrix(f"{layer}:{name}", parameter.detach())
         inputs = [p.grad for key, p in weights.items() if key.startswith("weight_ih") and p.grad is not None]

@@ -13,7 +13,18 @@ from lightning_gradflow.probes.transfer import wide_dtype
 
 _MIN_TURNS = 8  # what is called fewer times is rather a shared layer than a recurrence
 _CANDIDATE = {nn.LSTM: 2, nn.LSTMCell: 2, nn.GRU: 2, nn.GRUCell: 2}  # the block of W_hh that makes the new content
+_GATES = {nn.LSTM: 3, nn.LSTMCell: 3, nn.GRU: 2, nn.GRUCell: 2}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def gates_of(recurrence: nn.Module) -> int:
+    """How many gates a recurrence of torch's has.
+
+    Example:
+        >>> gates_of(nn.RNN(1, 1)), gates_of(nn.GRU(1, 1)), gates_of(nn.LSTMCell(1, 1))
+        (0, 2, 3)
+    """
+    return next((number for kind, number in _GATES.items() if isinstance(recurrence, kind)), 0)
 
 
 def state_weights(module: nn.Module, turns: int) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ PLAN: dict[tuple[FindingKind, str], tuple[str, ...]] = {
     (FindingKind.VANISHING_GRADIENT, "depth"): ("reinit", "rollback"),
     (FindingKind.VANISHING_GRADIENT, "recurrence"): ("reinit",),
     (FindingKind.VANISHING_GRADIENT, "dead_units"): ("reinit", "recycle", "rollback"),
+    (FindingKind.VANISHING_GRADIENT, "learning_rate_too_large"): ("reinit", "rollback"),
     (FindingKind.VANISHING_GRADIENT, "unknown"): ("reinit",),
     (FindingKind.EXPLODING_GRADIENT, "weight_scale"): ("reinit", "rollback", "clip"),
     (FindingKind.EXPLODING_GRADIENT, "depth"): ("reinit", "rollback", "clip"),

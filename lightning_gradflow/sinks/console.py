@@ -42,9 +42,10 @@ class ConsoleSink(Sink):
         from rich.console import Console
 
         console = Console(highlight=False)
-        _print(console, view)
-        if self._report is not None and self._report.written is not None:
-            console.print(f"\nReport: {self._report.written}", soft_wrap=True, markup=False)
+        page = self._report.written if self._report is not None else None
+        _print(console, view, has_page=page is not None)
+        if page is not None:
+            console.print(f"\nReport: {page}", soft_wrap=True, markup=False)
 
 
 def summary(view: View, width: int = 100) -> str:
@@ -166,12 +167,12 @@ def _worst(lines: list[LayerLine], findings: tuple[Finding, ...], most: int) -> 
     return [line for line in lines if line.name in chosen]
 
 
-def _print(console: Console, view: View) -> None:
+def _print(console: Console, view: View, *, has_page: bool = False) -> None:
     """Verdict first, then the layers, then what to do."""
     from rich.text import Text
 
     alarms = [f for f in words.worst_first(view.findings) if f.is_open and f.severity.is_alarm]
-    tone = _COLOURS[alarms[0].severity.value] if alarms else "green" if len(view.history) else "yellow"
+    tone = _COLOURS[alarms[0].severity.value] if alarms else _mood(view)
     console.print(Text(words.verdict(view), style=f"bold {tone}"))
     depth = words.effective_depth(view)
     if depth:
@@ -183,8 +184,9 @@ def _print(console: Console, view: View) -> None:
         if len(shown) < len(lines):
             console.print(f"The {len(shown)} layers that stand out most; {len(lines) - len(shown)} more are left out.")
     told: set[Suggestion] = set()
+    has_more = False
     for finding in words.shown(view.findings):
-        _print_finding(console, finding, told, is_cured=words.is_cured(finding, view.actions))
+        has_more |= _print_finding(console, finding, told, view.findings)
     if view.actions:
         console.print(Text(f"\nWhat was changed ({len(view.actions)})", style="bold"))
         for action in view.actions[-MAX_ACTIONS:]:
@@ -192,6 +194,14 @@ def _print(console: Console, view: View) -> None:
         if len(view.actions) > MAX_ACTIONS:
             console.print(f"  The last {MAX_ACTIONS}; {len(view.actions) - MAX_ACTIONS} earlier ones are left out.")
         console.print(Text(words.OUTCOME_LEGEND, style="dim"))
+    if has_more:
+        where = "on the page named below, and " if has_page else ""
+        console.print(Text(f'\nThe code of each "Or:" is {where}in `suggestions` of the finding.', style="dim"))
+
+
+def _mood(view: View) -> str:
+    """The colour of a verdict without an alarm."""
+    return "green" if len(view.history) and not words.untouched(view) else "yellow"
 
 
 def _table(lines: list[LayerLine], step: int) -> Table:
@@ -218,21 +228,26 @@ def _table(lines: list[LayerLine], step: int) -> Table:
     return table
 
 
-def _print_finding(console: Console, finding: Finding, told: set[Suggestion], *, is_cured: bool) -> None:
-    """A finding and, while it lasts, what to do: the best cure with its code, the others by name.
+def _print_finding(console: Console, finding: Finding, told: set[Suggestion], findings: tuple[Finding, ...]) -> bool:
+    """A finding and what to do: the best cure with its code, the others by name.
 
-    One that was cured in the run comes back in the next, so there is something to do too. What was `told` under a
-    finding above is not repeated. Code starts at the left edge and is never wrapped.
+    An alarm that is over comes back in the next run unless something is done, so there is something to do too. What was
+    `told` under a finding above is not repeated. Code starts at the left edge and is never wrapped.
+
+    Returns:
+        Whether there was one that was told by name alone.
     """
     from rich.text import Text
 
     head = f"\n{words.kind(finding)} [{finding.severity.value}, {words.period(finding)}]"
     console.print(Text(head, style=f"bold {_COLOURS[finding.severity.value]}" if finding.is_open else "dim"))
     console.print(Text(words.message(finding)))
-    is_due = finding.is_open or is_cured
-    what = "What to do" if finding.is_open else "For the next run"
-    fresh = [s for s in finding.suggestions if s not in told] if is_due else []
-    as_above = is_due and bool(finding.suggestions) and finding.suggestions[0] in told
+    what, root = words.to_do(finding, findings), words.comes_of(finding, findings)
+    if root is not None:
+        console.print(Text(f"Comes of: {words.kind(root)}", style="bold"))
+        return False
+    fresh = [s for s in finding.suggestions if s not in told] if what else []
+    as_above = bool(what and finding.suggestions) and finding.suggestions[0] in told
     if as_above:
         console.print(Text(f"{what}: as above ({finding.suggestions[0].title})", style="bold"))
     best = [] if as_above else fresh[:1]
@@ -245,3 +260,4 @@ def _print_finding(console: Console, finding: Finding, told: set[Suggestion], *,
     for suggestion in fresh[len(best) :]:
         console.print(Text(f"Or: {suggestion.title}"))
     told.update(fresh)
+    return len(fresh) > len(best)

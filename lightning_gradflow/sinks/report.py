@@ -63,7 +63,8 @@ def page(view: View, figures: bool = True) -> str:
         HTML that loads nothing from elsewhere.
     """
     still_open = [finding for finding in view.findings if finding.is_open and finding.severity.is_alarm]
-    mood = words.worst_first(still_open)[0].severity.value if still_open else "calm"
+    settled = "warning" if words.untouched(view) else "calm"
+    mood = words.worst_first(still_open)[0].severity.value if still_open else settled
     steps = view.history.steps
     facts = f"{len(steps)} sampled steps, {steps[0]} to {steps[-1]}" if len(steps) else "no sampled steps"
     blocks = [
@@ -90,10 +91,12 @@ def _findings(view: View) -> str:
     if not view.findings:
         return ""
     told: set[Suggestion] = set()
-    return "<h2>Findings</h2>" + "".join(_finding(finding, told) for finding in words.shown(view.findings))
+    return "<h2>Findings</h2>" + "".join(
+        _finding(finding, told, view.findings) for finding in words.shown(view.findings)
+    )
 
 
-def _finding(finding: Finding, told: set[Suggestion]) -> str:
+def _finding(finding: Finding, told: set[Suggestion], findings: tuple[Finding, ...]) -> str:
     """One finding with its cause, its numbers and what to do; what was `told` above is not repeated."""
     rows = {
         "Cause": "" if finding.cause == "unknown" else finding.cause.replace("_", " "),
@@ -103,16 +106,28 @@ def _finding(finding: Finding, told: set[Suggestion]) -> str:
     facts = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in rows.items() if text)
     severity = finding.severity.value
     state = severity if finding.is_open else "resolved"
-    fresh = [suggestion for suggestion in finding.suggestions if suggestion not in told]
-    todo = "".join(_suggestion(s, unfolded=not told and i == 0) for i, s in enumerate(fresh))
-    if finding.suggestions and finding.suggestions[0] in told:
-        todo = f"<p>What to do: as above ({escape(finding.suggestions[0].title)}).</p>{todo}"
-    told.update(fresh)
+    todo = _to_do(finding, told, findings)
     return (
         f'<article class="{state}"><h3>{escape(words.kind(finding))} <span class="badge">{severity}</span>'
         f' <span class="when">{words.period(finding)}</span></h3><p>{escape(words.message(finding))}</p>'
         f"<dl>{facts}</dl>{todo}</article>"
     )
+
+
+def _to_do(finding: Finding, told: set[Suggestion], findings: tuple[Finding, ...]) -> str:
+    """The advice that is not `told` yet; of what merely follows from an alarm the advice stands there."""
+    root = words.comes_of(finding, findings)
+    if root is not None:
+        return f"<p>Comes of: {escape(words.kind(root))}.</p>"
+    fresh = [suggestion for suggestion in finding.suggestions if suggestion not in told]
+    text = "".join(_suggestion(s, unfolded=not told and i == 0) for i, s in enumerate(fresh))
+    what = words.to_do(finding, findings) or "What to do"
+    if finding.suggestions and finding.suggestions[0] in told:
+        text = f"<p>{what}: as above ({escape(finding.suggestions[0].title)}).</p>{text}"
+    elif text and not finding.is_open:
+        text = f"<p>{what}:</p>{text}"
+    told.update(fresh)
+    return text
 
 
 def _suggestion(suggestion: Suggestion, unfolded: bool) -> str:

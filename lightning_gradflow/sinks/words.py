@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
+from lightning_gradflow.detectors.consolidate import follows
 from lightning_gradflow.detectors.profile import depth_profile
 from lightning_gradflow.findings import Action, Finding
 from lightning_gradflow.sinks.base import View
@@ -56,9 +57,81 @@ def verdict(view: View) -> str:
     left = worst_first(f for f in view.findings if f.is_open and f.kind in {alarm.kind for alarm in alarms})
     if left:
         return first_sentence(message(left[0]))
-    if alarms:
-        return f"No sign of trouble in the gradients any more: {_count(len(alarms), 'earlier finding')} resolved."
-    return NO_TROUBLE
+    over = [finding for finding in shown(view.findings) if has_alarmed(finding, view.findings)]
+    if not over:
+        return NO_TROUBLE
+    said = f"No sign of trouble in the gradients any more: {_count(len(over), 'earlier finding')} resolved."
+    count = len(untouched(view))
+    if not count:
+        return said
+    what = "it" if len(over) == 1 else "them" if count == len(over) else f"{count} of them"
+    cause = "its cause" if count == 1 else "their causes"
+    return f"{said} Nothing was changed because of {what}, so {cause} may still be there: see below."
+
+
+def untouched(view: View) -> list[Finding]:
+    """The alarms that went by while nothing was done to the run, or nothing that was kept.
+
+    Numbers calm down by themselves when a network has settled on what it gives; what made them large may be there yet.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from lightning_gradflow.findings import FindingKind, Severity
+        >>> from lightning_gradflow.history import History
+        >>> alarm = Finding(FindingKind.VANISHING_GRADIENT, Severity.CRITICAL, 1, cause="depth", resolved_step=25)
+        >>> done = Action(1, "reinit", ("fc1",), "vanishing gradient, depth", outcome="kept")
+        >>> view = View(History(), (alarm,), (), step=50, progress=1.0, model="Net")
+        >>> len(untouched(view)), len(untouched(replace(view, actions=(done,))))
+        (1, 0)
+    """
+    steps = [action.step for action in view.actions if action.outcome != "rolled_back"]
+    over = [one for one in shown(view.findings) if not one.is_open and has_alarmed(one, view.findings)]
+    since = [_line(finding, view.findings)[-1].step for finding in over]
+    return [
+        finding
+        for finding, start in zip(over, since, strict=True)
+        if not any(start <= step <= (finding.resolved_step or start) for step in steps)
+    ]
+
+
+def has_alarmed(finding: Finding, findings: Iterable[Finding]) -> bool:
+    """Whether a finding is an alarm, or one of its kind that went over into it was.
+
+    Example:
+        >>> from lightning_gradflow.findings import FindingKind, Severity
+        >>> alarm = Finding(FindingKind.DEAD_UNITS, Severity.WARNING, step=8, resolved_step=50)
+        >>> left = Finding(FindingKind.DEAD_UNITS, Severity.INFO, step=50)
+        >>> [has_alarmed(left, [alarm, left]), has_alarmed(left, [left])]
+        [True, False]
+    """
+    return any(one.severity.is_alarm for one in _line(finding, findings))
+
+
+def _line(finding: Finding, findings: Iterable[Finding]) -> list[Finding]:
+    """A finding, the one that went over into it, and so on back to the first."""
+    line = [finding]
+    for earlier in reversed(list(findings)):
+        if earlier is not finding and (earlier.kind, earlier.resolved_step) == (finding.kind, line[-1].step):
+            line.append(earlier)
+    return line
+
+
+def comes_of(finding: Finding, findings: Iterable[Finding]) -> Finding | None:
+    """The alarm that an info merely follows from: what to do stands there.
+
+    Example:
+        >>> from lightning_gradflow.findings import FindingKind, Severity
+        >>> root = Finding(FindingKind.VANISHING_GRADIENT, Severity.CRITICAL, step=8)
+        >>> plateau = Finding(FindingKind.LOSS_PLATEAU, Severity.INFO, step=50, cause="vanishing_gradient")
+        >>> comes_of(plateau, [plateau, root]) == root, comes_of(root, [plateau, root])
+        (True, None)
+    """
+    findings = shown(findings)
+    if finding.severity.is_alarm:
+        return None
+    # an info that has outlasted an alarm is one of its own
+    roots = (one for one in findings if one.severity.is_alarm and (one.is_open or not finding.is_open))
+    return next((root for root in roots if follows(finding, root)), None)
 
 
 def effective_depth(view: View) -> str:
@@ -106,21 +179,20 @@ def period(finding: Finding) -> str:
     return f"steps {finding.step} to {finding.resolved_step}, resolved"
 
 
-def is_cured(finding: Finding, actions: Iterable[Action]) -> bool:
-    """Whether an alarm is over, and something that was done for its cause was kept.
+def to_do(finding: Finding, findings: Iterable[Finding]) -> str:
+    """What the advice is headed with; empty where there is none to give: for an info that is over.
+
+    An alarm that is over is as good a reason for the next run, whether it was treated or not.
 
     Example:
         >>> from lightning_gradflow.findings import FindingKind, Severity
-        >>> cured = Finding(FindingKind.VANISHING_GRADIENT, Severity.CRITICAL, 1, cause="depth", resolved_step=25)
-        >>> is_cured(cured, [Action(1, "reinit", ("fc1",), "vanishing gradient, depth", outcome="kept")])
-        True
+        >>> alarm = Finding(FindingKind.DEAD_UNITS, Severity.WARNING, step=8, resolved_step=50)
+        >>> to_do(alarm, [alarm])
+        'For the next run'
     """
-    is_over = finding.severity.is_alarm and not finding.is_open
-    about = f"{finding.kind}, {finding.cause}".replace("_", " ")
-    return is_over and any(
-        action.outcome == "kept" and action.reason.partition(";")[0] == about and action.step >= finding.step
-        for action in actions
-    )
+    if finding.is_open:
+        return "What to do"
+    return "For the next run" if has_alarmed(finding, findings) else ""
 
 
 DEEDS = {

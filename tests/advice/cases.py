@@ -6,7 +6,9 @@ from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History, Point, Row
 
 VOCABULARY = {
-    "vanishing_gradient": "saturation weight_scale depth recurrence underflow dead_units unknown",
+    "vanishing_gradient": (
+        "saturation weight_scale depth recurrence underflow dead_units learning_rate_too_large unknown"
+    ),
     "exploding_gradient": "weight_scale depth recurrence learning_rate_too_large unscaled_inputs unknown",
     "nonfinite_gradient": "initialisation forward loss backward optimizer_step learning_rate_too_large unscaled_inputs",
     "dead_units": "initialisation symmetry learning_rate_too_large unscaled_inputs unknown",

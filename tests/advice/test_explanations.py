@@ -48,6 +48,27 @@ def test_the_text_of_an_underflow_tells_how_near_the_smallest_number_the_loss_is
     )
 
 
+def test_the_text_of_inputs_that_are_too_large_begins_with_them():
+    evidence = {
+        "output_rms": 513.0,
+        "output_growth": 0.0228,
+        "features": 2.0,
+        "feature_2": 49892.0,
+        "feature_1": 1984.0,
+    }
+    layers = ("net.2", "net.0")
+    assert explain(finding("exploding_gradient", "unscaled_inputs", layers=layers, evidence=evidence)) == (
+        "Inputs are far too large, and make the gradient explode: feature 2 (rms 49892), 1 (rms 1984); "
+        "such features in all: 2. "
+        "Weights are made for inputs of about 1, so all that follows from these is too large: "
+        "the first outputs of the network are 513; "
+        "the gradients of net.2 and net.0 are so too."
+    )
+    assert explain(finding("exploding_gradient", "weight_scale", layers=layers, evidence=evidence)).startswith(
+        "The gradient explodes in net.2 and net.0: the first outputs of the network, 513, are 0.0228 times"
+    )
+
+
 def test_a_loss_that_is_not_a_number_is_told():
     text = explain(finding("nonfinite_gradient", "loss", evidence={"nonfinite_layers": 3.0, "loss": nan}))
     assert "the loss is nan" in text

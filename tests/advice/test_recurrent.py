@@ -30,7 +30,7 @@ def test_cures_of_a_recurrence_run_on_every_kind(kind, is_twofold):
     for suggestion in cures_of():
         model = model_of(kind, num_layers=2, batch_first=True, bidirectional=is_twofold)
         if "model" in suggestion.code:
-            exec(suggestion.code, {"model": model})
+            exec(suggestion.code, {"self": model})
             output, state = model.rnn(torch.rand(4, 5, 8))
             assert output.shape == (4, 5, 32 if is_twofold else 16)
             assert (state[0] if isinstance(state, tuple) else state).shape == (4 if is_twofold else 2, 4, 16)
@@ -40,7 +40,7 @@ def test_cures_of_a_recurrence_run_on_every_kind(kind, is_twofold):
 @pytest.mark.parametrize("kind", KINDS)
 def test_recurrent_weights_become_orthogonal_and_gates_open_for_the_steps_there_are(kind, steps, bias):
     model = model_of(kind)
-    exec(cures_of(steps=steps)[0].code, {"model": model})
+    exec(cures_of(steps=steps)[0].code, {"self": model})
     for block in model.rnn.weight_hh_l0.split(16):
         torch.testing.assert_close(block @ block.T, torch.eye(16), rtol=0, atol=1e-5)
     if kind is not nn.RNN:
@@ -52,7 +52,7 @@ def test_recurrent_weights_become_orthogonal_and_gates_open_for_the_steps_there_
 
 def test_the_gated_recurrence_in_the_place_of_a_plain_one_keeps_its_state_for_as_many_steps():
     model = model_of(nn.RNN, num_layers=2)
-    exec(cures_of(steps=100.0)[1].code, {"model": model})
+    exec(cures_of(steps=100.0)[1].code, {"self": model})
     assert isinstance(model.rnn, nn.GRU)
     for layer in ("l0", "l1"):
         bias = getattr(model.rnn, f"bias_ih_{layer}")[16:32]
@@ -66,7 +66,7 @@ def test_a_normalised_recurrence_is_a_step_and_a_layer_norm_in_turn(kind, batch_
     model = model_of(kind, batch_first=batch_first)
     plain = model.rnn
     (cure,) = [cure for cure in cures_of() if "LayerNorm" in cure.title]
-    exec(cure.code, {"model": model})
+    exec(cure.code, {"self": model})
     x = torch.randn(4, 6, 8)
     output, _ = model.rnn(x if batch_first else x.transpose(0, 1))
     output = output if batch_first else output.transpose(0, 1)
@@ -85,7 +85,7 @@ def test_a_layer_called_in_a_loop_gets_a_layer_norm_behind_it():
     model = nn.Module()
     model.rnn = nn.Linear(16, 16)
     (cure,) = [cure for cure in cures_of() if "LayerNorm" in cure.title]
-    exec(cure.code, {"model": model})
+    exec(cure.code, {"self": model})
     assert model.rnn(torch.randn(3, 16)).std(dim=1, unbiased=False).tolist() == pytest.approx([0.1] * 3, abs=1e-4)
     torch.testing.assert_close(model.rnn[0].weight @ model.rnn[0].weight.T, torch.eye(16), rtol=0, atol=1e-5)
 
@@ -117,7 +117,7 @@ def test_post_ln_blocks_become_what_pre_ln_ones_are():
     assert not torch.allclose(model(x), wanted(x))
     (cure,) = pre_norm_of(POST)
     assert '"layers.0", "layers.1", "layers.2"' in cure.code
-    exec(cure.code, {"model": model})
+    exec(cure.code, {"self": model})
     torch.testing.assert_close(model(x), wanted(x))
 
 

@@ -31,7 +31,7 @@ def trained(name, code=None):
         module = SICK[name].build(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            exec(code or "", {"model": module})
+            exec(code or "", {"self": module})
         return module
 
     flow, losses = GradFlow(every_n_steps=5, report=False, console=False), Losses()
@@ -85,5 +85,5 @@ def test_the_order_of_a_real_transformer_tells_where_it_normalises(norm_first):
     assert alarms
     assert bool(offered) != norm_first
     for code in offered:
-        exec(code, {"model": module})
+        exec(code, {"self": module})
         assert all(block.norm_first for block in module.net.encoder.layers)

@@ -18,7 +18,7 @@ def site_of(model, kind="vanishing_gradient", cause="saturation", layers=("net.0
 def patched(model, cure):
     """The model with the one suggestion of a cure carried out."""
     (suggestion,) = cure(site_of(model))
-    exec(suggestion.code, {"model": model})
+    exec(suggestion.code, {"self": model})
     return model
 
 
@@ -54,7 +54,7 @@ def test_convolutions_keep_their_shapes(conv, axes, act, cure):
     suggestions = cure(survey(finding("vanishing_gradient", "saturation", layers=("net.0",)), history))
     assert bool(suggestions) != ((cure is leak and act is nn.Sigmoid) or (cure is swap_activations and act is nn.ReLU))
     for suggestion in suggestions:
-        exec(suggestion.code, {"model": model})
+        exec(suggestion.code, {"self": model})
         assert model(x).shape == shape
         assert not torch.equal(model(x), before)
 
@@ -114,7 +114,7 @@ def test_the_first_layer_gets_standardised_inputs(first, shape, axes):
     history = History()
     history.layer_axis.merge(["first"])
     (cure,) = scale_inputs(survey(finding("dead_units", "unscaled_inputs", layers=("first",)), history))
-    exec(cure.code, {"model": model})
+    exec(cure.code, {"self": model})
     x = 1000 * torch.rand(shape) + 100
     mean, std = x.mean(axes, keepdim=True), x.std(axes, keepdim=True, unbiased=False)
     wanted, got = first((x - mean) / std), model.first(x)

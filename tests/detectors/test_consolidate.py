@@ -54,6 +54,13 @@ def test_beside_a_table_that_is_too_large_a_gradient_that_vanishes_is_a_conseque
     assert severities([table, finding(UPDATES, "learning_rate_too_large")]) == [INFO, WARNING]
 
 
+def test_a_gradient_that_vanishes_since_the_weights_were_overwritten_follows_from_the_steps():
+    steps = finding(UPDATES, "learning_rate_too_large")
+    assert severities([finding(VANISHING, "learning_rate_too_large", CRITICAL)], [steps]) == [INFO]
+    assert severities([finding(VANISHING, "depth", CRITICAL)], [steps]) == [CRITICAL]  # it was so before
+    assert severities([finding(VANISHING, "learning_rate_too_large", CRITICAL)]) == [CRITICAL]
+
+
 def test_nothing_but_the_severity_changes():
     (told, _) = consolidate([finding(PLATEAU, "vanishing_gradient"), finding(VANISHING, "depth")], [])
     assert told == Finding(PLATEAU, INFO, 400, cause="vanishing_gradient")

@@ -5,7 +5,7 @@ import pytest
 
 from lightning_gradflow.detectors.vanishing import VanishingGradient
 from lightning_gradflow.history import History, Row
-from tests.detectors.runs import measured, stack, verdict
+from tests.detectors.runs import measured, measured_too, stack, verdict
 
 nan, inf = math.nan, math.inf
 
@@ -302,3 +302,32 @@ def test_where_layers_normalise_the_scale_of_the_weights_is_not_the_cause(every,
     norms = np.where(np.arange(24) % every == 0, nan, 1.0)  # a normalisation has no matrix
     history.append(Row(0, {"delta_norm": profile(6, 24), "spectral_norm": norms}))
     assert [finding.cause for finding in VanishingGradient().judge(history)] == [cause]
+
+
+@pytest.mark.parametrize(
+    ("first", "ratios", "optimizers", "cause"),
+    [
+        (1.4, [1.0, 0.1, 0.1], 1.0, "learning_rate_too_large"),
+        (1.6, [1.0, 0.1, 0.1], 1.0, "weight_scale"),  # a good part of it was lost from the start
+        (1.4, [0.9, 0.9, 0.9], 1.0, "weight_scale"),  # no step left nothing of the weights
+        (1.4, [0.1, 0.1, 1.0], 1.0, "weight_scale"),  # the newest step came after what is judged
+        (1.4, [1.0, 0.1, 0.1], 2.0, "weight_scale"),
+        (1.4, None, 1.0, "weight_scale"),
+    ],
+)
+def test_steps_as_large_as_the_weights_are_the_cause_of_what_was_not_there_before(first, ratios, optimizers, cause):
+    history = measured(stack(9), "delta_norm", profile(first), profile(9), profile(9))
+    history.layer_axis.merge([f"fc{i}" for i in range(9)])
+    values = [{"update_ratio": [ratio] * 9, "weight_norm": [1.0] * 9} for ratio in ratios or ()]
+    history = measured_too(history, *values or [{}], optimizers=optimizers)
+    (finding,) = VanishingGradient().judge(history)
+    assert (finding.severity.value, finding.cause) == ("critical", cause)
+
+
+def test_bounded_activations_lose_the_gradient_whatever_the_steps_were():
+    lost = lossy(9, 0.9, 0.05)
+    history = measured(stack(9, "sigmoid"), "delta_norm", np.ones(17), lost, lost)
+    history.layer_axis.merge([f"fc{i}" for i in range(9)])
+    history = measured_too(history, {"update_ratio": [2.0] * 9, "weight_norm": [1.0] * 9}, optimizers=1.0)
+    (finding,) = VanishingGradient().judge(history)
+    assert finding.cause == "saturation"

@@ -166,7 +166,7 @@ def test_the_advice_for_layers_in_a_list_registers_them_and_has_the_optimizer_ho
     (finding,) = [f for f in fit(Listed(), tmp_path).findings if f.severity.is_alarm]
     model = Listed()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    exec(finding.suggestions[0].code, {"model": model, "optimizer": optimizer})
+    exec(finding.suggestions[0].code, {"self": model, "optimizer": optimizer})
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert isinstance(model.body, nn.ModuleList)
     assert sorted(held) == sorted(id(p) for p in model.parameters())
@@ -176,7 +176,7 @@ def test_the_advice_for_layers_in_a_list_registers_them_and_has_the_optimizer_ho
 def test_the_advice_of_float32_copies_lets_the_same_run_learn(tmp_path):
     flow = fit(Net(torch.bfloat16, lr=5e-5), tmp_path, steps=300)
     finding = next(f for f in flow.findings if f.cause == "rounding")
-    made = {}
+    made = {"torch": torch}
     exec(next(s.code for s in suggest(finding, flow.history) if "def configure_optimizers" in s.code), made)
     hooks = {name: made[name] for name in ("configure_optimizers", "on_before_optimizer_step")}
     cured = fit(type("Cured", (Net,), hooks)(torch.bfloat16), tmp_path, steps=300)

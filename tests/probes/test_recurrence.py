@@ -340,3 +340,10 @@ def test_the_table_of_an_embedding_is_measured_once():
     for expected in ({"0", "1"}, {"1"}):
         probe.measure()
         assert probe.collect(transfer.fetch()).keys() == expected
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.RNN, 0), (nn.RNNCell, 0), (nn.GRU, 2), (nn.LSTMCell, 3), (nn.LSTM, 3)])
+def test_the_gates_of_a_recurrence_are_told_in_the_first_sample(kind, gates):
+    rnn = kind(3, 4)
+    assert _spectra(rnn, samples=1)["(root)"]["recurrent_gates"] == gates
+    assert "recurrent_gates" not in _spectra(rnn, samples=2)["(root)"]

@@ -1,6 +1,7 @@
 import math
+from dataclasses import replace
 
-from lightning_gradflow.findings import Action, Severity
+from lightning_gradflow.findings import Action, FindingKind, Severity, Suggestion
 from lightning_gradflow.sinks import ConsoleSink, summary
 from lightning_gradflow.sinks.console import MAX_ACTIONS, MAX_LAYERS, layer_lines
 from tests import made_up
@@ -22,25 +23,57 @@ def test_info_is_no_trouble():
     assert summary(made_up.view(findings=(made_up.finding(Severity.INFO),))).startswith("No sign of trouble")
 
 
-def test_resolved_findings_are_told_without_what_to_do():
-    text = summary(made_up.view(findings=(made_up.finding(resolved_step=30),)))
-    assert text.startswith("No sign of trouble in the gradients any more: 1 earlier finding resolved.")
+def test_an_alarm_that_is_over_is_told_with_what_to_do_in_the_next_run():
+    text = summary(made_up.view(findings=(made_up.finding(resolved_step=30),)), width=200)
+    assert text.startswith(
+        "No sign of trouble in the gradients any more: 1 earlier finding resolved. "
+        "Nothing was changed because of it, so its cause may still be there: see below.\n"
+    )
     assert "steps 10 to 30, resolved" in text
+    assert "For the next run: Use ReLU" in text
+    assert "    model.net[1] = nn.ReLU()\n" in text
+
+
+def test_an_info_that_is_over_is_told_without_what_to_do():
+    text = summary(made_up.view(findings=(made_up.finding(Severity.INFO, resolved_step=30),)))
+    assert text.startswith("No sign of trouble in the gradients.\n")
     assert "Use ReLU" not in text
 
 
-def test_of_what_was_cured_in_the_run_the_code_for_the_next_one_is_told():
+def test_an_alarm_that_went_over_into_an_info_is_an_alarm_in_the_next_run():
+    alarm = made_up.finding(resolved_step=30)
+    left = replace(made_up.finding(Severity.INFO, resolved_step=50), step=30)
+    assert "For the next run: Use ReLU" in summary(made_up.view(findings=(alarm, left)))
+
+
+def test_what_was_cured_in_the_run_is_told_for_the_next_one_too():
     finding = made_up.finding(resolved_step=30)
-    reason = f"{finding.kind}, {finding.cause}".replace("_", " ")
-    for done, is_told in (
-        (Action(10, "reinit", (), f"{reason}; and more", outcome="kept"), True),
-        (Action(10, "reinit", (), reason, outcome="rolled_back"), False),
-        (Action(9, "reinit", (), reason, outcome="kept"), False),  # for something earlier
-        (Action(10, "reinit", (), "loss plateau, unknown", outcome="kept"), False),
-    ):
-        text = summary(made_up.view(findings=(finding,), actions=(done,)))
-        assert ("For the next run: Use ReLU" in text) is is_told
-        assert ("    model.net[1] = nn.ReLU()\n" in text) is is_told
+    done = Action(10, "reinit", (), "vanishing gradient, saturation", outcome="kept")
+    text = summary(made_up.view(findings=(finding,), actions=(done,)))
+    assert text.startswith("No sign of trouble in the gradients any more: 1 earlier finding resolved.\n")
+    assert "For the next run: Use ReLU" in text
+
+
+def test_what_follows_from_an_alarm_names_it_and_has_no_advice_of_its_own():
+    root = replace(made_up.finding(), suggestions=(Suggestion("Use GELU", "gelu()", "", ""),))
+    plateau = replace(made_up.finding(Severity.INFO, FindingKind.LOSS_PLATEAU), cause="vanishing_gradient")
+    text = summary(made_up.view(findings=(plateau, root)))
+    assert "Comes of: Vanishing gradient" in text
+    assert "gelu()" in text
+    assert "ReLU" not in text
+    other = replace(plateau, cause="no_signal_in_data")  # a fault of its own
+    text = summary(made_up.view(findings=(other, root)))
+    assert "Comes of" not in text
+    assert "What to do: Use ReLU" in text
+
+
+def test_where_the_code_of_alternatives_is_stands_once_at_the_end():
+    finding = made_up.finding()
+    alone = summary(made_up.view(findings=(finding,)))
+    others = (*finding.suggestions, Suggestion("Use GELU", "", "", ""), Suggestion("Use ELU", "", "", ""))
+    last = summary(made_up.view(findings=(replace(finding, suggestions=others),))).splitlines()[-1]
+    assert ("Or:" in alone) == ("The code of each" in alone)
+    assert last == 'The code of each "Or:" is in `suggestions` of the finding.'
 
 
 def test_a_run_that_measured_nothing_is_not_called_healthy():

@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from lightning_gradflow.findings import Action, FindingKind, Severity
+from lightning_gradflow.findings import Action, FindingKind, Severity, Suggestion
 from lightning_gradflow.sinks import words
 from lightning_gradflow.sinks.charts import charts
 from lightning_gradflow.sinks.report import FILE_NAME, ReportSink, page
@@ -109,6 +110,28 @@ def test_a_line_stands_where_the_run_was_changed(name):
     assert "outcome" in shown[0].caption
     assert not drawn(calm[0]).layout.shapes
     assert "outcome" not in calm[0].caption
+
+
+def test_an_alarm_that_is_over_has_its_advice_for_the_next_run():
+    html = page(made_up.view(findings=(made_up.finding(resolved_step=30),)), figures=False)
+    assert "Nothing was changed because of it" in html
+    assert '<header class="warning">' in html
+    text = Page(html).text
+    assert text.index("For the next run:") < text.index("model.net[1] = nn.ReLU()")
+    done = Action(10, "reinit", (), "vanishing gradient, saturation", outcome="kept")
+    html = page(made_up.view(findings=(made_up.finding(resolved_step=30),), actions=(done,)), figures=False)
+    assert "Nothing was changed" not in html
+    assert '<header class="calm">' in html
+    assert "For the next run:" in html
+
+
+def test_what_follows_from_an_alarm_names_it_and_has_no_advice_of_its_own():
+    plateau = replace(made_up.finding(Severity.INFO, FindingKind.LOSS_PLATEAU), cause="vanishing_gradient")
+    plateau = replace(plateau, suggestions=(Suggestion("Use GELU", "gelu()", "", ""),))
+    html = page(made_up.view(findings=(plateau, made_up.finding())), figures=False)
+    assert "Comes of: Vanishing gradient." in html
+    assert "gelu()" not in html
+    assert "gelu()" in page(made_up.view(findings=(plateau,)), figures=False)
 
 
 def test_without_figures_the_page_is_small(html):
