@@ -8,13 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
-from lightning_gradflow.detectors.collapsed import collapsed_since
 from lightning_gradflow.detectors.copied_units import copied_layers
 from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped, offending_features
 from lightning_gradflow.detectors.known import columns_of_layers, newest_known
 from lightning_gradflow.detectors.onset import has_moved, loss_rose, weight_growth
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.detectors.update_sizes import medians_of
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History, Ints
 
@@ -42,9 +40,7 @@ class DeadUnits:
     - where 50 steps have passed with it, and nothing was learnt;
     - where the layer was alive (40 % of its units fired) and died, and the loss rose with it. If that happened within
       three samples one is enough to tell: no batch silences a whole layer by chance. In the first 8 steps, where the
-      loss is still that of the initialisation, it does not have to rise;
-    - where the network has become a constant (see `collapsed_since`) and 40 % of the units or more had fired
-      before: there `noted_dead` is enough, for every layer has lost some of the way.
+      loss is still that of the initialisation, it does not have to rise.
 
     Else it is info: side branches and wide layers may do without.
 
@@ -100,31 +96,23 @@ class DeadUnits:
         worst = float(dead.max())
         if worst < self.noted_dead:
             return []
-        last, since = _last_alive(history), collapsed_since(history)
-        enough = self.max_dead if since is None else self.noted_dead
-        alive = {int(i): int(last[i]) if last[i] >= 0 else None for i in np.flatnonzero(dead >= enough)}
+        last = _last_alive(history)
+        alive = {int(i): int(last[i]) if last[i] >= 0 else None for i in np.flatnonzero(dead >= self.max_dead)}
         stops = _cuts(history) | _nothing_lives(history)
         alarms = [
             i
             for i, row in alive.items()
-            if (
-                _died(row, since, len(history)) or (dead[i] >= self.max_dead and self._is_alarm(history, stops[i], row))
-            )
-            and not _still_trains(history, i)
+            if self._is_alarm(history, bool(stops[i]), row) and not _still_trains(history, i)
         ]
-        limit = enough if alive else self.noted_dead
+        limit = self.max_dead if alive else self.noted_dead
         over = [int(i) for i in np.argsort(-dead, kind="stable") if dead[i] >= limit]
         first = alarms[0] if alarms else over[0]
         measured = table[~np.isnan(table[:, first]), first]
         is_born = alive.get(first) is None and (not measured.size or measured[0] >= limit)
         cause = "initialisation" if is_born else "unknown"
         if alarms:
-            # where the network has become a constant, the steps may be to blame that it began with
-            is_later = _died(alive[first], since, len(history))
-            cause = _cause(history, min(alive), since if is_later else alive[first], cause)
+            cause = _cause(history, min(alive), alive[first], cause)
         evidence = {"dead_fraction": worst, "activations": float(len(over))}
-        if alarms and since is not None and cause == "learning_rate_too_large":
-            evidence |= _largest_step(history, since)
         return [
             Finding(
                 kind=FindingKind.DEAD_UNITS,
@@ -136,7 +124,7 @@ class DeadUnits:
             )
         ]
 
-    def _is_alarm(self, history: History, stops: np.bool_, alive: int | None) -> bool:
+    def _is_alarm(self, history: History, stops: bool, alive: int | None) -> bool:
         """Whether a dead activation stops the training.
 
         Args:
@@ -149,19 +137,7 @@ class DeadUnits:
             return True
         if alive is not None and history.steps[alive] < _EARLY and step < _PATIENCE:
             return True
-        return not has_learnt(history) and (step >= _PATIENCE or bool(stops))
-
-
-def _died(alive: int | None, since: int | None, count: int) -> bool:
-    """Whether an activation has died, by now, of what made the network a constant since a row."""
-    return since is not None and alive is not None and since <= alive < count - 1
-
-
-def _largest_step(history: History, since: int) -> dict[str, float]:
-    """Which step since a row was the largest beside the weights: the harm was done by then."""
-    medians = medians_of(history)[since:]
-    known = ~np.isnan(medians)
-    return {"largest_step": float(history.steps[since + int(np.nanargmax(medians))])} if known.any() else {}
+        return not has_learnt(history) and (step >= _PATIENCE or stops)
 
 
 def _still_trains(history: History, at: int) -> bool:
