@@ -47,11 +47,10 @@ class SaturatedActivation:
     Behind the last layer it is a finding only where the activation was shut from the start, lets at most 1 % of the
     gradient through, and no step gets anywhere for it (see `too_small`).
 
-    It is an alarm as long as the run has not learnt anything, or where the loss rose with it. Where inputs are
-    unscaled, and the first activation has let no gradient through in any sample so far, it is one whatever is learnt:
-    that can be no more than what the layers behind it make of signs. Saturation that lets the gradient through is info
-    until it has lasted 50 steps and nothing was learnt: of what comes in, such an activation passes on little more than
-    the sign. A drift is info where several optimizers work against each other, whose losses do not tell.
+    It is an alarm as long as the run has not learnt anything, or where the loss rose with it. Saturation that lets
+    the gradient through is info until it has lasted 50 steps and nothing was learnt: of what comes in, such an
+    activation passes on little more than the sign. A drift is info where several optimizers work against each other,
+    whose losses do not tell.
 
     The cause is `drift` where it was not so in the first samples; else `unscaled_inputs` in the first activation if the
     inputs are (see `offending_features`; where they were not measured, if no other activation saturates), else
@@ -159,8 +158,6 @@ class SaturatedActivation:
         well = np.flatnonzero(table[:, first] <= _OPEN)
         stops = blocked | wide | (saturated & self._lasts(history, rows))
         alarm = bool(stops.any()) and _stops(history, from_start, int(well[-1]) if well.size else None)
-        # a mean is learnt without the inputs, and brings the loss down as well
-        alarm |= from_start and cause == "unscaled_inputs" and self._is_shut(history, rows, first)
         return [
             Finding(
                 kind=FindingKind.SATURATED_ACTIVATION,
@@ -171,11 +168,6 @@ class SaturatedActivation:
                 evidence=evidence | (feature_evidence(history) if cause == "unscaled_inputs" else {}),
             )
         ]
-
-    def _is_shut(self, history: History, rows: npt.NDArray[np.intp], place: int) -> bool:
-        """Whether an activation has let no gradient through in any sample: what is before it has never learnt."""
-        shares, gains = history["saturated_fraction"][rows, place], _gains(history["delta_norm"][rows])[:, place]
-        return len(rows) >= self.samples and bool(((shares >= self.max_saturated) & (gains <= self.min_gain)).all())
 
     def _judged(self, history: History) -> Mask:
         """(P,) the activations before a layer; gates only where weights or unscaled inputs shut them from the start."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lightning_gradflow.detectors.known import first_values
+from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.small_steps import reaches_of
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
@@ -61,7 +62,7 @@ def small_gains(history: History) -> list[Finding]:
     return [
         Finding(
             kind=FindingKind.VANISHING_GRADIENT,
-            severity=Severity.WARNING,
+            severity=Severity.INFO if has_learnt(history) else Severity.WARNING,
             step=history.rows[-1].step,
             layers=layers,
             cause="weight_scale",

@@ -119,7 +119,7 @@ class UnscaledInputs:
         if has_learnt(history) and still_falls(history):
             return []
         if not is_even:
-            return [self._finding(history, feature_evidence(history))]
+            return [] if has_learnt(history) else [self._finding(history, feature_evidence(history))]
         mean, deviation = deviations(history, rows[-1])
         evidence = {
             "input_deviation": float(np.sqrt(np.mean(np.square(deviation)))),

@@ -19,6 +19,7 @@ _TOLD = 3  # losses that tell so: one alone is that of a batch
 _OFFSET = 3.0  # deviations of the targets that the first error is: their mean is what it is made of
 _FAR = 10.0  # of the first error: what is less is made up soon
 _WORSE = 1.5  # deviations: a constant leaves one
+_GONE = 0.05  # of the first error: what is left of it then is no offset
 _SHARE = 0.2  # of the planned steps
 _ALIKE = 0.05  # share by which the sizes of some outputs and of all may differ
 
@@ -40,7 +41,7 @@ class UnscaledTargets:
     Targets such as 293 +- 8 have a mean far from 0 beside their deviation (`target_deviation`). On the way there all
     layers learn nothing else, and what they started with is lost. So it is a finding too if the first error was above
     10, and three deviations or more, and no sample of a fifth of the planned steps (300 where nobody knows how many)
-    came within 1.5 deviations: a constant leaves one.
+    came within 1.5 deviations, for a constant leaves one, and a twentieth of the first error or more is left.
 
     Args:
         min_error: root mean square of outputs less targets, in (0, inf). By default 30: to that size a last layer grows
@@ -130,7 +131,10 @@ def _lags(history: History) -> bool:
         return False
     errors, deviations = history.scalar("residual_rms"), history.scalar("target_deviation")
     known = ~np.isnan(errors) & ~np.isnan(deviations)
-    return bool(np.isfinite(errors[known][-1]) and (errors[known] > _WORSE * deviations[known]).all())
+    errors, deviations = errors[known], deviations[known]
+    # targets that are alike in each batch, as neighbours in time, say little of how much they differ
+    is_on_the_way = _GONE * errors[0] < errors[-1] < math.inf and deviations.min() > 0
+    return is_on_the_way and bool((errors > _WORSE * deviations).all())
 
 
 def _planned(history: History) -> float:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import feature_evidence, offending_features
-from lightning_gradflow.detectors.overwritten import overwritten, start_of_steps
+from lightning_gradflow.detectors.overwritten import not_by_steps, overwritten, start_of_steps
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.small_steps import MIN_REACH, too_small
 from lightning_gradflow.detectors.smothered import was_smothered
@@ -190,7 +190,7 @@ def _with_growth(history: History, medians: Floats, max_ratio: float) -> Floats:
     norms, steps = history["weight_norm"], history.steps
     with np.errstate(all="ignore"):
         grown = (norms[1:] / norms[:-1] - 1) / np.diff(steps)[:, None]
-    grown[~np.isfinite(grown)] = np.nan
+    grown[~np.isfinite(grown) | not_by_steps(norms, history["update_norm"], steps)] = np.nan
     is_known = ~np.isnan(grown).all(axis=1) & (medians[:-1] >= _LARGE * max_ratio)
     most = medians.copy()
     most[:-1][is_known] = np.fmax(medians[:-1][is_known], np.nanmedian(grown[is_known], axis=1))

@@ -68,7 +68,9 @@ class LossProbe:
         for name in sorted(self._mismatches):
             transfer.share_numbers(name, [1.0])
         if self._sizes:
-            transfer.share("compared", torch.cat(self._sizes))
+            found = torch.cat(self._sizes)
+            # a loss that is left out of some steps, or on some ranks, must not change what they agree on
+            transfer.share("compared", torch.nn.functional.pad(found, (0, 4 * _MOST_PAIRS - len(found))))
         self.clear()
 
 
@@ -88,7 +90,8 @@ def told(host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, float]:
     """
     found = {name: 1.0 for name in MISMATCHES if name in host}
     if "compared" in host:
-        *sums, numbers = np.asarray(host["compared"], dtype=np.float64).reshape(-1, 4).T
+        pairs = np.asarray(host["compared"], dtype=np.float64).reshape(-1, 4)
+        *sums, numbers = pairs[pairs[:, -1] > 0].T
         with np.errstate(all="ignore"):
             sizes = np.sqrt(sums / numbers)
             ratios = np.nan_to_num(sizes[0] / np.maximum(sizes[1], 1.0), nan=np.inf)

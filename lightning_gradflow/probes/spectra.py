@@ -22,7 +22,7 @@ from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 from lightning_gradflow.probes.zero_weights import zero_weights
 
 _KEY = "spectra"
-_COPIED, _ZERO, _PULLED, _SMALL_GAINS = ":copied", "::zero", ":pulled", ":gains"
+_COPIED, _ZERO, _PULLED, _SMALL_GAINS = ":copied", "::zero", ":pulled", "::gains"
 _COPIES = 1e-4  # of their size: so much at most may be rounding
 _GAIN = 0.1  # where 1 is usual
 _PRODUCTS = 2

@@ -242,6 +242,10 @@ def _copied(model: nn.Module, fresh: Mapping[str, Sequence[Tensor]]) -> list[nn.
 
 
 def _by_the_book(training: Training, finding: Finding) -> Reinit | None:
+    if "gain_rms" in finding.evidence:  # nothing else is wrong
+        gains = reset_gains(training.model, finding.layers)
+        forget(training.optimizers, (p for parameters in gains.values() for p in parameters))
+        return Reinit(tuple(gains)) if gains else None
     around = activations_around(training.history.points)
     modules = dict(training.model.named_modules())
     owners = Counter(p for module in modules.values() for p in module.parameters(recurse=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from lightning_gradflow.detectors.inputs import inputs_jumped
@@ -147,8 +148,9 @@ def _scale_inputs(patient: Patient) -> Treatment | None:
             rest = reinitialise(scaled, patient.finding) if far is not None else None
             drawn.extend(anew for anew in (far, rest) if anew is not None)
             # beside a loss that is all of targets nobody could see what scaled inputs are worth
-            fitted = fit_targets(scaled) if not any(anew.targets for anew in drawn) else None
-            drawn.extend([fitted] if fitted is not None else [])
+            with suppress(RehearsalError):
+                fitted = fit_targets(scaled) if not any(anew.targets for anew in drawn) else None
+                drawn.extend([fitted] if fitted is not None else [])
             return True
 
         done = patient.held.scaling.start(training, keep_function=keeps, before_fold=draw if draws else None)

@@ -33,6 +33,7 @@ class WaysBack:
         self.good: Snapshot | None = None
         """The last good weights."""
         self._start: Snapshot | None = None  # until something has been learnt
+        self._birth: Snapshot | None = None  # the same for longer, for a run that is off its targets
         self._newest: Snapshot | None = None
         self._newest_step = -1
 
@@ -45,7 +46,7 @@ class WaysBack:
 
     def end(self) -> None:
         """Lets go of all."""
-        self._start = self.good = self._newest = None
+        self._start = self._birth = self.good = self._newest = None
 
     def drop_newest(self) -> None:
         """The newest weights are not good."""
@@ -58,7 +59,7 @@ class WaysBack:
     def stay(self, training: Training) -> None:
         """Nothing goes back behind what has helped."""
         self.good = Snapshot.take(training.model, training.optimizers)
-        self._start = None if self.learnt else self.good
+        self._start, self._birth = None if self.learnt else self.good, None
         self.good_step = training.history.rows[-1].step if self.learnt else -1
 
     def is_young(self, history: History) -> bool:
@@ -73,9 +74,11 @@ class WaysBack:
         that is young and made large steps from the start: they have done harm before it showed. Where the finding tells
         which step did, and the last good weights are younger, these are no better.
         """
+        if self.starts_anew(finding):
+            return self._start or self._birth, False
         is_accident = finding.kind in BROKEN and finding.cause != "learning_rate_too_large"
         if self._start is not None:
-            if self.starts_anew(finding) or (remedy == "scale_inputs" and not inputs_jumped(history)):
+            if remedy == "scale_inputs" and not inputs_jumped(history):
                 return self._start, False
             is_fast = not is_accident and self.is_young(history) and start_factor(history) <= LARGEST_FACTOR
             if remedy == "rollback" and (is_fast or self.came_before(finding)):
@@ -90,7 +93,10 @@ class WaysBack:
 
     def starts_anew(self, finding: Finding) -> bool:
         """Whether the run has learnt nothing but a constant, and what it started from is still there."""
-        return (finding.kind, finding.cause) in (UNTOUCHED, OFF_TARGET) and self._start is not None
+        what = (finding.kind, finding.cause)
+        return (what == UNTOUCHED and self._start is not None) or (
+            what == OFF_TARGET and (self._start or self._birth) is not None
+        )
 
     def keep(self, said: Sequence[Finding], training: Training) -> None:
         """Remembers the present weights of a run that is well; they count as good when the next sample is well too."""
@@ -101,8 +107,8 @@ class WaysBack:
         if self._newest is not None:
             self.good, self.good_step = self._newest, self._newest_step
             is_slow = start_factor(history) > LARGEST_FACTOR
-            is_bound = bool(offending_features(history)) or were_offset(history)  # it may have to start anew
-            if self.learnt and is_slow and not self.is_young(history) and not is_bound:
+            if self.learnt and is_slow and not self.is_young(history) and not offending_features(history):
+                self._birth = (self._birth or self._start) if were_offset(history) else None
                 self._start = None
         self._newest = Snapshot.take(training.model, training.optimizers)
         self._newest_step = history.rows[-1].step

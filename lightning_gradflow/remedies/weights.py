@@ -56,9 +56,19 @@ def is_settable(layer: nn.Module) -> bool:
         >>> [is_settable(norm(nn.Linear(3, 3))) for norm in norms]
         [True, False]
     """
+    if not is_parametrized(layer, "weight") and _hook(layer) is None:
+        return bool(originals_of(layer))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    try:
+        return _is_settable(layer)
+    finally:
+        layer.load_state_dict(before)  # some keep what they were given
+
+
+def _is_settable(layer: nn.Module) -> bool:
     weight, originals = layer.weight, originals_of(layer)
-    if isinstance(weight, nn.Parameter) or not originals:
-        return bool(originals)
+    if not originals:
+        return False
     assert isinstance(weight, Tensor)
     wanted = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
     with torch.no_grad():

@@ -192,23 +192,6 @@ def test_the_inputs_are_blamed_behind_the_first_layer_if_they_are_too_large(inpu
     assert len(finding.evidence) == 2 + len(evidence)
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({}, "warning"),
-        ({"inputs": [1.0]}, "info"),  # weights that are too large do not keep such a run from learning
-        ({"odd": ((0.95, 0.1), [0.11, 1.0, 1.0, 1.0, 1.0])}, "info"),  # it let a gradient through, once
-        ({"odd": ((0.89, 0.1), [0.09, 1.0, 1.0, 1.0, 1.0])}, "info"),
-    ],
-)
-def test_what_large_inputs_have_shut_for_good_is_an_alarm_though_a_mean_was_learnt(change, expected):
-    rows = [FIRST] * 60
-    rows[30] = change.get("odd", FIRST)
-    losses = [*np.linspace(6.0, 1.2, 20), *[1.2] * 40]
-    (finding,) = SaturatedActivation().judge(_with(run(*rows), losses, inputs=change.get("inputs", [750.0])))
-    assert finding.severity.value == expected
-
-
 def test_the_inputs_are_not_blamed_behind_the_second_layer():
     second = ((0.1, 0.95), [1.0, 1.0, 1e-2, 1.0, 1.0])
     assert verdict(SaturatedActivation().judge(_with(run(*[second] * 3), inputs=[750.0]))) == [

@@ -9,6 +9,7 @@ from lightning_gradflow.history import History, Row
 from tests.detectors.runs import verdict
 
 nan = math.nan
+PLAIN = {"planned_steps": 1000.0, "lr": 0.01, "optimizers": 1.0}
 NORMS = ("n1", "n2", "n3")
 
 
@@ -97,6 +98,13 @@ def _with_signal(history):
         Row(row.step + 1, dict(row.values) | {"delta_norm": np.ones(4)}, dict(row.scalars), losses=np.array([0.5]))
     )
     return history
+
+
+@pytest.mark.parametrize(("end", "severity"), [(2.2, "warning"), (1.0, "info")])
+def test_a_run_that_learns_with_them_is_only_told(end, severity):
+    history = _run()
+    history.append(Row(100, dict(history.rows[-1].values), PLAIN, losses=np.linspace(2.3, end, 98)))
+    assert [finding.severity.value for finding in small_gains(history)] == [severity]
 
 
 def test_nothing_is_known_without_rows():

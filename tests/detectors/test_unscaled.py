@@ -235,6 +235,7 @@ def test_large_inputs_of_which_nothing_comes_through_are_found(sizes, spreads, e
 def test_large_inputs_of_a_run_that_learns_are_left_alone():
     large = {"deviation": [2000.0, 30.0], "sizes": [4e-23, 1e-2], "spreads": [0.9, 1e-3]}
     assert judged(**large, losses=np.linspace(2.3, 0.5, 401)) == []
+    assert judged(**large, losses=np.concatenate([np.linspace(2.3, 0.5, 200), np.full(201, 0.5)])) == []
 
 
 def test_several_optimizers_are_not_judged():

@@ -78,8 +78,8 @@ def test_outputs_that_will_not_get_there_are_told_after_ten_steps(output, planne
     assert judged(outputs=(0.05, output), losses=STANDS[:10], interval=9, planned_steps=planned) == []
 
 
-def offset(errors, first=(293.0, 0.3), deviation=8.0, planned=200.0, **changes):
-    """A run with targets 293 +- 8, and the errors of the samples behind the first, at every tenth step."""
+def offset(errors, first=(293.0, 0.3), deviation=10.0, planned=200.0, **changes):
+    """A run with targets 293 +- 10, and the errors of the samples behind the first, at every tenth step."""
     history = run(losses=np.full(10 * len(errors) + 1, 1e3), planned_steps=planned, **changes)
     known = [first, *((error, 200.0) for error in errors)]
     for row, (error, output) in zip(history.rows, known, strict=True):
@@ -90,24 +90,26 @@ def offset(errors, first=(293.0, 0.3), deviation=8.0, planned=200.0, **changes):
 @pytest.mark.parametrize(
     ("errors", "changes", "expected"),
     [
-        ([13.0] * 5, {}, FOUND),
-        ([11.0] * 5, {}, []),  # about what a constant leaves
-        ([13.0, 11.0, 13.0, 13.0, 13.0], {}, []),  # it has been there
-        ([13.0] * 4, {}, []),  # there was no time
-        ([13.0] * 5, {"planned": 260.0}, []),
-        ([13.0] * 5, {"planned": 1000.0}, []),
-        ([13.0] * 30, {"planned": math.nan}, FOUND),
-        ([13.0] * 29, {"planned": math.nan}, []),
-        ([13.0] * 5, {"first": (293.0, 29.0)}, FOUND),
-        ([13.0] * 5, {"first": (293.0, 30.0)}, []),  # nothing that it was born with
-        ([13.0] * 5, {"first": (24.0, 0.3)}, FOUND),
-        ([13.0] * 5, {"first": (23.0, 0.3)}, []),  # the mean is not what the error is made of
+        ([16.0] * 5, {}, FOUND),
+        ([14.0] * 5, {}, []),  # about what a constant leaves
+        ([16.0, 14.0, 16.0, 16.0, 16.0], {}, []),  # it has been there
+        ([16.0] * 4, {}, []),  # there was no time
+        ([16.0] * 5, {"planned": 260.0}, []),
+        ([16.0] * 5, {"planned": 1000.0}, []),
+        ([16.0] * 30, {"planned": math.nan}, FOUND),
+        ([16.0] * 29, {"planned": math.nan}, []),
+        ([16.0] * 5, {"first": (293.0, 29.0)}, FOUND),
+        ([16.0] * 5, {"first": (293.0, 30.0)}, []),  # nothing that it was born with
+        ([16.0] * 5, {"first": (31.0, 0.3)}, FOUND),
+        ([16.0] * 5, {"first": (29.0, 0.3)}, []),  # the mean is not what the error is made of
         ([1.6] * 5, {"first": (10.1, 0.3), "deviation": 1.0}, FOUND),
         ([1.6] * 5, {"first": (9.9, 0.3), "deviation": 1.0}, []),  # that is made up soon
-        ([13.0] * 5, {"deviation": math.nan}, []),  # too few targets in a batch
-        ([13.0, 13.0, 13.0, 13.0, math.inf], {}, []),
-        ([math.nan] * 4 + [13.0], {}, FOUND),
-        ([13.0] * 5, {"lr": lambda step: 1e-3 * min(1.0, (step + 1) / 20)}, []),  # a warm-up is not counted
+        ([16.0] * 5, {"first": (330.0, 0.3)}, []),  # next to nothing is left of it
+        ([16.0] * 5, {"deviation": 0.0}, []),  # all alike
+        ([16.0] * 5, {"deviation": math.nan}, []),  # too few targets in a batch
+        ([16.0, 16.0, 16.0, 16.0, math.inf], {}, []),
+        ([math.nan] * 4 + [16.0], {}, FOUND),
+        ([16.0] * 5, {"lr": lambda step: 1e-3 * min(1.0, (step + 1) / 20)}, []),  # a warm-up is not counted
     ],
 )
 def test_a_run_that_is_on_the_way_to_the_mean_for_a_fifth_of_its_steps_is_found(errors, changes, expected):
@@ -115,9 +117,9 @@ def test_a_run_that_is_on_the_way_to_the_mean_for_a_fifth_of_its_steps_is_found(
 
 
 def test_the_deviation_stands_in_the_evidence():
-    (finding,) = UnscaledTargets().judge(offset([13.0] * 5))
-    assert finding.evidence["target_deviation"] == 8.0
-    assert "what tells targets apart is 8" in explain(finding)
+    (finding,) = UnscaledTargets().judge(offset([16.0] * 5))
+    assert finding.evidence["target_deviation"] == 10.0
+    assert "what tells targets apart is 10" in explain(finding)
 
 
 def test_a_warm_up_does_not_count():

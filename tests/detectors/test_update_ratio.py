@@ -165,6 +165,7 @@ def test_steps_larger_than_the_weights_that_make_the_loss_worse(ratios, losses, 
         (0.5, [1.0, 1.0, 1.0, 2.5, 3.0], [900, 800], False),  # by 0.75
         (0.05, [1.0, 1.0, 1.0, 3.5, 9.0], [900, 800], False),  # so do weights that somebody else has set
         (0.5, [1.0, 1.0, 1.0, 3.5, 9.0], [6.8, 6.8], False),  # no harm was done
+        (0.5, [1.0, 1.0, 1.0, 11.9, 12.0], [900, 800], False),  # steps of half their size can't do that
         (0.5, [0.0, 0.0, 0.0, 1.0, 9.0], [900, 800], False),  # what starts from zero has no scale
     ],
 )
@@ -175,7 +176,7 @@ def test_weights_that_grow_between_the_samples_tell_of_steps_that_nobody_saw(rat
     for step, norm in zip([0, 1, 2, 4, 8], norms, strict=True):
         values = {name: np.array([value] * 2) for name, value in (("update_ratio", ratio), ("weight_norm", norm))}
         known = np.full(step - last, losses[0] if step == 4 else losses[1] if step == 8 else 2.3)
-        history.append(Row(step, values | {"update_norm": np.array([ratio * norm] * 2)}, PLAIN, losses=known))
+        history.append(Row(step, values | {"update_norm": np.array([ratio] * 2)}, PLAIN, losses=known))
         last = step
     assert bool(UpdateRatio().judge(history)) == expected
 

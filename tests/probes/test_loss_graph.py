@@ -151,6 +151,20 @@ def test_what_was_seen_in_a_sample_comes_to_the_row():
     assert told(transfer.fetch()) == {}
 
 
+def test_losses_that_are_left_out_of_some_steps_change_nothing_that_ranks_agree_on():
+    lengths = []
+    for count in (1, 3, 20):
+        probe, transfer = LossProbe(), Transfer()
+        outputs, targets = torch.zeros(8, 1, requires_grad=True), torch.ones(8, 1)
+        for _ in range(count):
+            probe.see(F.mse_loss, F.mse_loss(outputs, targets), (outputs, targets), {})
+        probe.share(transfer)
+        found = transfer.fetch()["compared"]
+        lengths.append(len(found))
+        assert told({"compared": found}) == {"residual_rms": 1.0, "compared_rms": 0.0, "target_deviation": 0.0}
+    assert len({*lengths}) == 1
+
+
 def test_of_large_outputs_some_entries_are_enough():
     probe, transfer = LossProbe(), Transfer()
     outputs = torch.ones(300, 1000, requires_grad=True).T  # no copy is made of it, either

@@ -89,7 +89,9 @@ def test_a_weight_gets_the_values_it_is_given(kind):
 def test_what_cannot_make_any_weight_is_told(kind):
     torch.manual_seed(0)
     layer = CANNOT[kind]()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
     assert not is_settable(layer)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
 def test_a_weight_that_is_written_passes_gradients_on():
