@@ -46,9 +46,10 @@ class Mitigation:
     finite, or ten times as high and not falling, all is put back, and after a pause of half as long the next remedy is
     tried.
 
-    Weights are overwritten only while the loss stands where it began or has come back to it, or while
-    an offset of the targets is all that it fell by, and before `max_progress` of the run is over. A run that has learnt and broke goes back to its last good weights first; to its start, where
-    its inputs were unscaled from there on, or where it is young and its first steps were too large.
+    Weights are overwritten only while the loss stands where it began or has come back to it, or while an offset of the
+    targets is all that it fell by, and before `max_progress` of the run is over. A run that has learnt and broke goes
+    back to its last good weights first; to its start, where its inputs were unscaled from there on, or where it is
+    young and its first steps were too large.
 
     Args:
         allow: remedies that may be used, out of `plan.REMEDIES`.
