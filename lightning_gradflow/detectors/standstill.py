@@ -141,7 +141,7 @@ def still_falls(history: History, share: float = _FALLEN) -> bool:
     return before - now > max(share * abs(before), _CLEAR * noise)
 
 
-def keeps_residual(history: History, start: int = 0) -> bool:
+def keeps_residual(history: History) -> bool:
     """Whether the gradient at the network's output is as large as at first, but for what a constant makes of it.
 
     A loss that started far above what a constant gives says nothing of what was learnt when it comes down to that. This
@@ -150,9 +150,8 @@ def keeps_residual(history: History, start: int = 0) -> bool:
 
     Args:
         history: where to read; False where the gradient is not known.
-        start: the row that the newest one is compared with.
     """
-    deltas = history["delta_norm"][[start, -1]]
+    deltas = history["delta_norm"][[0, -1]]
     known = np.flatnonzero(layer_mask(history) & np.isfinite(deltas).all(axis=0) & (deltas[0] > 0))
     return bool(known.size and deltas[1, known[-1]] >= _RESIDUAL * deltas[0, known[-1]])
 

@@ -74,8 +74,9 @@ class WaysBack:
         that is young and made large steps from the start: they have done harm before it showed. Where the finding tells
         which step did, and the last good weights are younger, these are no better.
         """
-        if self.starts_anew(finding):
-            return self._start or self._birth, False
+        origin = self._origin(finding)
+        if origin is not None:
+            return origin, False
         is_accident = finding.kind in BROKEN and finding.cause != "learning_rate_too_large"
         if self._start is not None:
             if remedy == "scale_inputs" and not inputs_jumped(history):
@@ -93,10 +94,13 @@ class WaysBack:
 
     def starts_anew(self, finding: Finding) -> bool:
         """Whether the run has learnt nothing but a constant, and what it started from is still there."""
+        return self._origin(finding) is not None
+
+    def _origin(self, finding: Finding) -> Snapshot | None:
         what = (finding.kind, finding.cause)
-        return (what == UNTOUCHED and self._start is not None) or (
-            what == OFF_TARGET and (self._start or self._birth) is not None
-        )
+        if what == OFF_TARGET:
+            return self._start or self._birth
+        return self._start if what == UNTOUCHED else None
 
     def keep(self, said: Sequence[Finding], training: Training) -> None:
         """Remembers the present weights of a run that is well; they count as good when the next sample is well too."""
