@@ -143,6 +143,7 @@ PAIRING: tuple[str, ...] = ("line_shuffled", "line_shuffled_z", "pairing_agreeme
 
 MISMATCHES: dict[str, str] = {
     "softmax_twice": "1 if a softmax goes into a log-softmax, such as that of cross_entropy",
+    "bounded_scores": "1 if a sigmoid or tanh goes into a log-softmax, such as that of cross_entropy",
     "sigmoid_twice": "1 if a sigmoid goes into binary_cross_entropy_with_logits",
     "no_log_softmax": "1 if what goes into nll_loss is no logarithm",
     "broadcast": "1 if N outputs and N targets were broadcast to (N, N) for the loss",

@@ -8,6 +8,7 @@ import pytest
 
 from lightning_gradflow.findings import FindingKind, GradFlowWarning
 from lightning_gradflow.metrics import METRICS
+from lightning_gradflow.sinks.base import LOGGED
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {
@@ -101,6 +102,12 @@ def test_every_kind_of_finding_is_described(kind):
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_metric_is_named(metric):
     assert f"`{metric}`" in NUMBERS
+
+
+@pytest.mark.parametrize("name", [*LOGGED, "actions", "actions_kept", "actions_rolled_back", "actions_taken"])
+def test_every_number_that_loggers_get_is_described(name):
+    (section,) = re.findall(r"^## In every logger\n(.*?)^## ", NUMBERS, re.MULTILINE | re.DOTALL)
+    assert f"`{name}`" in section
 
 
 @pytest.mark.parametrize("page", sorted(TEXTS.keys() - {"README.md"}))

@@ -14,12 +14,12 @@ Text = tuple[str, ...]
 SEEN: dict[FindingKind, Text] = {
     FindingKind.VANISHING_GRADIENT: (
         "The gradient vanishes {down}",
-        "it loses {decades} decades over {points} points of the network",
+        "it gets {fold} times smaller over {points} points of the network",
         "at the pace of the first steps the weights need {wait_steps} steps to grow",
     ),
     FindingKind.EXPLODING_GRADIENT: (
         "The gradient explodes in {layers}",
-        "it grows by {decades} decades over {points} points of the network",
+        "it gets {fold} times larger over {points} points of the network",
         "its total norm of {grad_norm_total} is {growth} times the median of this run so far",
         "the loss is {loss}, where it was {highest_loss} at most",
         "the first outputs of the network, {output_rms}, are {output_growth} times as large as its inputs",
@@ -166,7 +166,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "Weights are made for inputs of about 1, so all that follows from these is too large",
         "the first outputs of the network are {output_rms}",
         "the gradients of {layers} are so too",
-        "the gradient grows by {decades} decades over {points} points of the network",
+        "the gradient gets {fold} times larger over {points} points of the network",
         "its total norm of {grad_norm_total} is {growth} times the median of this run so far",
         "the loss is {loss}, where it was {highest_loss} at most",
     ),
@@ -233,6 +233,10 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     ),
     (FindingKind.LOSS_MISMATCH, "softmax_twice"): (
         "cross_entropy has a softmax of its own, and gets the output of another one: the loss cannot come near 0",
+    ),
+    (FindingKind.LOSS_MISMATCH, "bounded_scores"): (
+        "cross_entropy gets the output of a sigmoid or tanh: scores that cannot differ by more than 1, or 2",
+        "no class can get a probability near 1, and the loss cannot come near 0",
     ),
     (FindingKind.LOSS_MISMATCH, "sigmoid_twice"): (
         "binary_cross_entropy_with_logits has a sigmoid of its own, and gets the output of another one",
@@ -307,7 +311,7 @@ def explain(finding: Finding) -> str:
         >>> evidence = {"span": -6.2, "points": 21.0, "activation_gain": 0.24}
         >>> finding = Finding(FindingKind.VANISHING_GRADIENT, Severity.WARNING, 0, ("fc1",), "saturation", "", evidence)
         >>> print(explain(finding).partition(". ")[0])
-        The gradient vanishes in fc1: it loses 6.2 decades over 21 points of the network
+        The gradient vanishes in fc1: it gets 1.6e6 times smaller over 21 points of the network
     """
     fields = _fields(finding)
     because = BECAUSE.get((finding.kind, finding.cause), (UNKNOWN,))
@@ -363,7 +367,7 @@ def _wanted(part: str) -> set[str]:
 def _fields(finding: Finding) -> dict[str, str]:
     evidence = dict(finding.evidence)
     if not math.isnan(span := evidence.get("span", math.nan)):
-        evidence["decades"] = abs(span)
+        evidence["fold"] = 10.0 ** min(abs(span), 300.0)
     if not math.isnan(slope := evidence.get("slope", math.nan)):
         # the slope is taken towards the first layer: below zero it shrinks on the way
         evidence["per_point"] = 10.0 ** max(min(slope, 300.0), -300.0)
@@ -379,8 +383,6 @@ def _fields(finding: Finding) -> dict[str, str]:
             fields[key] = (f"{value:.1%}" if abs(value) < 0.1 else f"{value:.0%}").replace("-0.0%", "0.0%")
         elif key in _COUNT:
             fields[key] = f"{value:.0f}"
-        elif key == "decades":
-            fields[key] = f"{value:.1f}"
         else:
             fields[key] = number(value)
     if columns := [key for key in fields if key.startswith("feature_")]:

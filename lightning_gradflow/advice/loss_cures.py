@@ -40,6 +40,22 @@ def scores_for_classes(site: Site) -> list[Suggestion]:
     ]
 
 
+def scores_without_bounds(site: Site) -> list[Suggestion]:
+    """Scores that may grow, for a loss of classes."""
+    del site  # the loss is no module of the model
+    return [
+        Suggestion(
+            "Give cross_entropy the scores of the last layer, without a sigmoid or tanh",
+            "# in training_step; needs: from torch import nn\n"
+            "# take away the sigmoid or tanh at the end of the network\n"
+            "loss = nn.functional.cross_entropy(scores, target)  # for probabilities: scores.softmax(-1)",
+            "A softmax of scores in [0, 1] gives one of ten classes at most 0.23, and of scores in [-1, 1] at most "
+            "0.45. Where labels are not exclusive, use binary_cross_entropy_with_logits.",
+            "Bridle 1990, Probabilistic interpretation of feedforward classification network outputs",
+        )
+    ]
+
+
 def scores_for_yes_or_no(site: Site) -> list[Suggestion]:
     """Scores for a loss of yes or no."""
     del site  # the loss is no module of the model

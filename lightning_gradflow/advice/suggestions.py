@@ -20,6 +20,7 @@ from lightning_gradflow.advice.loss_cures import (
     scale_targets,
     scores_for_classes,
     scores_for_yes_or_no,
+    scores_without_bounds,
     stable_loss,
 )
 from lightning_gradflow.advice.path_cures import gates, pre_norm, residuals
@@ -116,6 +117,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.LOSS_PLATEAU, "unknown"): (overfit_batch, find_rate),
     (FindingKind.LOSS_MISMATCH, "unscaled_targets"): (scale_targets,),
     (FindingKind.LOSS_MISMATCH, "softmax_twice"): (scores_for_classes,),
+    (FindingKind.LOSS_MISMATCH, "bounded_scores"): (scores_without_bounds,),
     (FindingKind.LOSS_MISMATCH, "sigmoid_twice"): (scores_for_yes_or_no,),
     (FindingKind.LOSS_MISMATCH, "no_log_softmax"): (scores_for_classes,),
     (FindingKind.LOSS_MISMATCH, "broadcast"): (same_shape,),

@@ -72,7 +72,9 @@ class AutoMitigator(Monitor):
         super().__init__(every_n_steps)
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
-        if isinstance(allow, str) or not set(allow) <= set(REMEDIES):
+        if isinstance(allow, str):
+            raise ValueError(f"allow must be a sequence of remedies of {REMEDIES}, such as [{allow!r}], got {allow!r}")
+        if not set(allow) <= set(REMEDIES):
             raise ValueError(f"allow must hold only remedies of {REMEDIES}, got {allow!r}")
         check_range("max_actions", max_actions, 0, float("inf"), open_low=False, whole=True)
         self.mode = mode

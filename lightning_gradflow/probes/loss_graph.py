@@ -28,6 +28,7 @@ _PASS_ON = frozenset(
 )
 _PAIRED = frozenset({"MseLoss", "SmoothL1Loss", "HuberLoss"})
 _LINEAR = frozenset({"Addmm", "Mm", "Bmm", "Baddbmm", "Convolution"})
+_BOUNDED = frozenset({"Sigmoid", "Tanh"})
 _NO_LOGARITHM = _LINEAR | {"Relu", "Sigmoid", "Softmax"}
 
 
@@ -105,8 +106,9 @@ def mismatches(loss: Tensor) -> frozenset[str]:
     """Which loss functions get something that they are not made for.
 
     `softmax_twice` is a log-softmax, which `cross_entropy` begins with, of a softmax over as many classes;
-    `sigmoid_twice` a sigmoid that goes into `binary_cross_entropy_with_logits`; `no_log_softmax` an `nll_loss` that
-    gets probabilities or scores; `broadcast` a loss of (N, N) pairs of which one side had N numbers.
+    `bounded_scores` one of a sigmoid or tanh, with no factor between them; `sigmoid_twice` a sigmoid that goes into
+    `binary_cross_entropy_with_logits`; `no_log_softmax` an `nll_loss` that gets probabilities or scores; `broadcast` a
+    loss of (N, N) pairs of which one side had N numbers.
 
     The graph is walked in Python, from the loss over `_MOST` nodes; nothing is computed, and nothing waits for a
     device. In a graph of one node, as of a compiled training step, nothing is found.
@@ -147,8 +149,11 @@ def _found(nodes: Sequence[tuple[Any, Any]]) -> Iterator[str]:
     for node, into in nodes:
         name = _operation(node)
         if name == "LogSoftmax":
-            if any(_operation(one) == "Softmax" and _classes(one) == _classes(node) for one in _inputs(node)):
-                yield "softmax_twice"
+            for one in _inputs(node):
+                if _operation(one) == "Softmax" and _classes(one) == _classes(node):
+                    yield "softmax_twice"
+                elif _operation(one) in _BOUNDED:
+                    yield "bounded_scores"
         elif name == "BinaryCrossEntropyWithLogits":
             if any(_operation(one) == "Sigmoid" for one in _inputs(node)):
                 yield "sigmoid_twice"

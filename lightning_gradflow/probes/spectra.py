@@ -188,7 +188,7 @@ class SpectralProbe:
             return
         recurrent = {key: p for key, p in weights.items() if key.startswith("weight_hh")}
         if self._is_first:
-            yield "recurrent_gates", torch.tensor(float(gates_of(module)), device=weights[key].device)
+            yield "recurrent_gates", torch.full((), float(gates_of(module)), device=weights[key].device)
         for name, parameter in recurrent.items():
             yield "spectral_norm", _Matrix(f"{layer}:{name}", parameter.detach())
         inputs = [p.grad for key, p in weights.items() if key.startswith("weight_ih") and p.grad is not None]

@@ -95,7 +95,8 @@ class Transfer:
         return _to_host(own)
 
     def _numbers_on_device(self, numbers: Mapping[Hashable, list[float]]) -> dict[Hashable, Tensor]:
-        flat = torch.tensor([x for row in numbers.values() for x in row], dtype=torch.float64).to(self._device)
+        flat = torch.tensor([x for row in numbers.values() for x in row], dtype=torch.float64)
+        flat = flat.to(self._device, non_blocking=True)
         return dict(zip(numbers, flat.split([len(row) for row in numbers.values()]), strict=True))
 
 

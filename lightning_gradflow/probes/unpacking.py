@@ -86,7 +86,9 @@ def unpack(host: Mapping[Hashable, Floats], topology: Topology, silent: SilentUn
         known = {*deltas.points, *(k for by_k in times.values() for k in by_k)}
         passes = sorted(known, key=lambda k: (-len(deltas.points.get(k, ())), k))
         # the loss of each rank is a mean over its own batch, and a scaler may have changed between two passes
-        factors = {k: multiplier / topology.data / float(host.get((SCALE, k), np.ones(1))[0]) for k in passes}
+        scales = {k: float(host.get((SCALE, k), np.ones(1))[0]) for k in passes}
+        # one that was halved until it is zero leaves nothing to go by
+        factors = {k: multiplier / topology.data / (scale or math.nan) for k, scale in scales.items()}
         calls = deltas.into(found, passes, factors)
         in_time: list[Point] = []
         for point, by_k in times.items():

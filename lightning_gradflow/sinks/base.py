@@ -103,3 +103,7 @@ _SUMMARIES: dict[str, dict[str, Callable[[Floats], Any]]] = {
     "saturated_fraction": {"_max": np.max},
     "dead_fraction": {"_max": np.max},
 }
+
+_SUMMARISED = tuple(metric + suffix for metric, statistics in _SUMMARIES.items() for suffix in statistics)
+LOGGED = (*_SCALARS, *_SUMMARISED, "delta_span", "effective_depth")
+"""Names of all that `scalars` may give, without `gradflow/`."""

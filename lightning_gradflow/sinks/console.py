@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lightning_gradflow.detectors.profile import depth_profile
 from lightning_gradflow.findings import Finding, Suggestion
 from lightning_gradflow.history import History
-from lightning_gradflow.sinks import words
+from lightning_gradflow.sinks import lineage, words
 from lightning_gradflow.sinks.base import Sink, View
 from lightning_gradflow.sinks.report import ReportSink
 
@@ -155,7 +155,7 @@ def _largest(values: Iterable[float]) -> float:
 
 def _worst(lines: list[LayerLine], findings: tuple[Finding, ...], most: int) -> list[LayerLine]:
     """The lines to show of too many: named in open findings, not finite, most changed signal."""
-    named = [name for finding in words.worst_first(findings) if finding.is_open for name in finding.layers]
+    named = [name for finding in lineage.worst_first(findings) if finding.is_open for name in finding.layers]
     rank = {name: i for i, name in reversed(list(enumerate(named)))}
 
     def badness(line: LayerLine) -> tuple[float, ...]:
@@ -171,7 +171,7 @@ def _print(console: Console, view: View, *, has_page: bool = False) -> None:
     """Verdict first, then the layers, then what to do."""
     from rich.text import Text
 
-    alarms = [f for f in words.worst_first(view.findings) if f.is_open and f.severity.is_alarm]
+    alarms = [f for f in lineage.worst_first(view.findings) if f.is_open and f.severity.is_alarm]
     tone = _COLOURS[alarms[0].severity.value] if alarms else _mood(view)
     console.print(Text(words.verdict(view), style=f"bold {tone}"))
     depth = words.effective_depth(view)
@@ -185,7 +185,7 @@ def _print(console: Console, view: View, *, has_page: bool = False) -> None:
             console.print(f"The {len(shown)} layers that stand out most; {len(lines) - len(shown)} more are left out.")
     told: set[Suggestion] = set()
     has_more = False
-    for finding in words.shown(view.findings):
+    for finding in lineage.shown(view.findings):
         has_more |= _print_finding(console, finding, told, view.findings)
     if view.actions:
         console.print(Text(f"\nWhat was changed ({len(view.actions)})", style="bold"))
@@ -201,7 +201,7 @@ def _print(console: Console, view: View, *, has_page: bool = False) -> None:
 
 def _mood(view: View) -> str:
     """The colour of a verdict without an alarm."""
-    return "green" if len(view.history) and not words.untouched(view) else "yellow"
+    return "green" if len(view.history) and not lineage.untouched(view) else "yellow"
 
 
 def _table(lines: list[LayerLine], step: int) -> Table:
@@ -242,7 +242,7 @@ def _print_finding(console: Console, finding: Finding, told: set[Suggestion], fi
     head = f"\n{words.kind(finding)} [{finding.severity.value}, {words.period(finding)}]"
     console.print(Text(head, style=f"bold {_COLOURS[finding.severity.value]}" if finding.is_open else "dim"))
     console.print(Text(words.message(finding)))
-    what, root = words.to_do(finding, findings), words.comes_of(finding, findings)
+    what, root = words.to_do(finding, findings), lineage.comes_of(finding, findings)
     if root is not None:
         console.print(Text(f"Comes of: {words.kind(root)}", style="bold"))
         return False

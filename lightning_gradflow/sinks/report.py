@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from lightning_gradflow.findings import Action, Finding, Suggestion
-from lightning_gradflow.sinks import words
+from lightning_gradflow.sinks import lineage, words
 from lightning_gradflow.sinks.base import Sink, View
 
 FILE_NAME = "gradflow_report.html"
@@ -63,8 +63,8 @@ def page(view: View, figures: bool = True) -> str:
         HTML that loads nothing from elsewhere.
     """
     still_open = [finding for finding in view.findings if finding.is_open and finding.severity.is_alarm]
-    settled = "warning" if words.untouched(view) else "calm"
-    mood = words.worst_first(still_open)[0].severity.value if still_open else settled
+    settled = "warning" if lineage.untouched(view) else "calm"
+    mood = lineage.worst_first(still_open)[0].severity.value if still_open else settled
     steps = view.history.steps
     facts = f"{len(steps)} sampled steps, {steps[0]} to {steps[-1]}" if len(steps) else "no sampled steps"
     blocks = [
@@ -92,7 +92,7 @@ def _findings(view: View) -> str:
         return ""
     told: set[Suggestion] = set()
     return "<h2>Findings</h2>" + "".join(
-        _finding(finding, told, view.findings) for finding in words.shown(view.findings)
+        _finding(finding, told, view.findings) for finding in lineage.shown(view.findings)
     )
 
 
@@ -116,7 +116,7 @@ def _finding(finding: Finding, told: set[Suggestion], findings: tuple[Finding, .
 
 def _to_do(finding: Finding, told: set[Suggestion], findings: tuple[Finding, ...]) -> str:
     """The advice that is not `told` yet; of what merely follows from an alarm the advice stands there."""
-    root = words.comes_of(finding, findings)
+    root = lineage.comes_of(finding, findings)
     if root is not None:
         return f"<p>Comes of: {escape(words.kind(root))}.</p>"
     fresh = [suggestion for suggestion in finding.suggestions if suggestion not in told]

@@ -6,33 +6,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from lightning_gradflow.detectors.consolidate import follows
 from lightning_gradflow.detectors.profile import depth_profile
 from lightning_gradflow.findings import Action, Finding
 from lightning_gradflow.sinks.base import View
+from lightning_gradflow.sinks.lineage import has_alarmed, shown, untouched, worst_first
 
 NO_TROUBLE = "No sign of trouble in the gradients."
 _FEW = 3  # layers that a line names
-
-
-def worst_first(findings: Iterable[Finding]) -> list[Finding]:
-    """Open findings before resolved ones, the more severe first, the older first among equals."""
-    return sorted(findings, key=lambda finding: (not finding.is_open, -finding.severity.rank, finding.step))
-
-
-def shown(findings: Iterable[Finding]) -> list[Finding]:
-    """The findings to show, worst first: not those that went over into another of their kind, more or less severe.
-
-    Example:
-        >>> from lightning_gradflow.findings import FindingKind, Severity
-        >>> kind = FindingKind.LOSS_PLATEAU
-        >>> early = Finding(kind, Severity.INFO, step=20, resolved_step=50)
-        >>> [finding.step for finding in shown([early, Finding(kind, Severity.WARNING, step=50)])]
-        [50]
-    """
-    findings = list(findings)
-    opened = {(finding.kind, finding.step) for finding in findings}
-    return worst_first(f for f in findings if (f.kind, f.resolved_step) not in opened)
 
 
 def verdict(view: View) -> str:
@@ -67,71 +47,6 @@ def verdict(view: View) -> str:
     what = "it" if len(over) == 1 else "them" if count == len(over) else f"{count} of them"
     cause = "its cause" if count == 1 else "their causes"
     return f"{said} Nothing was changed because of {what}, so {cause} may still be there: see below."
-
-
-def untouched(view: View) -> list[Finding]:
-    """The alarms that went by while nothing was done to the run, or nothing that was kept.
-
-    Numbers calm down by themselves when a network has settled on what it gives; what made them large may be there yet.
-
-    Example:
-        >>> from dataclasses import replace
-        >>> from lightning_gradflow.findings import FindingKind, Severity
-        >>> from lightning_gradflow.history import History
-        >>> alarm = Finding(FindingKind.VANISHING_GRADIENT, Severity.CRITICAL, 1, cause="depth", resolved_step=25)
-        >>> done = Action(1, "reinit", ("fc1",), "vanishing gradient, depth", outcome="kept")
-        >>> view = View(History(), (alarm,), (), step=50, progress=1.0, model="Net")
-        >>> len(untouched(view)), len(untouched(replace(view, actions=(done,))))
-        (1, 0)
-    """
-    steps = [action.step for action in view.actions if action.outcome != "rolled_back"]
-    over = [one for one in shown(view.findings) if not one.is_open and has_alarmed(one, view.findings)]
-    since = [_line(finding, view.findings)[-1].step for finding in over]
-    return [
-        finding
-        for finding, start in zip(over, since, strict=True)
-        if not any(start <= step <= (finding.resolved_step or start) for step in steps)
-    ]
-
-
-def has_alarmed(finding: Finding, findings: Iterable[Finding]) -> bool:
-    """Whether a finding is an alarm, or one of its kind that went over into it was.
-
-    Example:
-        >>> from lightning_gradflow.findings import FindingKind, Severity
-        >>> alarm = Finding(FindingKind.DEAD_UNITS, Severity.WARNING, step=8, resolved_step=50)
-        >>> left = Finding(FindingKind.DEAD_UNITS, Severity.INFO, step=50)
-        >>> [has_alarmed(left, [alarm, left]), has_alarmed(left, [left])]
-        [True, False]
-    """
-    return any(one.severity.is_alarm for one in _line(finding, findings))
-
-
-def _line(finding: Finding, findings: Iterable[Finding]) -> list[Finding]:
-    """A finding, the one that went over into it, and so on back to the first."""
-    line = [finding]
-    for earlier in reversed(list(findings)):
-        if earlier is not finding and (earlier.kind, earlier.resolved_step) == (finding.kind, line[-1].step):
-            line.append(earlier)
-    return line
-
-
-def comes_of(finding: Finding, findings: Iterable[Finding]) -> Finding | None:
-    """The alarm that an info merely follows from: what to do stands there.
-
-    Example:
-        >>> from lightning_gradflow.findings import FindingKind, Severity
-        >>> root = Finding(FindingKind.VANISHING_GRADIENT, Severity.CRITICAL, step=8)
-        >>> plateau = Finding(FindingKind.LOSS_PLATEAU, Severity.INFO, step=50, cause="vanishing_gradient")
-        >>> comes_of(plateau, [plateau, root]) == root, comes_of(root, [plateau, root])
-        (True, None)
-    """
-    findings = shown(findings)
-    if finding.severity.is_alarm:
-        return None
-    # an info that has outlasted an alarm is one of its own
-    roots = (one for one in findings if one.severity.is_alarm and (one.is_open or not finding.is_open))
-    return next((root for root in roots if follows(finding, root)), None)
 
 
 def effective_depth(view: View) -> str:
@@ -208,12 +123,12 @@ OUTCOMES = {"applied": "on trial", "kept": "kept", "rolled_back": "taken back"}
 """What has become of an action."""
 
 OUTCOME_LEGEND = (
-    "Each action is tried for a while. Kept: the alarm ended and the loss is no higher, or the loss fell. Taken back: "
-    "neither, and everything became again what it was before. On trial: the run ended before that was known."
+    "Each is tried for a while and kept if the alarm ended with no higher loss, or the loss fell; else taken back. On "
+    "trial: the run ended first."
 )
 """How to read the outcomes."""
 
-_UNITS = {"span": " decades"}
+_DECADES = {"span": "gradient from the last layer to the first", "time_decades": "gradient back through time"}
 _PERCENT = "_fraction"
 
 
@@ -221,9 +136,9 @@ def action_line(action: Action) -> str:
     """An action in a line: what was done and why, the numbers, and what has become of it.
 
     Example:
-        >>> numbers = {"before": {"span": -8.1, "loss": 2.31}, "after": {"span": -0.3, "loss": 1.02}}
-        >>> action_line(Action(1, "reinit", ("fc1",), "depth", **numbers, outcome="kept", decided_step=25))
-        'step 1: drew fc1 anew (depth): span -8.1 -> -0.3 decades; kept at step 25: loss 2.31 -> 1.02'
+        >>> numbers = {"before": {"time_decades": -3.2, "loss": 2.31}, "after": {"time_decades": -0.3, "loss": 1.02}}
+        >>> action_line(Action(1, "reinit", ("rnn",), "time", **numbers, outcome="kept", decided_step=25))
+        'step 1: drew rnn anew (time): gradient back through time x0.00063 -> x0.5; kept at step 25: loss 2.31 -> 1.02'
     """
     numbers, losses = _split(action)
     head = f"step {action.step}: {deed(action)}" + (f" ({action.reason})" if action.reason else "")
@@ -277,16 +192,17 @@ def _is_loss(name: str) -> bool:
 
 
 def _change(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    unit = _UNITS.get(name, "")
-    title = name.replace("_", " ")
+    title = _DECADES.get(name, name.replace("_", " "))
     if name not in before:
-        return f"{title} after it {_number(name, after[name])}{unit}"
+        return f"{title} after it {_number(name, after[name])}"
     if name not in after:
-        return f"{title} before it {_number(name, before[name])}{unit}"
-    return f"{title} {_number(name, before[name])} -> {_number(name, after[name])}{unit}"
+        return f"{title} before it {_number(name, before[name])}"
+    return f"{title} {_number(name, before[name])} -> {_number(name, after[name])}"
 
 
 def _number(name: str, value: float) -> str:
+    if name in _DECADES:
+        return f"x{10.0 ** max(min(value, 300.0), -300.0):.2g}"
     return f"{value:.0%}" if name.endswith(_PERCENT) else f"{value:.3g}"
 
 

@@ -31,7 +31,7 @@ def test_odd_numbers_do_not_break_a_text(kind, cause, value):
 def test_the_text_of_a_vanishing_gradient_reads_as_a_person_would_write_it():
     assert explain(finding("vanishing_gradient", "saturation")) == (
         "The gradient vanishes from net.6 down to net.0 (4 layers): "
-        "it loses 6.2 decades over 21 points of the network. "
+        "it gets 1.8e6 times smaller over 21 points of the network. "
         "Most of it is lost in the bounded activations, which pass little on even where they do not saturate: "
         "each multiplies the gradient by 0.24 (median); "
         "the weights of a layer by 0.58."

@@ -34,6 +34,7 @@ ANY_MODEL = {
     "read_all_steps",
     "scale_targets",
     "scores_for_classes",
+    "scores_without_bounds",
     "scores_for_yes_or_no",
     "stable_loss",
     "warm_up",

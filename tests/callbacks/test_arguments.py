@@ -31,7 +31,7 @@ BAD = [
     (PlateauDetector, {"min_progress": 1}, r"min_progress must be in \(0, 1\), got 1"),
     (AutoMitigator, {"mode": None}, r"mode must be one of \('off', 'suggest', 'apply'\), got None"),
     (AutoMitigator, {"allow": ("clip", "pray")}, r"allow must hold only remedies of \('clip', .*'\), got .*pray"),
-    (AutoMitigator, {"allow": "clip"}, r"allow must hold only remedies of .* got 'clip'"),
+    (AutoMitigator, {"allow": "clip"}, r"allow must be a sequence of .*, such as \['clip'\], got 'clip'"),
     (AutoMitigator, {"max_actions": -1}, r"max_actions must be a whole number in \[0, inf\), got -1"),
     (AutoMitigator, {"max_progress": 0}, r"max_progress must be in \(0, 1\], got 0"),
     (AutoMitigator, {"max_progress": 1.1}, r"max_progress must be in \(0, 1\], got 1.1"),

@@ -86,6 +86,14 @@ class Probabilities(Net):
         return F.cross_entropy(self(x).softmax(1), y)
 
 
+class Bounded(Net):
+    """A sigmoid too many."""
+
+    def training_step(self, batch, _):
+        x, y = batch
+        return F.cross_entropy(self(x).sigmoid(), y)
+
+
 class Counted(Net):
     """A number is asked for, and it is rounded before the loss."""
 
@@ -134,6 +142,7 @@ ALL = {"body.0", "body.2", "head"}
         (Penalty, ("no_gradient", "detached", ALL)),
         (Counted, ("no_gradient", "detached", ALL)),
         (Probabilities, ("loss_mismatch", "softmax_twice", set())),
+        (Bounded, ("loss_mismatch", "bounded_scores", set())),
         (lambda: Net(torch.bfloat16, lr=2e-5), ("update_ratio", "rounding", ALL)),
         (lambda: Net(torch.bfloat16, lr=1e-9), ("update_ratio", "rounding", ALL)),
     ],

@@ -52,6 +52,11 @@ WRONG = {
         lambda: F.cross_entropy(classes()[None].softmax(-1).transpose(1, 2), TARGET[None]),
         lambda: F.cross_entropy(classes().softmax(1).half().float(), TARGET),
     ],
+    "bounded_scores": [
+        lambda: F.cross_entropy(classes().sigmoid(), TARGET),
+        lambda: nn.CrossEntropyLoss()(nn.Tanh()(classes()), TARGET),
+        lambda: F.nll_loss(F.log_softmax(pixels().sigmoid().squeeze(0), 1), PIXELS),
+    ],
     "sigmoid_twice": [
         lambda: F.binary_cross_entropy_with_logits(column().sigmoid(), ONES[:, None]),
         lambda: nn.BCEWithLogitsLoss()(column().sigmoid().squeeze(1), ONES),
@@ -74,6 +79,8 @@ WRONG = {
 RIGHT = [
     lambda: F.cross_entropy(classes(), TARGET),
     lambda: F.cross_entropy(classes().log_softmax(1), TARGET),
+    lambda: F.cross_entropy(30 * (classes() / 30).tanh(), TARGET),  # scores that are capped
+    lambda: F.cross_entropy(nn.Linear(CLASSES, CLASSES)(classes().sigmoid()), TARGET),
     lambda: F.cross_entropy(pixels(), PIXELS),
     lambda: F.nll_loss(classes().log_softmax(1), TARGET),
     lambda: F.nll_loss((classes().softmax(1) + 1e-8).log(), TARGET),

@@ -910,3 +910,15 @@ def test_a_batch_that_is_forgotten_leaves_those_before_it():
     model(1e6 * x)
     sampled.probe.forget_batch()
     assert sampled.finish() == plain
+
+
+@pytest.mark.parametrize(("scale", "delta"), [(4.0, 1.25), (0.0, math.inf)])
+def test_deltas_are_unscaled_and_behind_a_scale_of_zero_they_are_lost(scale, delta):
+    model = nn.Linear(2, 2, bias=False)
+    sampled = Sampled(model)
+    sampled.probe.start_batch()
+    loss = (model(torch.ones(1, 2)) * torch.tensor([3.0, 4.0])).sum()
+    sampled.probe.before_backward()
+    loss.backward()
+    sampled.probe.after_backward(torch.tensor(scale))
+    assert sampled.finish()["(root)"]["delta_norm"] == delta

@@ -115,14 +115,14 @@ def test_an_activation_counts_for_the_layer_before_it():
 
 
 def test_actions_are_listed_with_their_outcome_and_how_to_read_it():
-    text = summary(made_up.view(actions=made_up.DECIDED), width=160)
+    text = summary(made_up.view(actions=made_up.DECIDED), width=200)
     assert (
         "What was changed (2)\n"
-        "  step 10: drew net.0 and net.2 anew (vanishing gradient, saturation): span -8.1 -> -0.3 decades; "
-        "kept at step 30: loss 2.31 -> 1.02\n"
+        "  step 10: drew net.0 and net.2 anew (vanishing gradient, saturation): "
+        "gradient from the last layer to the first x7.9e-09 -> x0.5; kept at step 30: loss 2.31 -> 1.02\n"
         "  step 10: began to clip the gradient norm (exploding gradient): grad norm total before it 1e+09; "
         "max norm after it 2.5; taken back at step 30\n"
-        "Each action is tried for a while."
+        "Each is tried for a while"
     ) in text
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from lightning_gradflow.sinks import ScalarSink, TensorBoardSink, WandbSink, make_sinks
+from lightning_gradflow.sinks.base import LOGGED
 from tests import made_up
 
 
@@ -18,6 +19,7 @@ def test_csv_gets_the_scalars_of_each_row(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["0", "10", "20"]
     assert [float(row["gradflow/grad_norm_median"]) for row in rows] == pytest.approx([0.055] * 3)
+    assert {name.removeprefix("gradflow/") for name in rows[0]} - {"step"} <= set(LOGGED)
 
 
 def test_csv_gets_the_number_of_actions_at_their_steps(tmp_path):

@@ -119,7 +119,7 @@ def test_actions_are_a_table_counts_and_alerts(logger_and_read):
             "kind": "reinit",
             "layers": "net.0, net.2",
             "reason": "vanishing gradient, saturation",
-            "numbers": "span -8.1 -> -0.3 decades; loss 2.31 -> 1.02",
+            "numbers": "gradient from the last layer to the first x7.9e-09 -> x0.5; loss 2.31 -> 1.02",
             "outcome": "kept",
             "decided_step": 30,
         },

@@ -7,29 +7,13 @@ from lightning_gradflow.findings import Action, Finding, FindingKind, Severity
 from lightning_gradflow.history import History, Row
 from lightning_gradflow.sinks import summary
 from lightning_gradflow.sinks.base import scalars
+from lightning_gradflow.sinks.lineage import untouched
 from lightning_gradflow.sinks.report import page
-from lightning_gradflow.sinks.words import comes_of, effective_depth, has_alarmed, shown, to_do, untouched, verdict
+from lightning_gradflow.sinks.words import effective_depth, to_do, verdict
 from tests import made_up
 
 PLATEAU, DEAD = FindingKind.LOSS_PLATEAU, FindingKind.DEAD_UNITS
-
-
-def test_a_finding_that_went_over_into_a_worse_one_is_shown_once():
-    early = Finding(PLATEAU, Severity.INFO, step=10, resolved_step=40)
-    late = Finding(PLATEAU, Severity.WARNING, step=40)
-    assert shown([early, late]) == [late]
-
-
-def test_a_finding_that_was_over_is_shown_beside_a_later_one():
-    early = Finding(PLATEAU, Severity.WARNING, step=10, resolved_step=30)
-    late = Finding(PLATEAU, Severity.WARNING, step=40)
-    assert shown([early, late]) == [late, early]
-
-
-def test_findings_of_other_kinds_hide_nothing():
-    early = Finding(PLATEAU, Severity.INFO, step=10, resolved_step=40)
-    other = Finding(DEAD, Severity.INFO, step=40)
-    assert shown([early, other]) == [other, early]
+ALARM = Finding(DEAD, Severity.WARNING, step=10, resolved_step=40)
 
 
 @pytest.mark.parametrize(
@@ -43,28 +27,6 @@ def test_what_an_alarm_has_become_is_no_all_clear(resolved_step, said):
     )
     other = Finding(PLATEAU, Severity.INFO, step=40, message="the loss stands still.")
     assert verdict(replace(made_up.view(), findings=(alarm, left, other))).startswith(said)
-
-
-ALARM = Finding(DEAD, Severity.WARNING, step=10, resolved_step=40)
-
-
-@pytest.mark.parametrize(
-    ("action", "is_left"),
-    [
-        (Action(10, "clip", outcome="kept"), False),
-        (Action(40, "clip"), False),  # on trial when the run ended
-        (Action(20, "clip", outcome="rolled_back"), True),
-        (Action(9, "clip", outcome="kept"), True),  # for something earlier
-        (Action(41, "clip", outcome="kept"), True),
-    ],
-)
-def test_an_alarm_in_whose_time_nothing_was_changed_for_good_is_untouched(action, is_left):
-    assert untouched(made_up.view(findings=(ALARM,), actions=(action,))) == [ALARM] * is_left
-
-
-def test_neither_what_is_open_nor_an_info_is_untouched():
-    findings = (replace(ALARM, resolved_step=None), Finding(PLATEAU, Severity.INFO, step=10, resolved_step=40))
-    assert untouched(made_up.view(findings=findings)) == []
 
 
 def test_an_alarm_that_became_worse_was_treated_if_it_was_at_any_time():
@@ -91,33 +53,11 @@ def test_the_verdict_says_of_how_many_the_cause_may_be_there(actions, end):
     assert verdict(made_up.view(findings=(ALARM, other), actions=actions)) == said + end
 
 
-def test_a_finding_was_an_alarm_if_one_that_went_over_into_it_was():
-    info = Finding(DEAD, Severity.INFO, step=40, resolved_step=60)
-    assert has_alarmed(info, [ALARM, info])
-    assert not has_alarmed(info, [replace(ALARM, resolved_step=30), info])
-    assert not has_alarmed(info, [replace(ALARM, kind=PLATEAU), info])
-    at_once = Finding(DEAD, Severity.INFO, step=40, resolved_step=40)
-    assert has_alarmed(info, [ALARM, at_once, info])
-
-
 def test_there_is_something_to_do_as_long_as_it_lasts_and_after_an_alarm():
     info = Finding(DEAD, Severity.INFO, step=10)
     assert to_do(info, [info]) == to_do(replace(ALARM, resolved_step=None), []) == "What to do"
     assert to_do(ALARM, [ALARM]) == "For the next run"
     assert to_do(replace(info, resolved_step=40), []) == ""
-
-
-@pytest.mark.parametrize(
-    ("resolved", "root_resolved", "is_told"),
-    [(None, None, True), (50, None, True), (50, 40, True), (None, 40, False)],  # the last one has outlasted it
-)
-def test_an_info_comes_of_an_alarm_as_long_as_that_lasts(resolved, root_resolved, is_told):
-    plateau = Finding(PLATEAU, Severity.INFO, step=20, cause="dead_units", resolved_step=resolved)
-    root = replace(ALARM, resolved_step=root_resolved)
-    assert comes_of(plateau, [root, plateau]) == (root if is_told else None)
-    assert comes_of(replace(plateau, severity=Severity.WARNING), [root, plateau]) is None
-    assert comes_of(plateau, [replace(root, severity=Severity.INFO), plateau]) is None
-    assert comes_of(replace(plateau, cause="no_signal_in_data"), [root, plateau]) is None
 
 
 def test_the_effective_depth_is_said_wherever_a_run_is_shown():
