@@ -110,6 +110,8 @@ def make_critical(
       and takes it in;
     - where others are drawn, its weights are above `1 / sqrt(fan_in)` by more than a factor of 2: they were drawn as
       badly, and what follows, such as the norm of a sum of branches that are all too large, hides it;
+    - where others are drawn, its weights are off `1 / sqrt(fan_in)` by more than a factor of 10, even if what follows
+      makes up for it, as a norm does, and is no residual: steps are far too large beside weights that are too small;
     - where no layer is off by itself, its weights are so, and those of all such layers are above that by more than a
       factor of 10 together; or an output that none takes has a spread above 10: together they make it, and so do layers
       that gain more than a factor of 2 without a residual, as sums over neighbours do with usual weights. Only the
@@ -124,8 +126,8 @@ def make_critical(
     layers do together.
 
     Left as they are: layers of less than 16 units or inputs in a network of which another layer looks trained; layers
-    whose scale a normalisation takes away again, that are called with autograd off alone, that share weights, are
-    frozen, or have a parametrization that can't make any weight that is asked for (weight norm can, spectral norm not).
+    that are called with autograd off alone, that share weights, are frozen, or have a parametrization that can't make
+    any weight that is asked for (weight norm can, spectral norm not).
 
     Args:
         module: the model, or a copy of it; its weights are changed.
@@ -181,7 +183,8 @@ def make_critical(
 
 def _off(links: Mapping[str, Link], names: Sequence[str], aims: Mapping[str, float]) -> float:
     """Decades that the gains of these layers are off, all together."""
-    set_by_gain = [name for name in names if links[name].is_known and not links[name].is_first]
+    told = [name for name in names if links[name].is_known and not links[name].is_normalised]
+    set_by_gain = [name for name in told if not links[name].is_first]
     return sum(abs(decades(links[name]) - math.log10(aims[name])) for name in set_by_gain)
 
 
@@ -241,7 +244,7 @@ class _Adjustment:
 
     def _factor(self, name: str, spread: float) -> float:
         link = self.known.get(name)
-        if link is None or link.is_first or not link.is_known:
+        if link is None or link.is_first or link.is_normalised or not link.is_known:
             # at variance 1 no activation is far from where its gain is 1; an output of that size is a safe start
             wanted = 1 / spread if spread > 0 else 1.0
             return wanted if math.isfinite(wanted) else 1.0

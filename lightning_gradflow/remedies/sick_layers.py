@@ -67,7 +67,9 @@ class Choice:
             return self._loud_together(links, max_off)
         others = self.may - {*sick}
         too = {name for name in others if max_off < FAR and _is_quiet(modules[name], links[name], max_off)}
-        too |= {name for name in others if _is_loud(modules[name], links[name])}
+        too |= {
+            name for name in others if _is_loud(modules[name], links[name]) or _is_hidden(modules[name], links[name])
+        }
         return [name for name in links if name in sick or name in too]
 
     def _adding_up(self, links: Mapping[str, Link], aims: Mapping[str, float]) -> list[str]:
@@ -199,6 +201,14 @@ def _is_loud(layer: nn.Module, link: Link) -> bool:
     What follows may hide it, as the norm behind the sum of many branches that are all too large does.
     """
     return not link.is_normalised and _size(layer) > _UNUSUAL and looks_drawn(layer)
+
+
+def _is_hidden(layer: nn.Module, link: Link) -> bool:
+    """Whether something hides weights of a size that no usual initialisation gives, such as a norm behind them.
+
+    The signal does not tell, but a step does: beside weights that are too small each one turns the layer over.
+    """
+    return link.is_known and link.is_chain and _is_off(_size(layer), 1.0, _MAX_STRETCH) and looks_drawn(layer)
 
 
 def looks_drawn(layer: nn.Module) -> bool:

@@ -806,6 +806,28 @@ def test_branches_of_the_usual_size_are_left():
     _assert_untouched(_made(lambda: Normed(None)), _batch(64, WIDTH))
 
 
+@pytest.mark.parametrize(("size", "is_drawn"), [(0.02, True), (0.2, False), (5, False), (20, True)])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+def test_weights_whose_size_a_norm_hides_are_drawn_where_others_are(norm, size, is_drawn):
+    net, x = _made(lambda: _normed(norm, nn.ReLU, depth=4)), _batch(64, WIDTH)
+    hidden = ["3", "6", "9"]
+    for name in hidden:
+        nn.init.normal_(net[int(name)].weight, std=size / math.sqrt(WIDTH))
+    _assert_untouched(net, x)
+    nn.init.normal_(net[-1].weight, std=20)
+    treated = _treated(net, x)
+    assert [name for name in hidden if name in treated.changed] == hidden * is_drawn
+    assert all(treated.after[name].spread == pytest.approx(1, rel=0.1) for name in hidden * is_drawn)
+
+
+def test_ends_of_branches_that_were_made_small_are_left_where_others_are_drawn():
+    net, x = _made(lambda: Normed(None)), _batch(64, WIDTH)
+    for layer in net.downs:
+        nn.init.normal_(layer.weight, std=1e-3)
+    nn.init.normal_(net.head.weight, std=20)
+    assert {*_treated(net, x).changed} == {"head"}
+
+
 def test_weights_before_a_softmax_are_not_made_large_because_no_gradient_comes_through():
     net = _made(lambda: _drawn_with(Attending(), nn.init.normal_))
     treated = _treated(net, _batch(16, 10, WIDTH))
