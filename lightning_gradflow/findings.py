@@ -18,6 +18,7 @@ class FindingKind(str, Enum):
     SATURATED_ACTIVATION = "saturated_activation"
     LOSS_PLATEAU = "loss_plateau"
     LOSS_MISMATCH = "loss_mismatch"
+    MIXED_SAMPLES = "mixed_samples"
     NO_GRADIENT = "no_gradient"
     UPDATE_RATIO = "update_ratio"
 
@@ -76,6 +77,10 @@ class LossMismatchWarning(GradFlowWarning):
     """The loss function gets something that it is not made for."""
 
 
+class MixedSamplesWarning(GradFlowWarning):
+    """A layer takes the samples of a batch for the time steps of a sequence."""
+
+
 class NoGradientWarning(GradFlowWarning):
     """Parameters that the optimizer holds never get a gradient."""
 
@@ -92,6 +97,7 @@ WARNINGS: dict[FindingKind, type[GradFlowWarning]] = {
     FindingKind.SATURATED_ACTIVATION: SaturatedActivationWarning,
     FindingKind.LOSS_PLATEAU: LossPlateauWarning,
     FindingKind.LOSS_MISMATCH: LossMismatchWarning,
+    FindingKind.MIXED_SAMPLES: MixedSamplesWarning,
     FindingKind.NO_GRADIENT: NoGradientWarning,
     FindingKind.UPDATE_RATIO: UpdateRatioWarning,
 }

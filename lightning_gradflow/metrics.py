@@ -81,6 +81,9 @@ METRICS: dict[str, Metric] = {
     "stack_gain": Metric(
         "layers", "norm", "gradient norm of the biases of a stacked recurrence's first layer / of its last"
     ),
+    "steps_as_samples": Metric(
+        "layers", "index", "time steps that a recurrence or attention takes for samples, and these for time steps"
+    ),
     "delta_norm": Metric("points", "norm", "L2 norm of the loss gradient at the output, over all calls"),
     "calls": Metric("points", "index", "calls of a point in a forward pass, up to the last one that got a gradient"),
     "delta_headroom": Metric(
@@ -169,6 +172,7 @@ SCALARS: dict[str, str] = {
     "lr_scheduled": "1 if there is a learning rate schedule, else 0",
     "input_layer": "identity on the layer axis of the layer that the measured inputs go into",
     "dropped_at": "identity on the layer axis of the first layer whose output dropout has a part in",
+    "samples_as_steps": "samples of a batch, in a row in which a layer takes them for time steps",
     "loss_line": "1 in a row in which a standstill was looked into",
     "residual_rms": "root mean square of outputs less targets, where the loss is a squared or absolute error of these",
     "compared_rms": "root mean square of those outputs",

@@ -45,6 +45,10 @@ SEEN: dict[FindingKind, Text] = {
         "it stands at {loss}",
     ),
     FindingKind.LOSS_MISMATCH: ("The loss function gets something that it is not made for",),
+    FindingKind.MIXED_SAMPLES: (
+        "The samples of a batch are mixed in {layers}",
+        "its {batch_size} samples are taken for time steps, and the {time_steps} time steps for samples",
+    ),
     FindingKind.NO_GRADIENT: ("No gradient ever reaches {layers}, although the optimizer holds the parameters",),
     FindingKind.UPDATE_RATIO: (
         "The updates are out of proportion to the weights in {layers}",
@@ -249,6 +253,9 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "Outputs and targets differ in shape, as (N, 1) and (N,) do, and are broadcast to (N, N)",
         "each output is held against all targets, and the best that can be learnt is their mean",
     ),
+    (FindingKind.MIXED_SAMPLES, "batch_first"): (
+        "batch_first is False there, and the input is (batch, time, features)",
+    ),
     (FindingKind.NO_GRADIENT, "detached"): (
         "The graph is cut behind them: the next layer, or the loss, takes their output detached, as data or rounded",
         "what arrives is exactly zero, in all of {zero_samples} samples",
@@ -291,6 +298,7 @@ _PERCENT = frozenset(
 _COUNT = frozenset(
     {"points", "layers", "underflowed_points", "nonfinite_layers", "activations", "features"}
     | {"zero_samples", "penalty_samples", "largest_step", "planned_steps", "steps", "time_steps", "wait_steps"}
+    | {"batch_size"}
 )
 _MOST_NAMES = 3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from lightning_gradflow.advice.axis_cures import put_batch_first, put_time_first
 from lightning_gradflow.advice.format_cures import freeze_left_out, hold, keep_float32, master_weights
 from lightning_gradflow.advice.layer_cures import (
     initialise,
@@ -122,6 +123,8 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.LOSS_MISMATCH, "no_log_softmax"): (scores_for_classes,),
     (FindingKind.LOSS_MISMATCH, "broadcast"): (same_shape,),
     (FindingKind.LOSS_MISMATCH, "unknown"): (stable_loss,),
+    (FindingKind.MIXED_SAMPLES, "batch_first"): (put_batch_first, put_time_first),
+    (FindingKind.MIXED_SAMPLES, "unknown"): (put_batch_first, put_time_first),
     (FindingKind.NO_GRADIENT, "initialisation"): (draw_zeros,),
     (FindingKind.NO_GRADIENT, "detached"): (reconnect,),
     (FindingKind.NO_GRADIENT, "unused"): (use_or_freeze,),

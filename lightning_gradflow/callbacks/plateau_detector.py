@@ -8,6 +8,7 @@ from lightning_gradflow.detectors.chaotic_state import ChaoticState
 from lightning_gradflow.detectors.large_tables import LargeTables
 from lightning_gradflow.detectors.large_weights import LargeWeights
 from lightning_gradflow.detectors.loss_mismatch import LossMismatch
+from lightning_gradflow.detectors.mixed_samples import MixedSamples
 from lightning_gradflow.detectors.plateau import LossPlateau
 from lightning_gradflow.detectors.unscaled import UnscaledInputs
 from lightning_gradflow.detectors.unscaled_targets import UnscaledTargets
@@ -52,6 +53,7 @@ class PlateauDetector(Monitor):
         plateau = LossPlateau(window, min_progress)
         self._detectors: list[Detector] = [
             LossMismatch(),
+            MixedSamples(),
             UnscaledTargets(),
             UnscaledInputs(),
             ChaoticState(),
@@ -61,5 +63,5 @@ class PlateauDetector(Monitor):
         ]
 
     def detectors(self, alone: bool) -> list[Detector]:
-        """Wrong losses, what nothing is learnt from, and the plateau; of two findings of a kind the first counts."""
+        """Wrong losses and axes, what nothing is learnt from, and the plateau; of two of a kind the first counts."""
         return self._detectors

@@ -20,6 +20,8 @@ from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.loss_graph import LossProbe, told
 from lightning_gradflow.probes.loss_line import unpack
 from lightning_gradflow.probes.ranks import RankFailedError, Topology
+from lightning_gradflow.probes.sample_axis import SampleAxis
+from lightning_gradflow.probes.sample_axis import told as told_of_axes
 from lightning_gradflow.probes.signals import SignalProbe
 from lightning_gradflow.probes.spectra import SpectralProbe
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
@@ -65,6 +67,7 @@ class Sampler:
         self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self._transfer = Transfer(topology, self.device)
         self._loss = LossProbe()
+        self._axis = SampleAxis()
         self._look_at_model()
         self._losses = PendingLosses()
         self._read: list[int] = []
@@ -84,7 +87,12 @@ class Sampler:
         self._layers = LayerMap(self._model)
         self._history.layer_axis.merge(self._layers.names)
         self._signals = SignalProbe(
-            self._layers, self._transfer, self._measures_activations, self._window, self._loss.see
+            self._layers,
+            self._transfer,
+            self._measures_activations,
+            self._window,
+            self._loss.see,
+            self._axis.see,
         )
         if before is not None:
             self._signals.load_state_dict(before["signals"])
@@ -137,12 +145,16 @@ class Sampler:
 
     # -- in the course of a step ----------------------------------------------------------------------------------
 
-    def start_batch(self, step: int, *, gradients_only: bool = False) -> None:
+    def start_batch(
+        self, step: int, *, gradients_only: bool = False, batch: Any = None, samples: int | None = None
+    ) -> None:
         """The sampled step starts, or goes on with another batch; one without a backward pass is left behind.
 
         Args:
             step: its number.
             gradients_only: whether nothing but the size of the parameter gradients is read.
+            batch: what `training_step` gets.
+            samples: how many the batch has, where that is known and they come in random order.
         """
         if self._start(step):
             self.gradients_only = gradients_only
@@ -151,6 +163,7 @@ class Sampler:
                 self._look_at_model({"signals": self._signals.state_dict(), "spectra": self._spectra.state_dict()})
             self._gradients = GradientProbe(self._layers, self._transfer, only_size=gradients_only)
         if not self.gradients_only:
+            self._axis.start_batch(samples, batch)
             self._signals.start_batch()
 
     def start_muted(self, step: int) -> None:
@@ -168,6 +181,7 @@ class Sampler:
             self._read, self._closures, self.backwards = [], {}, 0
             self._scale, self._multiplier = None, 1.0
             self._loss.clear()
+            self._axis.clear()
         self._in_batch = True
         self._backwards_before = self.backwards
         return begins
@@ -323,6 +337,7 @@ class Sampler:
                 self._transfer.put("loss scale", self._scale.reshape(1))
             self._transfer.share_numbers("decision", [float(decision)])
             self._loss.share(self._transfer)
+            self._axis.share(self._transfer)
             if line is not None:
                 self._transfer.share_numbers("loss line", line)
             host = self._fetch_with_losses(validation)
@@ -346,10 +361,12 @@ class Sampler:
             values |= {"input_rms": signals.input_rms, "input_deviation": signals.input_deviation}
         if not self.gradients_only:
             values |= columns(self._spectra.collect(host), self._history.layer_axis)
+        mixed, of_mixed = told_of_axes(host)
+        values |= columns(mixed, self._history.layer_axis)
         losses = self._losses.by_step(host.get("losses", _NONE), self._transfer.topology.ranks)
         clip_factor = gradients.clip_factor(self._multiplier) if sees_clipping else math.nan
         found = {**scalars, "backward_passes": float(self.backwards)}
-        found |= told(host)
+        found |= told(host) | of_mixed
         found |= totals(of_layers, clip_factor, self._history.scalar("clip_factor"), scale)
         found |= unpack(host["loss line"]) if "loss line" in host else {}
         for name, layer in (("input_layer", signals.input_layer), ("dropped_at", signals.dropped_at)):

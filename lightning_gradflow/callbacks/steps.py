@@ -71,7 +71,8 @@ class Steps:
             self._why.batch_start(trainer_facts.logged_step(trainer), batch, batch_idx)
         step = self._due_step(trainer)
         if step is not None:
-            self.sampler.start_batch(step, gradients_only=not self._owes_whole)
+            samples = trainer_facts.batch_size(trainer) if self._owes_whole else None
+            self.sampler.start_batch(step, gradients_only=not self._owes_whole, batch=batch, samples=samples)
 
     def _due_step(self, trainer: Trainer) -> int | None:
         """The step of the batch that starts, if it is part of a sample."""

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from lightning_gradflow.probes.ranks import Topology
 
 _OFF_UNDER = ("XLAStrategy", "XLAFSDPStrategy", "SingleDeviceXLAStrategy")
 _NO_GRADIENTS_UNDER = ("FSDPStrategy", "DeepSpeedStrategy")
+_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def unsupported(trainer: Any) -> str | None:
@@ -95,6 +104,36 @@ def makes_no_step(trainer: Any, batch_had_backward: bool) -> bool:
 def takes_scaled_gradients(optimizer: Any) -> bool:
     """Whether an optimizer takes the gradients as the scaler left them, which fused ones do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))  # private; seen in torch 2.6 to 2.13
+
+
+def batch_size(trainer: Any) -> int | None:
+    """Samples in the present batch, two or more, where all loaders deal them out at random; None where it is not known.
+
+    It is not of a stream, nor of a batch sampler of the user's own; and the last batch of an epoch may be smaller.
+    """
+    loaders = list(_loaders(trainer.train_dataloader))
+    sizes = {_random_size(loader) for loader in loaders}
+    size = sizes.pop() if len(sizes) == 1 else None
+    if size is None or size < 2:
+        return None
+    is_whole = all(loader.drop_last or len(loader.sampler) % size == 0 for loader in loaders)
+    return size if is_whole or not trainer.is_last_batch else None
+
+
+def _loaders(loaders: Any) -> Iterator[Any]:
+    if isinstance(loaders, (Mapping, list, tuple)):
+        for part in loaders.values() if isinstance(loaders, Mapping) else loaders:
+            yield from _loaders(part)
+    else:
+        yield loaders
+
+
+def _random_size(loader: Any) -> int | None:
+    if not isinstance(loader, DataLoader):
+        return None
+    sampler = loader.sampler
+    is_random = isinstance(sampler, _RANDOM) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)
+    return loader.batch_size if is_random else None
 
 
 def steps_per_epoch(trainer: Any) -> float:

@@ -11,6 +11,7 @@ _VANISHING, _EXPLODING = FindingKind.VANISHING_GRADIENT, FindingKind.EXPLODING_G
 _NONFINITE, _NO_GRADIENT = FindingKind.NONFINITE_GRADIENT, FindingKind.NO_GRADIENT
 _DEAD, _SATURATED = FindingKind.DEAD_UNITS, FindingKind.SATURATED_ACTIVATION
 _PLATEAU, _UPDATES, _LOSS = FindingKind.LOSS_PLATEAU, FindingKind.UPDATE_RATIO, FindingKind.LOSS_MISMATCH
+_MIXED = FindingKind.MIXED_SAMPLES
 _LARGE, _SMALL, _INPUTS = "learning_rate_too_large", "learning_rate_too_small", "unscaled_inputs"
 
 
@@ -29,8 +30,11 @@ class _Some:
 _FOLLOWS: tuple[tuple[_Some, _Some], ...] = (
     # a loss that stands is the last link of every chain
     (_Some((_PLATEAU,)), _Some((_NONFINITE,))),
-    # with the wrong formula nothing can be said of the steps
+    # with the wrong formula, or the wrong axis, nothing can be said of the steps
     (_Some((_PLATEAU,), (_SMALL, "no_signal_in_data", "unknown")), _Some((_LOSS,))),
+    (_Some((_PLATEAU,), (_SMALL, "vanishing_gradient", "no_signal_in_data", "unknown")), _Some((_MIXED,))),
+    # what is lost on the way through the samples is not lost in time
+    (_Some((_VANISHING,), ("recurrence",)), _Some((_MIXED,))),
     (_Some((_UPDATES, _PLATEAU), (_SMALL, _LARGE)), _Some((_LOSS,), ("unscaled_targets",))),
     (_Some((_EXPLODING,), (_LARGE, "unknown")), _Some((_LOSS,), ("unscaled_targets",))),
     (_Some((_PLATEAU,)), _Some((_NO_GRADIENT,), ("detached", "initialisation"))),

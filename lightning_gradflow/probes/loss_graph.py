@@ -89,10 +89,12 @@ def told(host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, float]:
         >>> told({"compared": (36.0, 4.0, 16.0, 4.0), "broadcast": (1.0,)})
         {'broadcast': 1.0, 'residual_rms': 3.0, 'compared_rms': 1.0, 'target_deviation': 2.0}
     """
-    found = {name: 1.0 for name in MISMATCHES if name in host}
-    if "compared" in host:
-        pairs = np.asarray(host["compared"], dtype=np.float64).reshape(-1, 4)
-        *sums, numbers = pairs[pairs[:, -1] > 0].T
+    # several ranks keep a name once one of them had it: of what none has seen in this sample there are zeros
+    found = {name: 1.0 for name in MISMATCHES if name in host and host[name][0] > 0}
+    pairs = np.asarray(host.get("compared", ()), dtype=np.float64).reshape(-1, 4)
+    pairs = pairs[pairs[:, -1] > 0]
+    if len(pairs):
+        *sums, numbers = pairs.T
         with np.errstate(all="ignore"):
             sizes = np.sqrt(sums / numbers)
             ratios = np.nan_to_num(sizes[0] / np.maximum(sizes[1], 1.0), nan=np.inf)

@@ -56,6 +56,7 @@ LayerSeen = Callable[[str, Tensor], None]
 ActivationSeen = Callable[[str, str, Tensor, Mapping[str, Any]], None]
 RecurrenceSeen = Callable[[str, nn.RNNBase, tuple[Any, ...], Any], None]
 InputSeen = Callable[[nn.Module, tuple[Any, ...]], None]
+SequenceSeen = Callable[[str, nn.RNNBase | nn.MultiheadAttention, Any], None]
 ProductSeen = Callable[[tuple[Any, ...]], None]
 ComparisonSeen = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], None]
 
@@ -76,6 +77,7 @@ class ForwardObserver(TorchFunctionMode):
             raised.
         on_recurrence: called with the name of an RNN, LSTM or GRU, the module, its positional arguments and its output.
         on_input: called with a layer and the positional arguments of its call, before `on_layer`.
+        on_sequence: called with the name of a recurrence or attention of torch's, the module, and its sequence.
         on_product: called with the factors of a product.
         on_comparison: called with function, result and arguments of what outputs may be compared with targets by.
     """
@@ -88,6 +90,7 @@ class ForwardObserver(TorchFunctionMode):
         on_error: Callable[[Exception], None] | None = None,
         on_recurrence: RecurrenceSeen | None = None,
         on_input: InputSeen | None = None,
+        on_sequence: SequenceSeen | None = None,
         on_product: ProductSeen | None = None,
         on_comparison: ComparisonSeen | None = None,
     ) -> None:
@@ -98,6 +101,7 @@ class ForwardObserver(TorchFunctionMode):
         self._on_error = on_error
         self._on_recurrence = on_recurrence
         self._on_input = on_input
+        self._on_sequence = on_sequence
         self._on_product = on_product
         self._on_comparison = on_comparison
         # what is running: its name, None for a network of others, and whether its input is detached
@@ -187,6 +191,8 @@ class ForwardObserver(TorchFunctionMode):
                 self._apart(self._after_limit, func, result, args, kwargs)
             elif func in DROPOUTS:
                 self._apart(self._after_dropout, func, args, kwargs)
+                if func is F.multi_head_attention_forward:
+                    self._apart(self._after_attention, args)
         return result
 
     def _after_limit(self, func: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -196,6 +202,11 @@ class ForwardObserver(TorchFunctionMode):
 
     def _after_dropout(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.has_dropped |= drops(func, args, kwargs)
+
+    def _after_attention(self, args: tuple[Any, ...]) -> None:
+        module, name = self._stack[-1][:2] if self._stack else (None, None)
+        if isinstance(module, nn.MultiheadAttention):  # it hands them on in one order, however it was called
+            self._report_sequence(name, module, args)
 
     def _after_activation(self, op: str, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = self._stack[-1][1] if self._stack else ROOT
@@ -240,6 +251,8 @@ class ForwardObserver(TorchFunctionMode):
         self.has_dropped |= drops_inside(module)
         if self._on_input is not None and layer == name:
             self._on_input(module, args)
+        if isinstance(module, nn.RNNBase):
+            self._report_sequence(name, module, args)
         if name not in self._spread:
             self._report_layer(layer, output)
             # its steps are no calls of anything: they are looked for at what goes in
@@ -252,6 +265,10 @@ class ForwardObserver(TorchFunctionMode):
 
     def _after_spread_layer(self, module: nn.Module, _args: Any, output: Any) -> None:
         self._apart(self._report_layer, self._layers.name_of(module), output)
+
+    def _report_sequence(self, name: str | None, module: nn.RNNBase | nn.MultiheadAttention, args: Any) -> None:
+        if self._on_sequence is not None and args and name is not None and self._layers.is_layer(name):
+            self._on_sequence(name, module, args[0])
 
     def _report_layer(self, name: str | None, output: Any) -> None:
         tensor = first_tensor(output) if name is not None and self._layers.is_layer(name) else None

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from lightning_gradflow.probes.shards import is_sharded
 from lightning_gradflow.probes.transfer import wide_dtype
 
-_FORWARDS = (nn.RNN.forward, nn.LSTM.forward, nn.GRU.forward)
-
+FORWARDS = (nn.RNN.forward, nn.LSTM.forward, nn.GRU.forward)
+"""What torch's own recurrences do when they are called: a class that is derived from one may have its own."""
 
 Series = tuple[Tensor, Tensor]
 """(T,) sums of squared gradients by time step, and (T,) how many sequences each is a sum over; the end last."""
@@ -116,7 +116,7 @@ def is_watchable(module: nn.Module, inputs: Sequence[Any], output: Any) -> bool:
     A sequence that is passed by keyword is not seen. Sharded weights are left out: a second run would need all ranks.
     So are weights with a parametrization, which may have a state that a second run moves on.
     """
-    if not isinstance(module, nn.RNNBase) or type(module).forward not in _FORWARDS or not inputs:
+    if not isinstance(module, nn.RNNBase) or type(module).forward not in FORWARDS or not inputs:
         return False
     if is_parametrized(module) or module._forward_pre_hooks:  # the older weight_norm and spectral_norm are such hooks
         return False

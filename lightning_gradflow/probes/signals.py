@@ -22,7 +22,7 @@ from lightning_gradflow.probes.gates import Gates
 from lightning_gradflow.probes.gathering import Gathering, plus
 from lightning_gradflow.probes.inputs import InputScale, shut_gates
 from lightning_gradflow.probes.layers import ROOT, LayerMap
-from lightning_gradflow.probes.observer import ComparisonSeen, ForwardObserver, is_measurable
+from lightning_gradflow.probes.observer import ComparisonSeen, ForwardObserver, SequenceSeen, is_measurable
 from lightning_gradflow.probes.packing import Deltas, Seen, pack
 from lightning_gradflow.probes.points import PointNames
 from lightning_gradflow.probes.recurrence import RecurrentCall, Series, is_watchable, joined
@@ -54,6 +54,7 @@ class SignalProbe:
             default of 3 is full at step 2: a unit that fires for one sample in a hundred is then found alive with 85 %
             at a batch of 64.
         on_comparison: called with what may be a part of the loss; see `ForwardObserver`.
+        on_sequence: called with what goes into recurrences and attentions; see there.
 
     Raises:
         ValueError: if `window` is below 1.
@@ -66,6 +67,7 @@ class SignalProbe:
         activations: bool = True,
         window: int = 3,
         on_comparison: ComparisonSeen | None = None,
+        on_sequence: SequenceSeen | None = None,
     ) -> None:
         self._layers = layers
         self._transfer = transfer
@@ -78,6 +80,7 @@ class SignalProbe:
             self._on_activation,
             on_error=self._keep,
             on_recurrence=self._on_recurrence,
+            on_sequence=on_sequence,
             on_input=self._on_input,
             on_product=self._on_product,
             on_comparison=on_comparison,

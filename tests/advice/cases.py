@@ -18,6 +18,7 @@ VOCABULARY = {
         "learning_rate_too_large no_signal_in_data unknown"
     ),
     "loss_mismatch": "unscaled_targets softmax_twice bounded_scores sigmoid_twice no_log_softmax broadcast unknown",
+    "mixed_samples": "batch_first unknown",
     "no_gradient": "detached initialisation unused not_optimized",
     "update_ratio": "rounding learning_rate_too_small learning_rate_too_large unscaled_inputs overwritten",
 }

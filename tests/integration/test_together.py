@@ -18,7 +18,7 @@ KINDS = {
         FindingKind.UPDATE_RATIO,
     },
     SaturationMonitor: {FindingKind.DEAD_UNITS, FindingKind.SATURATED_ACTIVATION},
-    PlateauDetector: {FindingKind.LOSS_PLATEAU, FindingKind.LOSS_MISMATCH},
+    PlateauDetector: {FindingKind.LOSS_PLATEAU, FindingKind.LOSS_MISMATCH, FindingKind.MIXED_SAMPLES},
     AutoMitigator: set(),
 }
 SETS = [kinds for n in (1, 2, 3, 4) for kinds in itertools.combinations(KINDS, n)]

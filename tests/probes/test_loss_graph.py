@@ -208,3 +208,8 @@ def test_functions_of_the_users_own_are_not_taken_for_torchs():
 def test_a_hundred_thousand_losses_are_no_graph_to_read():
     x = column()
     assert not mismatches(torch.stack([x.mean()] * 100_000).sum())
+
+
+def test_what_ranks_saw_before_and_no_rank_sees_now_is_not_told():
+    assert told({"softmax_twice": (0.0,), "compared": (0.0,) * 32}) == {}
+    assert told({"softmax_twice": (2.0,), "compared": (0.0,) * 32}) == {"softmax_twice": 1.0}
