@@ -254,6 +254,16 @@ class VanishingGradient:
         return seen[0].profile.step <= last - _PATIENCE and all(is_so(one) for one in seen)
 
 
+def vanished_before(
+    history: History, row: int, max_decay: float = MAX_DECAY, min_headroom: float = MIN_HEADROOM
+) -> bool:
+    """Whether an earlier row lost half of `max_decay` or more in the same pass: its weights are no better."""
+    then, now = underflow_of(history, row, min_headroom), underflow_of(history, -1, min_headroom)
+    if then is None or now is None or not is_same_pass(then.profile, now.profile):
+        return False
+    return decay_of(then, max_decay / 2) is not None
+
+
 def is_vanishing(history: History, max_decay: float = MAX_DECAY, min_headroom: float = MIN_HEADROOM) -> bool:
     """Whether the signal does not reach the first layers: it decays on its way, or its number format ends.
 

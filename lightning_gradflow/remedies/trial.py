@@ -176,6 +176,8 @@ class Mitigation:
             return False
         if remedy == "clip" and self._held is not None and self._held.clipper is not None:
             return False
+        if remedy == "rollback" and self._ways.leads_nowhere(finding, history):
+            return False
         if remedy in DESTRUCTIVE and progress > self._max_progress:
             return False
         is_untouched = (finding.kind, finding.cause) == UNTOUCHED

@@ -17,6 +17,7 @@ from lightning_gradflow.remedies.through_time import TimeWatch
 _SHUT = 4.0  # of a bias: a sigmoid is within 2 % of its bound
 _MOST = 0.5  # of the gates: biases made for a long memory shut two kinds out of four
 _MAX_GROWTH = 3.0  # decades through time: networks that learn gain up to 2.5
+_ALIKE = 0.01  # share of a matrix that its rows differ by
 _SMALL, _LARGE = 0.1, 4.0  # the weights of a recurrence, or an embedding, times sqrt(fan_in); large ones make chaos
 
 
@@ -24,9 +25,9 @@ def draw_unusual(module: nn.Module, run: Callable[[], None], seed: int) -> dict[
     """Draws recurrences and embeddings anew whose weights no usual initialisation gives, by the book.
 
     They have no gain that could be measured from one layer to the next: it is their weights that are above
-    `4 / sqrt(fan_in)`, or below `0.1 / sqrt(fan_in)`. That of a recurrence from one time step to the
-    next is taken to the power of their number: weights of a usual size are unusual where it blows a gradient up. So are
-    biases that shut most of the gates.
+    `4 / sqrt(fan_in)`, below `0.1 / sqrt(fan_in)`, or the same in all rows. That of a recurrence from one time step to
+    the next is taken to the power of their number: weights of a usual size are unusual where it blows a gradient up. So
+    are biases that shut most of the gates.
 
     Args:
         module: whose parameters are changed.
@@ -76,9 +77,23 @@ def _blown_up(module: nn.Module, run: Callable[[], None], seed: int) -> dict[str
 
 def _is_usual(part: nn.RNNBase | nn.RNNCellBase | nn.Embedding, weight: Tensor) -> bool:
     """Initialisations differ in what they go by: inputs or units of the state, one token or the width of embeddings."""
+    if is_constant(weight):
+        return False
     size = float(weight.detach().double().square().mean().sqrt())
     fans = (1, weight.shape[1]) if isinstance(part, nn.Embedding) else (weight.shape[1], part.hidden_size)
     return size * math.sqrt(max(fans)) >= _SMALL and size * math.sqrt(min(fans)) <= _LARGE
+
+
+@torch.no_grad()
+def is_constant(weight: Tensor) -> bool:
+    """Whether the rows of a matrix are the same but for a hundredth of it: all of its units look at the same sum.
+
+    Example:
+        >>> is_constant(torch.full((8, 4), 0.01)), is_constant(torch.eye(4)), is_constant(torch.zeros(4, 4))
+        (True, False, False)
+    """
+    rows = weight.detach().flatten(1).double()
+    return len(rows) > 1 and bool((rows - rows.mean(0)).norm() < _ALIKE * rows.norm())
 
 
 @torch.no_grad()

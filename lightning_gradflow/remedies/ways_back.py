@@ -10,7 +10,8 @@ import numpy as np
 from lightning_gradflow.detectors.inputs import inputs_jumped, offending_features
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.unscaled_targets import were_offset
-from lightning_gradflow.findings import Finding
+from lightning_gradflow.detectors.vanishing import vanished_before
+from lightning_gradflow.findings import Finding, FindingKind
 from lightning_gradflow.history import History
 from lightning_gradflow.remedies.plan import OFF_TARGET, UNTOUCHED
 from lightning_gradflow.remedies.slowing import LARGEST_FACTOR, start_factor
@@ -33,6 +34,7 @@ class WaysBack:
         self.good: Snapshot | None = None
         """The last good weights."""
         self._start: Snapshot | None = None  # until something has been learnt
+        self._start_step = 0
         self._birth: Snapshot | None = None  # the same for longer, for a run that is off its targets
         self._newest: Snapshot | None = None
         self._newest_step = -1
@@ -42,6 +44,7 @@ class WaysBack:
         self.good = Snapshot.take(training.model, training.optimizers)
         self._start, self._newest = None if self.learnt else self.good, None
         rows = training.history.rows
+        self._start_step = rows[-1].step if rows else 0
         self.good_step = rows[-1].step if self.learnt and rows else -1
 
     def end(self) -> None:
@@ -60,6 +63,7 @@ class WaysBack:
         """Nothing goes back behind what has helped."""
         self.good = Snapshot.take(training.model, training.optimizers)
         self._start, self._birth = None if self.learnt else self.good, None
+        self._start_step = training.history.rows[-1].step
         self.good_step = training.history.rows[-1].step if self.learnt else -1
 
     def is_young(self, history: History) -> bool:
@@ -87,6 +91,13 @@ class WaysBack:
         if self.learnt or (is_accident and self.good_step >= 0):
             return self.good, True
         return self._start, False
+
+    def leads_nowhere(self, finding: Finding, history: History) -> bool:
+        """Whether the gradient vanished in all that there is to go back to as well."""
+        if finding.kind is not FindingKind.VANISHING_GRADIENT:
+            return False
+        ways = {self._start_step, max(self.good_step, self._start_step)}
+        return all(vanished_before(history, _row_at(history, step)) for step in ways)
 
     def came_before(self, finding: Finding) -> bool:
         """Whether the step that did the harm was made before the last good weights."""
@@ -126,3 +137,8 @@ class WaysBack:
         losses = history.losses[np.isfinite(history.losses)]
         start, now = loss_at(history, -1), level(losses[-max(3, min(20, len(losses) // 3)) :])
         return now <= start + TOLERATED * abs(start)
+
+
+def _row_at(history: History, step: int) -> int:
+    """The first row from a step on; the newest where there is none."""
+    return min(int(np.searchsorted(history.steps, step)), len(history) - 1)

@@ -65,7 +65,15 @@ class Run:
         self._scale = scale
         self._planned = planned
 
-    def go(self, loss: float, *found: Finding, steps: int = 4, progress: float = math.nan, ratio: float = 0.0) -> Any:
+    def go(
+        self,
+        loss: float,
+        *found: Finding,
+        steps: int = 4,
+        progress: float = math.nan,
+        ratio: float = 0.0,
+        decades: float = math.nan,
+    ) -> Any:
         """So many steps with this loss, then a sample in which something is found.
 
         Args:
@@ -74,6 +82,7 @@ class Run:
             steps: how many.
             progress: share of the run that is done.
             ratio: size of the updates, if it is known.
+            decades: that the gradient loses from the last layer to the first, if it was measured.
 
         Returns:
             The action that was taken or decided about, or None.
@@ -81,6 +90,8 @@ class Run:
         self.step += steps
         self.history.layer_axis.merge(["0"])
         values = {"update_ratio": np.array([ratio])} if ratio else {}
+        if not math.isnan(decades):
+            values["delta_norm"] = np.logspace(-decades, 0, 5)
         scalars = {"planned_steps": float(self._planned), "grad_norm_total": 2.0}
         self.history.append(Row(self.step, values, scalars, losses=np.full(steps, loss * self._scale)))
         self.mitigation.keep_good(found, self.training)

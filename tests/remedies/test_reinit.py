@@ -373,6 +373,16 @@ def test_recurrences_of_a_size_that_nobody_draws_are_drawn_by_the_book(kind, std
     assert not any(p in optimizer.state or p.grad is not None for p in net.rnn.parameters())
 
 
+@pytest.mark.parametrize(("noise", "is_drawn"), [(0.0, True), (1e-3, True), (0.1, False)])
+def test_recurrences_all_of_whose_units_look_at_one_sum_are_drawn_by_the_book(noise, is_drawn):
+    net = Read(nn.GRU)
+    for name, p in net.rnn.named_parameters():
+        if name.startswith("weight"):
+            p.data.copy_(0.05 * (1 + noise * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))))
+    done = reinitialise(_training(net, _copying(net, _sequence()), history=_bare()), _finding())
+    assert (done is not None and "rnn" in done.layers) == is_drawn
+
+
 @pytest.mark.parametrize(("radius", "is_drawn"), [(1.0, False), (1.3, False), (2.0, True), (3.0, True)])
 def test_weights_of_a_usual_size_are_drawn_anew_where_they_blow_a_gradient_up_through_time(radius, is_drawn):
     """1.3 ** 23 are 2.6 decades, 2 ** 23 are 6.9."""

@@ -703,6 +703,28 @@ def test_without_that_step_a_run_that_learns_stays_where_it_is():
     assert not torch.equal(before, start)
 
 
+@pytest.mark.parametrize(
+    ("start", "good", "acts"),
+    [(5.0, 5.0, False), (0.5, 5.0, True), (5.0, 0.5, True), (1.4, 1.4, True), (1.6, 1.6, False)],
+)
+def test_to_go_back_is_no_way_out_where_the_gradient_vanished_then_as_well(start, good, acts):
+    run, vanishing = Run(allow=("rollback",)), finding(cause="depth")
+    for row in range(12):
+        assert run.go(2.0, ratio=0.1, decades=good if row else start) is None
+    assert run.mitigation._ways.good_step > 0
+    assert (run.go(2.0, vanishing, ratio=0.1, decades=5.0) is not None) == acts
+
+
+@pytest.mark.parametrize(("then", "acts"), [(5.0, False), (0.5, True)])
+def test_what_a_remedy_that_helped_left_is_a_start_of_its_own(then, acts):
+    run, vanishing = Run(), finding(cause="depth")
+    assert run.go(2.0, vanishing, decades=5.0).kind == "reinit"
+    for _ in range(9):
+        run.go(2.0, ratio=0.1, decades=then)
+    assert run.actions == [("reinit", "kept")]
+    assert (run.go(2.0, vanishing, ratio=0.1, decades=5.0) is not None) == acts
+
+
 def test_of_small_first_steps_the_start_is_not_kept_for_ever():
     run, start = Run(), Run().weights()
     _stands(run, ratio=1e-3)
