@@ -62,17 +62,16 @@ SEEN: dict[FindingKind, Text] = {
 }
 """What is seen, for each kind."""
 
+_LITTLE = ("Little or nothing is learnt", "it has had {steps} steps", "the loss is {loss}")
+
 SEEN_SO: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.EXPLODING_GRADIENT, "unscaled_inputs"): (
         "Inputs are far too large, and make the gradient explode",
         "feature {columns}",
         "such features in all: {features}",
     ),
-    (FindingKind.LOSS_PLATEAU, "weight_scale"): (
-        "Little or nothing is learnt",
-        "it has had {steps} steps",
-        "the loss is {loss}",
-    ),
+    (FindingKind.LOSS_PLATEAU, "weight_scale"): _LITTLE,
+    (FindingKind.LOSS_PLATEAU, "unscaled_inputs"): _LITTLE,
     (FindingKind.NO_GRADIENT, "initialisation"): (
         "The weights of {layers} are zero, and so is the gradient that would change them",
     ),
@@ -203,6 +202,8 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.LOSS_PLATEAU, "unscaled_inputs"): (
         "The inputs are not of the size that the weights of {first} are made for",
         "they are all but the same: their deviation is {input_deviation} and their mean {input_mean} (rms)",
+        _FEATURES,
+        "the first outputs were {output_rms} (rms), and the targets differ by {target_deviation}",
     ),
     (FindingKind.LOSS_PLATEAU, "weight_scale"): (
         "The weights that {layers} started from are too large",

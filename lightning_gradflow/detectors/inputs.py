@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from lightning_gradflow.detectors.known import (
+    columns_of_layers,
     first_values,
     input_point,
     known_rows,
@@ -170,8 +171,8 @@ def _sizes(history: History) -> Floats:
 def _is_absorbed(history: History) -> bool:
     """Whether the output of the layer that takes them is of the usual size in the first sample.
 
-    It is not where nothing comes out, as of a basis of bumps that all stand elsewhere. That of a recurrence is,
-    whatever comes: there the share of its gates tells that the inputs shut.
+    It is not where nothing comes out, or the same for all samples, as of a basis of bumps that all stand elsewhere.
+    That of a recurrence is, whatever comes: there the share of its gates tells that the inputs shut.
     """
     at = input_point(history)
     if at is None:
@@ -179,6 +180,9 @@ def _is_absorbed(history: History) -> bool:
     shut = float(first_values(history, "saturated_fraction")[at])
     if not math.isnan(shut):
         return shut <= _OPEN
-    output = float(first_values(history, "output_rms")[at])
-    # NaN where it was not measured; weights of exactly 0 say nothing of the inputs
-    return output == 0 or _NOTHING <= output <= _NORMALISED
+    output, spread = (float(first_values(history, name)[at]) for name in ("output_rms", "output_spread"))
+    if output == 0:
+        layer = columns_of_layers(history)[at]
+        # weights of exactly 0 say nothing of the inputs
+        return layer < 0 or not first_values(history, "weight_norm")[layer] > 0
+    return _NOTHING <= output <= _NORMALISED and not spread <= _ROUNDING  # NaN where it was not measured

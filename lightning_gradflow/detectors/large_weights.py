@@ -9,9 +9,8 @@ import numpy as np
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.known import first_values, layer_mask, newest_values
 from lightning_gradflow.detectors.standstill import YOUNG, from_the_start, is_judged, still_falls
-from lightning_gradflow.detectors.update_sizes import medians_of
 from lightning_gradflow.findings import Finding
-from lightning_gradflow.history import Floats, History
+from lightning_gradflow.history import Floats, History, Ints
 
 _EDGE = 1.3  # times the largest singular value of a square matrix of independent entries: one of 1 to 16 has 1.25
 _LARGE_OUTPUT = 3.0  # rms: networks that learn start with less
@@ -33,7 +32,7 @@ class LargeWeights:
       s is :math:`s (\sqrt{n} + \sqrt{m})`, and what was learnt, as in weights that were trained before, stands out;
     - the first outputs of the last layer were larger than 3, which they are not where the forward pass scales the
       weights;
-    - the largest step so far, times all that are planned, is less than the weights, in the median layer;
+    - the largest step so far, times all that are planned, is less than the weights, in the median of these layers;
     - the loss has not halved from the third to the last quarter of the run.
 
     Args:
@@ -68,23 +67,26 @@ class LargeWeights:
         """The finding of the newest row, if there is one."""
         if not is_judged(history, young=YOUNG) or still_falls(history, _HALVED):
             return []
-        reach = _reach(history)
-        if not (reach < 1 and _first_outputs(history) > _LARGE_OUTPUT):
+        if not _first_outputs(history) > _LARGE_OUTPUT:
             return []
         sizes = _sizes(history)
         large = np.flatnonzero(np.nan_to_num(_drawn(history, sizes)) > self.max_size)
         if len(large) < _FEWEST or 2 * len(large) <= (~np.isnan(sizes)).sum():
+            return []
+        reach = _reach(history, large)
+        if not reach < 1:
             return []
         layers = tuple(history.layers[i] for i in large)
         evidence = {"weight_size": float(np.median(sizes[large])), "reach": reach}
         return [from_the_start(history, "weight_scale", layers, evidence)]
 
 
-def _reach(history: History) -> float:
-    """By how much of its norm the median layer can move in the planned run; NaN where that is not known."""
-    medians, planned = medians_of(history), float(history.scalar("planned_steps")[-1])
-    known = medians[np.isfinite(medians)]
-    return float(known.max()) * planned if known.size and planned > 0 else np.nan
+def _reach(history: History, layers: Ints) -> float:
+    """By how much of its norm the median of these layers can move in the planned run; NaN where that is not known."""
+    planned = float(history.scalar("planned_steps")[-1])
+    ratios = history["update_ratio"][:, layers]
+    medians = np.median(ratios[np.isfinite(ratios).all(axis=1)], axis=1)
+    return float(medians.max()) * planned if medians.size and planned > 0 else np.nan
 
 
 def _first_outputs(history: History) -> float:

@@ -24,6 +24,7 @@ from lightning_gradflow.detectors.standstill import (
     steps_needed,
     still_falls,
 )
+from lightning_gradflow.detectors.unscaled_targets import never_near
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
@@ -32,6 +33,7 @@ _LARGE_STEP = 0.1  # share of its weights that one step changes: ten times what 
 _OVERGROWN = 3.0  # times the norm of the first weights: a ninth of the square is left of them
 _USUAL_GAIN = 0.5  # largest singular value; most initialisations give 0.6 to 3
 _ENOUGH = 16  # losses
+_BEYOND = 10.0  # deviations of the targets: outputs that are larger at first are so by the size of the inputs
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,12 @@ class UnscaledInputs:
       that they started with, which was no unusually small one;
     - the gradient at the output is at least half of the first one: a constant leaves as much, whatever the labels;
     - there was time to learn, and the loss has not fallen by 2 % since the middle of the run.
+
+    In a regression they may leave the weights as they are, and make outputs far beyond the targets: the run is spent on
+    the way back from there. It is a finding if the inputs are unscaled, and have been so from the start; the first
+    outputs had ten times the deviation of the targets (`compared_rms`, `target_deviation`) or more; and no sample of a
+    fifth of the planned steps (300 where nobody knows how many) had an error below that deviation, which a constant
+    leaves.
 
     Not judged: several optimizers, whose losses play against each other; inputs of which the spread is below the
     rounding of single precision, for nothing can be done about these; inputs that were not measured.
@@ -105,7 +113,7 @@ class UnscaledInputs:
         """The finding of the newest row, if there is one."""
         if not history.rows or history.scalar("optimizers")[-1] > 1:
             return []
-        return self._alike(history) or self._overgrown(history)
+        return self._alike(history) or self._overgrown(history) or self._far_off(history)
 
     def _alike(self, history: History) -> list[Finding]:
         """Inputs that differ too little."""
@@ -134,6 +142,16 @@ class UnscaledInputs:
         if not _weights_grew(history) or not keeps_residual(history) or still_falls(history):
             return []
         return [self._finding(history, feature_evidence(history))]
+
+    def _far_off(self, history: History) -> list[Finding]:
+        """Inputs so large that the outputs of a regression start far beyond the targets, and are no better since."""
+        if not large_from_start(history) or not offending_features(history):
+            return []
+        output, deviation = (float(history.scalar(name)[0]) for name in ("compared_rms", "target_deviation"))
+        if not output >= _BEYOND * deviation or not never_near(history):
+            return []
+        sizes = {"output_rms": output, "target_deviation": deviation}
+        return [self._finding(history, feature_evidence(history) | sizes)]
 
     def _finding(self, history: History, evidence: dict[str, float]) -> Finding:
         at = input_point(history)

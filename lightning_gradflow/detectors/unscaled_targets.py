@@ -123,18 +123,40 @@ def were_offset(history: History) -> bool:
     return _FAR * max(output, 1.0) < error < math.inf and error >= _OFFSET * deviation
 
 
-def _lags(history: History) -> bool:
-    """Whether a run is on the way to the mean of its targets after a fifth of its steps."""
+def never_near(history: History, times: float = 1.0) -> bool:
+    """Whether no sample of a fifth of the planned steps came near the targets; of 300 where nobody knows how many.
+
+    Args:
+        history: where to read; False where errors and deviations of targets are not known.
+        times: deviations of the targets that are near, in (0, inf); a constant leaves one.
+
+    Example:
+        >>> from lightning_gradflow.history import Row
+        >>> history = History()
+        >>> for step, error in ((0, 40.0), (100, 3.0)):
+        ...     said = {"residual_rms": error, "target_deviation": 1.0, "planned_steps": 500.0}
+        ...     history.append(Row(step, {}, said))
+        >>> never_near(history), never_near(history, 5.0)
+        (True, False)
+    """
     planned = _planned(history)
     enough = max(PATIENCE, _SHARE * planned) if planned > 0 else LONGEST
-    if not were_offset(history) or steps_at_full_rate(history) < enough:
+    if steps_at_full_rate(history) < enough:
         return False
     errors, deviations = history.scalar("residual_rms"), history.scalar("target_deviation")
     known = ~np.isnan(errors) & ~np.isnan(deviations)
     errors, deviations = errors[known], deviations[known]
     # targets that are alike in each batch, as neighbours in time, say little of how much they differ
-    is_on_the_way = _GONE * errors[0] < errors[-1] < math.inf and deviations.min() > 0
-    return is_on_the_way and bool((errors > _WORSE * deviations).all())
+    return errors.size > 0 and bool(deviations.min() > 0) and bool((errors > times * deviations).all())
+
+
+def _lags(history: History) -> bool:
+    """Whether a run is on the way to the mean of its targets after a fifth of its steps."""
+    if not were_offset(history) or not never_near(history, _WORSE):
+        return False
+    errors = history.scalar("residual_rms")
+    newest = errors[~np.isnan(errors)][-1]
+    return bool(_GONE * errors[0] < newest < math.inf)
 
 
 def _planned(history: History) -> float:

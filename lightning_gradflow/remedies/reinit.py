@@ -166,8 +166,12 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
         drawn |= bare.draw_loops(module, training.seed)
         whole = bare.layers(module, with_loops=False)
         shut = finding.layers if "gate_opening" in finding.evidence else ()
+        # of a size that a norm takes away again no gain tells
+        always = finding.layers if "weight_size" in finding.evidence else shut
         gates = gates_of(training.history) - {*shut}
-        treated = make_critical(whole, whole.routed(run), training.seed, max_off, max_spread, gates=gates, always=shut)
+        treated = make_critical(
+            whole, whole.routed(run), training.seed, max_off, max_spread, gates=gates, always=always
+        )
         if "output_growth" in finding.evidence and not _helps_outputs(treated):
             return None
         drawn |= bare.owners(module, treated.changed)

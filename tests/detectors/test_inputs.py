@@ -16,14 +16,19 @@ from tests.detectors.runs import stack
 nan, inf = math.nan, math.inf
 
 
-def run(*rows, output=None, shut=None):
+def run(*rows, output=None, shut=None, spread=None, weight=None):
     history = History()
+    history.layer_axis.merge(["fc0", "fc1"])
     history.add_points(stack(2))
     history.add_features(max(map(len, rows), default=0))
     for step, values in enumerate(rows):
         metrics = {"input_rms": np.array(values, dtype=float)}
         if output is not None:
             metrics["output_rms"] = np.array([output, 1.0])
+        if spread is not None:
+            metrics["output_spread"] = np.array([spread, 0.9])
+        if weight is not None:
+            metrics["weight_norm"] = np.array([weight, 5.0])
         if shut is not None:
             metrics["saturated_fraction"] = np.array([shut, nan])
         history.append(Row(step, metrics))
@@ -60,6 +65,16 @@ def test_one_large_feature_among_many_small_ones_does_not_count_until_it_outweig
 )
 def test_a_first_layer_that_absorbs_the_size_makes_it_harmless(output, expected):
     assert offending_features(run([300.0], output=output)) == expected
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(0.5, []), (2e-6, []), (5e-7, [0]), (0.0, [0]), (nan, [])])
+def test_an_output_that_is_the_same_for_all_samples_has_absorbed_nothing(spread, expected):
+    assert offending_features(run([300.0], output=0.1, spread=spread)) == expected
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(0.0, []), (nan, []), (5.0, [0])])
+def test_weights_that_are_not_zero_and_give_zeros_are_no_measure_for_such_inputs(weight, expected):
+    assert offending_features(run([300.0], output=0.0, weight=weight)) == expected
 
 
 @pytest.mark.parametrize(("shut", "expected"), [(0.5, []), (0.51, [0]), (nan, [])])

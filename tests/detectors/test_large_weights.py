@@ -83,6 +83,22 @@ def test_the_evidence_is_the_size_and_how_far_steps_get():
     assert evidence["reach"] == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize(("large", "others", "is_found"), [(1e-3, 1e-1, True), (1e-1, 1e-3, False)])
+def test_what_counts_is_how_far_those_layers_get_that_are_too_large(large, others, is_found):
+    """Gains of norms, and a last layer, move as usual."""
+    history, rows = run(), History()
+    names = [*history.layers, "norm0", "norm1", "norm2", "norm3", "norm4"]
+    rows.layer_axis.merge(names)
+    rows.add_points(history.points)
+    for row in history.rows:
+        values = {
+            name: value if name == "output_rms" else np.append(value, [nan] * 5) for name, value in row.values.items()
+        }
+        values["update_ratio"] = np.array([large] * 4 + [others] * 5)
+        rows.append(Row(row.step, values, row.scalars, losses=row.losses))
+    assert bool(LargeWeights().judge(rows)) is is_found
+
+
 def test_a_limit_of_ones_own_and_nothing_measured():
     assert LargeWeights(max_size=10.0).judge(run()) == []
     history = History()
@@ -105,8 +121,8 @@ class Run(L.LightningModule):
         torch.manual_seed(1)
         sizes = ((32, 96), (96, 96), (96, 8))
         layers = [kind(*size) for size in sizes]
-        for layer in layers if std else ():
-            nn.init.normal_(layer.weight, std=std)
+        for layer, deviation in zip(layers, np.broadcast_to(std, 3), strict=True) if std else ():
+            nn.init.normal_(layer.weight, std=float(deviation))
         first, second, last = layers
         self.net = nn.Sequential(first, nn.LayerNorm(96), nn.GELU(), second, nn.LayerNorm(96), nn.GELU(), last)
         self.rate = rate
@@ -139,6 +155,13 @@ def test_weights_drawn_with_one_are_found_and_drawn_anew():
     assert [(a.kind, a.outcome) for a in cured.actions] == [("reinit", "kept")]
     sick, well = (float(np.median(one.history.losses[-30:])) for one in (flow, cured))
     assert well < 0.7 * sick
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")
+def test_what_was_drawn_as_badly_is_drawn_with_the_layers_that_a_norm_hides():
+    flow = _fit(Run(nn.Linear, (2.0, 1.0, 0.7)), "apply")
+    assert [f.layers for f in flow.findings if f.severity.is_alarm] == [("net.0", "net.3")]
+    assert [(a.kind, a.layers, a.outcome) for a in flow.actions] == [("reinit", ("net.0", "net.3", "net.6"), "kept")]
 
 
 @pytest.mark.parametrize(

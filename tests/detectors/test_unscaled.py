@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lightning_gradflow.advice import explain
 from lightning_gradflow.detectors.unscaled import UnscaledInputs, taken_up
 from lightning_gradflow.history import History, Point, Row
 from tests.detectors.runs import stack, verdict
@@ -346,3 +347,65 @@ def test_without_gradients_nothing_is_known_of_overwritten_weights():
 def test_limits_have_ranges(argument, value):
     with pytest.raises(ValueError, match=f"{argument} must be"):
         replace(UnscaledInputs(), **{argument: value})
+
+
+# -- inputs so large that the outputs of a regression start far beyond the targets
+
+
+def beyond(
+    size=50.0, first=33.0, errors=(33.0, 2.0), deviation=1.0, length=101, planned_steps=500.0, output=75.0, **said
+):
+    """A loss that falls all the time, with the first and the later errors of the samples."""
+    history = History()
+    history.add_points(stack(2))
+    history.add_features(2)
+    losses = np.geomspace(1000.0, 4.0, length)
+    for step in range(0, length, 10):
+        values = {"input_rms": [size] * 2, "input_deviation": [size] * 2, "output_rms": [output, 3.0]}
+        sizes = {"compared_rms": first if step == 0 else 2.0, "residual_rms": errors[min(step, 1)]}
+        scalars = {"target_deviation": deviation, "planned_steps": planned_steps, **sizes, **said}
+        row = {name: np.array(value) for name, value in values.items()} | {"output_spread": np.array([0.9, 0.9])}
+        history.append(Row(step, row, scalars, losses=losses[max(0, step - 9) : step + 1]))
+    return UnscaledInputs().judge(history)
+
+
+@pytest.mark.parametrize(
+    ("sick", "well"),
+    [
+        ({"first": 10.1}, {"first": 9.9}),
+        ({"size": 10.1}, {"size": 9.9}),
+        ({"output": 2.1}, {"output": 1.9}),  # the first layer is made for them
+        ({"errors": (33.0, 1.01)}, {"errors": (33.0, 0.99)}),  # better than a constant
+        ({}, {"errors": (0.99, 2.0)}),  # the targets are as large as the outputs
+        ({"deviation": 1.9}, {"deviation": 0.0}),
+        ({}, {"deviation": nan}),
+        ({}, {"first": nan}),  # no regression
+        ({"planned_steps": 500.0}, {"planned_steps": 510.0}),
+        ({"planned_steps": nan, "length": 301}, {"planned_steps": nan, "length": 291}),
+        ({"planned_steps": 100.0, "length": 51}, {"planned_steps": 100.0, "length": 41}),
+        ({"optimizers": 1.0}, {"optimizers": 2.0}),
+    ],
+)
+def test_a_regression_that_is_on_the_way_back_from_its_inputs_from_both_sides(sick, well):
+    assert verdict(beyond(**sick)) == SICK
+    assert beyond(**well) == []
+
+
+def test_one_sample_that_came_near_is_enough_to_say_nothing():
+    history = History()
+    history.add_points(stack(2))
+    history.add_features(1)
+    for step, error in ((0, 33.0), (50, 0.9), (100, 2.0)):
+        values = {"input_rms": np.array([50.0]), "output_rms": np.array([75.0, 3.0])}
+        said = {"compared_rms": 33.0, "residual_rms": error, "target_deviation": 1.0, "planned_steps": 500.0}
+        history.append(Row(step, values, said, losses=np.full(20, 9.0)))
+    assert UnscaledInputs().judge(history) == []
+
+
+def test_the_outputs_and_the_targets_are_in_the_words():
+    (finding,) = beyond()
+    assert finding.evidence["output_rms"] == 33.0
+    words = explain(finding)
+    assert "Little or nothing is learnt" in words
+    assert "the first outputs were 33 (rms), and the targets differ by 1" in words
+    assert "the worst, by index: 0 (rms 50), 1 (rms 50)" in words

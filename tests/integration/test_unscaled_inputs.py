@@ -52,6 +52,14 @@ def _stack(*before):
     return nn.Sequential(*before, nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
 
 
+def _he():
+    net = nn.Sequential(*(part for _ in range(4) for part in (nn.LazyLinear(64), nn.ReLU())), nn.LazyLinear(1))
+    net(torch.zeros(1, 4))
+    for layer in net[::2]:
+        nn.init.kaiming_normal_(layer.weight)
+    return net
+
+
 class Task(L.LightningModule):
     def __init__(self, net, optimize):
         super().__init__()
@@ -67,6 +75,10 @@ class Task(L.LightningModule):
 
 def _adam(parameters):
     return torch.optim.Adam(parameters, lr=5e-3)
+
+
+def _slowly(parameters):
+    return torch.optim.Adam(parameters, lr=3e-4)
 
 
 def _sgd(parameters):
@@ -104,6 +116,7 @@ SICK = {
     "a recurrence far off 0": (lambda: Sequences(nn.GRU), lambda x: 100 * x + 300, _adam, "saturated_activation", 2),
     "raw columns beside embeddings": (Table, _incomes, _adam, "exploding_gradient", 0),
     "raw columns behind an embedding": (lambda: Table(apart=True), _incomes, _adam, "exploding_gradient", 0),
+    "outputs far beyond the targets": (_he, lambda x: 20 * x, _slowly, "loss_plateau", 50),
     "a recurrence of large inputs": (lambda: Sequences(nn.LSTM), lambda x: 500 * x, _adam, "saturated_activation", 2),
 }
 
