@@ -10,15 +10,23 @@ from lightning_gradflow.history import History, Point
 _GATE = 0.5  # share of the samples in which an activation was a gate
 
 
-def gates_of(history: History) -> set[str]:
-    """The layers whose output opens or shuts a gate: right before a bounded activation that multiplies a signal."""
+def gates_of(history: History, *, with_others: bool = False) -> set[str]:
+    """The layers whose output opens or shuts a gate: right before a bounded activation that multiplies a signal.
+
+    Args:
+        history: what was measured.
+        with_others: whether those right before such a layer count too, which may be added to it.
+    """
     is_gate = dict(zip(history.points, newest_values(history, "gate_fraction"), strict=True))
     gates: set[str] = set()
-    layer = ""
+    before: list[str] = []
     for point in history.points:
-        layer, before = (point.name, layer) if point.is_layer else ("", layer)
-        if is_gate[point] > _GATE and before and not point.is_layer:
-            gates.add(before)
+        if point.is_layer:
+            before.append(point.name)
+            continue
+        if is_gate[point] > _GATE:
+            gates.update(before if with_others else before[-1:])
+        before = []
     return gates
 
 

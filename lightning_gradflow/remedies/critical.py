@@ -21,6 +21,7 @@ _SETTLED = 0.05  # decades that all gains together may be off
 _MIN_CHANNELS = 4  # fewer would be left too little to tell samples apart by, once their mean makes no difference
 _MAX_CENTRE = 8.0  # spreads that a mean may be away: of inputs that hardly vary the spread is no scale
 _MAX_FACTOR = 8.0  # by which a weight is scaled in one round
+_LARGER = 2.0  # times, of a spread, and of the gain that falls with it: what comes in changes in a round as well
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def make_critical(
     settles, and layer by layer in order of execution, its bias, where it has one, is shifted so that each unit's output
     has mean 0 on the batch, and its weight is scaled so that the norm of a random gradient is the same at the next
     layer's input and at its own; that of the first layer, to whose input no gradient goes, and of the last, so that its
-    output has variance 1. Where what the next layer takes comes from other layers too, as at the end of a residual
+    output has variance 1, and of one through which larger weights let less, as where the largest of what a bounded
+    activation gives is taken. Where what the next layer takes comes from other layers too, as at the end of a residual
     branch, the gain is `1 / sqrt(number of such layers)`, so that all of them together keep the size. Before a last
     layer that has to stay as it is, such as one tied to an embedding, and whose weights are too large by more than a
     factor of 4, it is that much less. Glorot's, He's and the orthogonal initialisation come out where their assumptions
@@ -172,9 +174,12 @@ def make_critical(
     for name in sick:
         _draw(modules[name], generator, keeps_bias=name in gates)
     known: Mapping[str, Link] = {}
+    past_peak: set[str] = set()
     for _ in range(max(_MIN_ROUNDS, len(sick)) if sick else 0):
-        known = gains.measure(_Adjustment(frozenset(sick), aims, known, frozenset(gates)))
-        if _off(known, sick, aims) < _SETTLED:
+        found = gains.measure(_Adjustment(frozenset(sick), aims, known, frozenset(gates)))
+        past_peak |= {name for name in sick if name in known and _is_past_peak(known[name], found[name], aims[name])}
+        known = {name: link for name, link in found.items() if name not in past_peak}
+        if _off(known, [name for name in sick if name in known], aims) < _SETTLED:
             break
     changed = {name: parameters_of(modules[name]) for name in sick}
     look = _Look(frozenset(sick) | (choice.may & {links[name].follower for name in sick}))
@@ -186,6 +191,12 @@ def _off(links: Mapping[str, Link], names: Sequence[str], aims: Mapping[str, flo
     told = [name for name in names if links[name].is_known and not links[name].is_normalised]
     set_by_gain = [name for name in told if not links[name].is_first]
     return sum(abs(decades(links[name]) - math.log10(aims[name])) for name in set_by_gain)
+
+
+def _is_past_peak(before: Link, after: Link, aim: float) -> bool:
+    """Whether larger weights let far less through, as where the largest of what a bounded activation gives is taken."""
+    was_enlarged = before.growth < aim and after.spread > _LARGER * before.spread
+    return was_enlarged and after.growth < before.growth / _LARGER
 
 
 def _is_finite(layer: nn.Module) -> bool:
@@ -215,7 +226,7 @@ class _Adjustment:
     Args:
         names: of these layers.
         aims: the gain that each is to have.
-        known: what the pass before has measured; nothing before the first.
+        known: what the pass before has measured; nothing before the first, and of what is to have variance 1.
         gates: those of these layers that keep their bias.
     """
 

@@ -14,20 +14,23 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradflow.detectors.time_profile import time_profile
-from lightning_gradflow.findings import Finding
+from lightning_gradflow.findings import Finding, FindingKind
 from lightning_gradflow.history import History
 from lightning_gradflow.probes.layers import ROOT
 from lightning_gradflow.remedies.bare_uses import Use
+from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.loops import Loop, loops_among
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.recurrent import reinitialise_loop, reinitialise_recurrence
 from lightning_gradflow.remedies.stacked import level
+from lightning_gradflow.remedies.textbook import assign, is_writable
 from lightning_gradflow.remedies.through_time import Looped, TimeWatch
 from lightning_gradflow.remedies.training import Training
 
 _MEASURES = ("time_decades", "time_steps")
 _ROUNDS = 8  # of drawing and measuring: a few for the gain, and inputs down to a hundredth
 _MIN_DECADES = -0.3  # half of the gradient comes through
+_MAX_DECADES = 0.5  # a factor of three
 _MIN_DRIVEN_DECADES = -1.0  # and a tenth is enough to learn from, where more costs the input its weight
 _MAX_GAIN = 1.15  # beyond it units drive each other to their bounds, whatever comes in
 
@@ -63,6 +66,9 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
     gain above 1.15, it is the input that keeps the units at their bounds at every step: its weights are halved, until a
     tenth comes through. The layers of a stack are set to one size (see `stacked.level`).
 
+    Layers that are called again and again without one that maps its own state, as residual steps of one network are,
+    get smaller weights where the gradient explodes in them: half, and half again, until it grows less than threefold.
+
     Args:
         training: the run.
         finding: names the layers.
@@ -87,7 +93,8 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
     for _ in range(_ROUNDS):
         layers, changed = _drawn(modules, names, loops, steps, training.seed, gain, input_gain)
         if not changed:
-            return None
+            explodes = finding.kind is FindingKind.EXPLODING_GRADIENT
+            return _shrunk(training, {name: modules[name] for name in names}, before) if explodes else None
         with _watched(training, names) as watch:
             found = _measured(training, watch, names)
             sequences = {name: watch.sequence(name) for name in layers} if watch is not None else {}
@@ -110,6 +117,31 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
     forget(training.optimizers, changed)
     owners = {name: use.owner or ROOT for name, use in uses.items()}
     return Treatment(tuple(dict.fromkeys(owners.get(name, name) for name in layers)), changed, before, after)
+
+
+def _shrunk(training: Training, modules: Mapping[str, nn.Module], before: dict[str, float]) -> Treatment | None:
+    """Halves the weights of layers in a loop, none of which maps its state, until no gradient explodes in it.
+
+    So do residual steps that share their weights: each of T steps has to add about 1 / T.
+    """
+    every = {name: m.weight for name, m in modules.items() if isinstance(m, Looped)}
+    weights = {name: weight for name, weight in every.items() if is_writable(weight) and looks_fresh(weight)}
+    old = {name: weight.detach().clone() for name, weight in weights.items()}
+    after = before
+    for _ in range(_ROUNDS if weights else 0):
+        if not after.get("time_decades", 0.0) > _MAX_DECADES:
+            break
+        for weight in weights.values():
+            assign(weight, 0.5 * weight.detach())
+        with _watched(training, list(weights)) as watch:
+            after = _measured(training, watch, list(weights))
+    if after == before or not after or after["time_decades"] > _MAX_DECADES:
+        for name, weight in weights.items():
+            assign(weight, old[name])
+        return None
+    changed = tuple(weights.values())
+    forget(training.optimizers, changed)
+    return Treatment(tuple(weights), changed, before, after)
 
 
 def _in_loops(bare: Mapping[str, Use], layers: Sequence[str]) -> dict[str, Use]:

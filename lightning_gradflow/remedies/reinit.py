@@ -24,6 +24,7 @@ from lightning_gradflow.remedies.draw_zeros import draw_zeros
 from lightning_gradflow.remedies.fill import fill_missing
 from lightning_gradflow.remedies.fit_outputs import fit_outputs
 from lightning_gradflow.remedies.fresh import looks_fresh
+from lightning_gradflow.remedies.gate_signs import turn_signs
 from lightning_gradflow.remedies.norm_gains import reset_gains
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.output_scaling import TargetScale
@@ -64,12 +65,13 @@ def reinitialise(
 ) -> Reinit | None:
     """Draws layers anew, and lets the optimizers forget what they know of them.
 
-    Recurrences are treated as `recurrent_treatment.treat` says, where the finding is about them. Everything else is
-    made critical on a batch of the run (see `make_critical`). Tables that a finding is about are drawn with rows of
-    length 1 (see `draw_tables`), and the optimizers forget all that they know. Else recurrences and embeddings that no
-    usual initialisation gives are drawn by the book then, unless `only_far` is set (see `draw_unusual`). Where no batch
-    can be had, the layers that the finding names are drawn by the initialisation that suits the activations around them
-    (see `textbook`).
+    Where the bias of gates has the sign that stops the signal it gets the other one, and nothing else is done (see
+    `turn_signs`). Recurrences are treated as `recurrent_treatment.treat` says, where the finding is about them.
+    Everything else is made critical on a batch of the run (see `make_critical`). Tables that a finding is about are
+    drawn with rows of length 1 (see `draw_tables`), and the optimizers forget all that they know. Else recurrences and
+    embeddings that no usual initialisation gives are drawn by the book then, unless `only_far` is set (see
+    `draw_unusual`). Where no batch can be had, the layers that the finding names are drawn by the initialisation that
+    suits the activations around them (see `textbook`).
 
     Output layers whose targets are far larger than what they give start where these are (see `fit_outputs`).
 
@@ -84,6 +86,10 @@ def reinitialise(
     Returns:
         What was done; None where no layer can be treated, or none is sick.
     """
+    if finding.kind is FindingKind.VANISHING_GRADIENT and not only_far:
+        turned = turn_signs(training)
+        if turned is not None:
+            return Reinit(tuple(turned.changed), {"span": turned.before}, {"span": turned.after})
     if finding.cause == "recurrence":
         with with_bare(training) as (whole, uses):
             treated = treat(whole, finding, uses)

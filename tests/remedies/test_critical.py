@@ -918,3 +918,25 @@ def test_usual_weights_that_make_large_outputs_by_sums_over_neighbours_are_drawn
     if expected:
         assert treated.outputs[0] > 10
         assert treated.outputs[1] == pytest.approx(1, rel=0.1)
+
+
+class _Largest(nn.Module):
+    """Convolutions with a maximum over many places at their end."""
+
+    def __init__(self, activation):
+        super().__init__()
+        layers = [m for i in range(8) for m in (nn.Conv1d(16 if i else 1, 16, 3, padding=1), activation())]
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.body(x).amax(-1))
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid])
+def test_weights_do_not_grow_where_larger_ones_let_less_through(activation):
+    net = _drawn_with(_made(lambda: _Largest(activation)), lambda w: nn.init.normal_(w, std=0.02))
+    x = _batch(32, 1, 128)
+    treated = _treated(net, x)
+    last = list(treated.after.values())[-2]
+    assert 0.5 < last.spread < 2
+    assert last.gain > 0.1
