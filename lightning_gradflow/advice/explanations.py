@@ -211,6 +211,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "they make up the loss, which falls by {loss_by_size} % for each 1 % that they are smaller",
         "they are {weight_size} times as large as what keeps the size of a signal",
         "all steps of the run together change them by {reach} times their norm at most",
+        "at the pace of most steps so far the whole run changes them by {usual_reach} times their norm at most",
     ),
     (FindingKind.LOSS_PLATEAU, "recurrence"): (
         "The state of {layers} keeps nothing: the recurrent weights it started from are far too large",

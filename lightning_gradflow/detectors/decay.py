@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lightning_gradflow.activations import BOUNDED
 from lightning_gradflow.detectors.profile import DepthProfile, is_same_pass
-from lightning_gradflow.detectors.underflow import Underflow, underflow_of
+from lightning_gradflow.detectors.underflow import MIN_HEADROOM, Underflow, underflow_of
 from lightning_gradflow.history import Floats, History
 
 Bools = npt.NDArray[np.bool_]
@@ -25,6 +25,9 @@ _SMALL_GAIN = 0.8  # of a layer and its activation together: weights at the crit
 _SMALL_RELU_GAIN = 0.3  # a healthy ReLU lets half of the units through: sqrt(1 / 2)
 _FAR_FROM_NORM = 0.25  # gain / largest singular value: 0.5 for a square matrix with independent entries
 _NORMALISED = 0.25  # of the layers: a transformer has two in five or six
+_CAME_THROUGH = 1.5  # decades at most: half of what plain SGD does not bear
+_CUT_OFF = 4.0  # decades: with less, an optimizer that evens the updates out is slow at times, and gets there
+_SAMPLES = 3  # in a row
 _EVEN = 0.05  # of the update ratio of the others: then the optimizer makes up for the small gradient
 
 
@@ -128,6 +131,18 @@ def recent_decay(history: History, max_decay: float, min_headroom: float) -> Dec
             break
     decays = [decay_of(one, max_decay) for one in found]
     return decays[0] if decays and None not in decays else None
+
+
+def was_cut_off(history: History, start: int) -> bool:
+    """Whether the signal came through in the row `start`, and four decades are lost in each of the newest three."""
+    first = underflow_of(history, start, MIN_HEADROOM)
+    if first is None or decay_of(first, _CAME_THROUGH) is not None:
+        return False
+    newest = [underflow_of(history, row, MIN_HEADROOM) for row in range(start + 1, len(history))[-_SAMPLES:]]
+    return len(newest) == _SAMPLES and all(
+        one is not None and is_same_pass(one.profile, first.profile) and decay_of(one, _CUT_OFF) is not None
+        for one in newest
+    )
 
 
 def cause_of(decay: Decay) -> str:

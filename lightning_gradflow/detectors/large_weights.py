@@ -8,7 +8,8 @@ import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.known import first_values, layer_mask, newest_values
-from lightning_gradflow.detectors.standstill import YOUNG, from_the_start, is_judged, still_falls
+from lightning_gradflow.detectors.standstill import YOUNG, from_the_start, is_judged, keeps_residual, still_falls
+from lightning_gradflow.detectors.update_sizes import ratios_of
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import Floats, History, Ints
 
@@ -16,6 +17,7 @@ _EDGE = 1.3  # times the largest singular value of a square matrix of independen
 _LARGE_OUTPUT = 3.0  # rms: networks that learn start with less
 _HALVED = 0.5  # of the loss: one that halves from the third to the last quarter of the run gets there
 _FEWEST = 2  # layers
+_AT_BOUNDS = 0.5  # of the first outputs of a recurrence
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class LargeWeights:
       weights;
     - the largest step so far, times all that are planned, is less than the weights, in the median of these layers;
     - the loss has not halved from the third to the last quarter of the run.
+
+    Fewer layers are enough where next to nothing was learnt: half of the first gradient at the network's output is left
+    (see `keeps_residual`), and at the pace of most of their steps none of them moves by as much as its weights. Queries
+    and keys of that size make a softmax pick one position each from the start, through which no gradient comes; a
+    recurrence among these layers needs no large outputs where most of its own start at their bounds.
 
     Args:
         max_size: times the usual size, in (0, inf). By default 4: He's initialisation has 1.4.
@@ -67,17 +74,20 @@ class LargeWeights:
         """The finding of the newest row, if there is one."""
         if not is_judged(history, young=YOUNG) or still_falls(history, _HALVED):
             return []
-        if not _first_outputs(history) > _LARGE_OUTPUT:
-            return []
         sizes = _sizes(history)
         large = np.flatnonzero(np.nan_to_num(_drawn(history, sizes)) > self.max_size)
-        if len(large) < _FEWEST or 2 * len(large) <= (~np.isnan(sizes)).sum():
+        is_loud = _first_outputs(history) > _LARGE_OUTPUT
+        if len(large) >= _FEWEST and 2 * len(large) > (~np.isnan(sizes)).sum():
+            evidence = {"reach": _reach(history, large)}
+        elif large.size and keeps_residual(history):
+            evidence = {"usual_reach": _usual_reach(history, large)}
+            is_loud = is_loud or _start_at_bounds(history, large)
+        else:
             return []
-        reach = _reach(history, large)
-        if not reach < 1:
+        if not (is_loud and all(reach < 1 for reach in evidence.values())):
             return []
         layers = tuple(history.layers[i] for i in large)
-        evidence = {"weight_size": float(np.median(sizes[large])), "reach": reach}
+        evidence = {"weight_size": float(np.median(sizes[large])), **evidence}
         return [from_the_start(history, "weight_scale", layers, evidence)]
 
 
@@ -87,6 +97,23 @@ def _reach(history: History, layers: Ints) -> float:
     ratios = history["update_ratio"][:, layers]
     medians = np.median(ratios[np.isfinite(ratios).all(axis=1)], axis=1)
     return float(medians.max()) * planned if medians.size and planned > 0 else np.nan
+
+
+def _usual_reach(history: History, layers: Ints) -> float:
+    """The same of the fastest of some layers, by its median step: Adam's first ones are larger than all that follow."""
+    ratios, planned = ratios_of(history)[:, layers], float(history.scalar("planned_steps")[-1])
+    usual = [float(np.median(known)) for column in ratios.T if (known := column[np.isfinite(column)]).size]
+    return max(usual) * planned if usual and planned > 0 else np.nan
+
+
+def _start_at_bounds(history: History, layers: Ints) -> bool:
+    """Whether most of the first outputs of one of these layers, which is bounded itself, were at their bounds."""
+    names = {history.layers[i] for i in layers}
+    shares, gates = first_values(history, "saturated_fraction"), first_values(history, "gate_fraction")
+    return any(
+        point.module in names and share > _AT_BOUNDS and not gate > _AT_BOUNDS
+        for point, share, gate in zip(history.points, shares, gates, strict=True)
+    )
 
 
 def _first_outputs(history: History) -> float:

@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
+from lightning_gradflow.detectors.decay import was_cut_off
 from lightning_gradflow.detectors.inputs import feature_evidence, offending_features
+from lightning_gradflow.detectors.known import first_values
 from lightning_gradflow.detectors.overwritten import not_by_steps, overwritten, start_of_steps
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.small_steps import MIN_REACH, too_small
@@ -57,11 +59,13 @@ class UpdateRatio:
     themselves are largest where nobody looks. A tenth of `max_ratio` is enough where, after 50 steps, the weights of
     the median layer have three times the norm they started with, which was no unusually small one, and 90 % of the very
     first loss is left: what the initialisation was made for is gone, and nothing has come of it. So it is where some
-    layer could tell the samples apart in the first row and none can any more (see `best_share`): a collapse needs no
-    growth where norms take the size out of the signal. Half of the loss is enough where a step was above `max_ratio`
-    and the loss stands still since. Later on it is a jump to 30 times the run's own ratio, or of the learning rate,
-    that makes the loss three times what it was. Large steps alone are no finding: many a network starts with one and
-    learns. Weights that were changed by something else than steps are told apart (see `overwritten`). Not judged with
+    layer could tell the samples apart in the first row and none can any more (see `best_share`), or where the gradient
+    came through in the first row and loses four decades in the newest three: a collapse needs no growth where norms
+    take the size out of the signal. Half of the loss is enough where a step was above `max_ratio` and the loss stands
+    still since, and any loss where the gradient is exactly zero as well. These four go by the layers with a matrix.
+    Later on it is a jump to 30 times the run's own ratio, or of the learning rate, that makes the loss three times what
+    it was. Large steps alone are no finding: many a network starts with one and learns. Weights that were changed by
+    something else than steps are told apart (see `overwritten`). Not judged with
     several optimizers, whose losses play against each other.
 
     Args:
@@ -109,7 +113,7 @@ class UpdateRatio:
         medians = medians_of(history)
         return (
             self._from_the_start(history, ratios, _with_growth(history, medians, self.max_ratio), losses)
-            or self._all_together(history, ratios, medians, losses)
+            or self._all_together(history, ratios, losses)
             or self._from_now_on(history, ratios, medians, steps, losses)
             or overwritten(history)
         )
@@ -132,8 +136,9 @@ class UpdateRatio:
         evidence = {"update_ratio": float(medians[peak]), "growth": now / start if start > 0 else math.inf, "loss": now}
         return [_too_large(history, -ratios[peak], evidence | _when(history, peak))]
 
-    def _all_together(self, history: History, ratios: Floats, medians: Floats, losses: Floats) -> list[Finding]:
+    def _all_together(self, history: History, ratios: Floats, losses: Floats) -> list[Finding]:
         """Steps that have left next to nothing of the weights that the run started from, and led nowhere."""
+        medians = _of_matrices(history, ratios)
         if history.steps[-1] < _WARM or np.isnan(medians).all() or np.nanmax(medians) < _LARGE * self.max_ratio:
             return []
         start = start_of_steps(history)
@@ -150,9 +155,11 @@ class UpdateRatio:
         known = growth[np.isfinite(ratios[start + peak]) & np.isfinite(growth) & usual]
         if medians[peak] < _LARGE * self.max_ratio or not known.size:
             return []
-        if np.median(known) < _OVERGROWN and not was_smothered(history, start):
+        is_lost = np.median(known) >= _OVERGROWN or was_smothered(history, start) or was_cut_off(history, start)
+        if not is_lost:
             return []
-        is_stuck = medians[peak] >= self.max_ratio and now >= first - _LEFT * abs(first) and _stands(since)
+        is_stuck = medians[peak] >= self.max_ratio and _stands(since)
+        is_stuck &= now >= first - _LEFT * abs(first) or _has_no_gradient(history)
         if not (now >= first - _GAINED * abs(first) or is_stuck):
             return []
         evidence = {"update_ratio": float(medians[peak]), "weight_growth": float(np.median(known)), "loss": now}
@@ -181,6 +188,23 @@ class UpdateRatio:
         return []
 
 
+def _of_matrices(history: History, ratios: Floats) -> Floats:
+    """(R,) the median update ratio of layers with a matrix: steps of a size are small beside gains of 1."""
+    matrices = np.isfinite(first_values(history, "spectral_norm"))
+    if not matrices.any():
+        return medians_of(history)
+    return history.facts.of_rows(
+        ("median ratios of matrices", matrices.tobytes()),
+        len(ratios),
+        lambda start: np.array([_median(row[matrices]) for row in ratios[start:]]),
+    )
+
+
+def _median(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(np.median(known)) if known.size else math.nan
+
+
 def _with_growth(history: History, medians: Floats, max_ratio: float) -> Floats:
     """(R,) the median update ratio, or that by which the median layer grew in each step until the next sample.
 
@@ -204,6 +228,13 @@ def _stands(losses: Floats) -> bool:
         return False
     before, now = float(np.median(losses[-2 * quarter : -quarter])), float(np.median(losses[-quarter:]))
     return before - now < _STANDS * abs(before)
+
+
+def _has_no_gradient(history: History) -> bool:
+    """Whether it is exactly zero everywhere, with a loss that is not: there is no way on from there."""
+    norms = history["grad_norm"][-_MIN_SAMPLES:]
+    known = norms[np.isfinite(norms)]
+    return bool(known.size and not known.any() and abs(float(history.losses[-1])) > 0)
 
 
 def _when(history: History, row: int) -> dict[str, float]:

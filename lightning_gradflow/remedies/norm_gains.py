@@ -1,15 +1,18 @@
-"""The gains of norm layers start from 1."""
+"""The gains of norm layers start from 1, and their biases from 0."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
 
 from lightning_gradflow.probes.norm_gains import gains_of
 from lightning_gradflow.remedies.textbook import assign
+
+_SHUT = 4.0  # deviations of what a norm gives, and a number: a sigmoid is within 2 % of its bound
+_MOST = 0.5  # of the units
 
 
 def reset_gains(module: nn.Module, layers: Iterable[str]) -> dict[str, Sequence[nn.Parameter]]:
@@ -36,4 +39,36 @@ def reset_gains(module: nn.Module, layers: Iterable[str]) -> dict[str, Sequence[
         if gains is not None and owners[gains] == 1:
             assign(gains, torch.ones(gains.shape))
             found[name] = list(parts[name].parameters(recurse=False))
+    return found
+
+
+def reset_biases(module: nn.Module, gates: Collection[str] = ()) -> dict[str, Sequence[nn.Parameter]]:
+    """Sets the biases of norm layers to 0 that shut most of the units behind them, where they are no other's.
+
+    No weights before a norm can make up for these: it takes their size away. Most biases are above 4, and above 4
+    times the gain, which is the deviation of what the norm gives.
+
+    Args:
+        module: the model, or a copy of it.
+        gates: names of the layers whose output opens or shuts a gate, which may be meant so.
+
+    Returns:
+        name -> all parameters of the layers whose biases were set.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Sigmoid())
+        >>> _ = nn.init.constant_(net[1].bias, -10.0)
+        >>> list(reset_biases(net)), net[1].bias.tolist()
+        (['1'], [0.0, 0.0])
+    """
+    owners = Counter(p for part in module.modules() for p in part.parameters(recurse=False))
+    found: dict[str, Sequence[nn.Parameter]] = {}
+    for name, part in module.named_modules():
+        gains, bias = gains_of(part), part._parameters.get("bias")
+        if gains is None or bias is None or name in gates or not bias.requires_grad or owners[bias] > 1:
+            continue
+        limit = _SHUT * gains.detach().abs().clamp(min=1.0)
+        if float((bias.detach().abs() > limit).double().mean()) > _MOST:
+            assign(bias, torch.zeros(bias.shape))
+            found[name] = list(part.parameters(recurse=False))
     return found

@@ -25,7 +25,7 @@ from lightning_gradflow.remedies.fill import fill_missing
 from lightning_gradflow.remedies.fit_outputs import fit_outputs
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.gate_signs import turn_signs
-from lightning_gradflow.remedies.norm_gains import reset_gains
+from lightning_gradflow.remedies.norm_gains import reset_biases, reset_gains
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.output_scaling import TargetScale
 from lightning_gradflow.remedies.recurrent_treatment import treat
@@ -162,6 +162,7 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
         drawn |= {} if only_far or is_of_tables else draw_unusual(module, run, training.seed)
         drawn |= {} if only_far else draw_attention(module, training.seed)
         drawn |= {} if only_far else reset_gains(module, drawn_gains(training.history))
+        drawn |= {} if only_far else reset_biases(module, gates_of(training.history))
         if finding.cause == "symmetry":
             around = activations_around(training.history.points)
             drawn |= break_symmetry(module, finding.layers, around, training.seed)

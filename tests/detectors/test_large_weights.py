@@ -19,7 +19,19 @@ SIDE = 64  # of the matrices
 
 
 def run(
-    size=8.0, edge=1.0, output=9.0, ratio=1e-3, losses=DOWN, planned=400.0, layers=4, normal=0, spread=None, **scalars
+    size=8.0,
+    edge=1.0,
+    output=9.0,
+    ratio=1e-3,
+    losses=DOWN,
+    planned=400.0,
+    layers=4,
+    normal=0,
+    left=None,
+    saturated=nan,
+    gate=nan,
+    first_step=1.0,
+    **scalars,
 ):
     """Square matrices with weights of this size; of `normal` layers it is 1."""
     history, points = History(), stack(layers)
@@ -38,7 +50,13 @@ def run(
     last = -1
     for step in range(0, len(losses), 10):
         said = {"planned_steps": planned, **scalars}
-        history.append(Row(step, values, said, losses=np.array(losses[last + 1 : step + 1])))
+        now = {**values, "update_ratio": values["update_ratio"] * (1.0 if step else first_step)}
+        if left is not None:
+            now["delta_norm"] = np.full(len(points), left if step else 1.0)
+        if not math.isnan(saturated):
+            now["saturated_fraction"] = np.array([nan] * (len(points) - 1) + [saturated])
+            now["gate_fraction"] = np.array([nan] * (len(points) - 1) + [gate])
+        history.append(Row(step, now, said, losses=np.array(losses[last + 1 : step + 1])))
         last = step
     return history
 
@@ -71,6 +89,36 @@ def test_each_condition_from_both_sides(sick, well):
 @pytest.mark.parametrize(("normal", "is_found"), [(1, True), (2, False)])
 def test_most_layers_have_to_be_too_large(normal, is_found):
     assert bool(told(normal=normal)) is is_found
+
+
+@pytest.mark.parametrize(
+    ("sick", "well"),
+    [
+        ({}, {"left": 0.4}),  # more than a constant was learnt
+        ({}, {"left": None}),
+        ({"normal": 3}, {"normal": 4}),
+        ({"size": 4.1}, {"size": 3.9}),
+        ({"edge": 1.29}, {"edge": 1.31}),
+        ({"output": 3.1}, {"output": 2.9}),
+        ({"ratio": 2.4e-3}, {"ratio": 2.6e-3}),
+        ({"first_step": 10.0}, {"planned": nan}),  # one large step does not take them far
+        ({"output": 0.4, "saturated": 0.6}, {"output": 0.4, "saturated": 0.4}),
+        ({"output": 0.4, "saturated": 0.6}, {"output": 0.4, "saturated": 0.6, "gate": 0.9}),
+        ({}, {"losses": np.geomspace(9.0, 0.2, 101)}),
+        ({}, {"losses": DOWN[:71]}),
+        ({"optimizers": 1.0}, {"optimizers": 2.0}),
+    ],
+)
+def test_a_few_layers_are_enough_where_nothing_was_learnt(sick, well):
+    base = {"normal": 3, "left": 0.6}
+    assert told(**{**base, **sick}) == [("warning", "weight_scale", ("fc3",))]
+    assert told(**{**base, **well}) == []
+
+
+def test_the_evidence_of_a_few_layers_goes_by_their_usual_steps():
+    evidence = LargeWeights().judge(run(normal=3, left=0.6, first_step=10.0))[0].evidence
+    assert evidence["usual_reach"] == pytest.approx(0.4)
+    assert "reach" not in evidence
 
 
 def test_a_single_layer_is_left_alone():
@@ -171,3 +219,48 @@ def test_what_was_drawn_as_badly_is_drawn_with_the_layers_that_a_norm_hides():
 )
 def test_runs_that_are_well_are_left_alone(module):
     assert not [f for f in _fit(module(), steps=150).findings if f.severity.is_alarm]
+
+
+class Attention(L.LightningModule):
+    """Looks up the value of the pair whose key is asked for, by matrices of its own."""
+
+    def __init__(self, std):
+        super().__init__()
+        torch.manual_seed(1)
+        self.key, self.value = nn.Embedding(16, 48), nn.Embedding(8, 48)
+        self.w_q, self.w_k, self.w_v = (nn.Parameter(std * torch.randn(48, 48)) for _ in range(3))
+        self.out = nn.Linear(48, 8)
+
+    def training_step(self, batch, _):
+        keys, values, asked, target = batch
+        memory = self.key(keys) + self.value(values)
+        scores = torch.einsum("bd,bpd->bp", self.key(asked) @ self.w_q, memory @ self.w_k) / math.sqrt(48)
+        found = torch.einsum("bp,bpd->bd", scores.softmax(-1), memory @ self.w_v)
+        return nn.functional.cross_entropy(self.out(found), target)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 2e-3)
+
+
+def _attend(std, mitigate="suggest"):
+    module = Attention(std)
+    keys, values = torch.rand(3000, 16).argsort(1)[:, :6], torch.randint(0, 8, (3000, 6))
+    at, rows = torch.randint(0, 6, (3000,)), torch.arange(3000)
+    data = torch.utils.data.TensorDataset(keys, values, keys[rows, at], values[rows, at])
+    flow = GradFlow(every_n_steps=25, report=False, console=False, mitigate=mitigate)
+    loader = torch.utils.data.DataLoader(data, batch_size=128, shuffle=True)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    L.Trainer(max_steps=350, max_epochs=-1, accelerator="cpu", callbacks=[flow], **quiet).fit(module, loader)
+    return flow
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")
+def test_attention_that_picks_one_position_from_the_start_is_found_and_drawn_anew():
+    flow = _attend(1.0, "apply")
+    assert [f.cause for f in flow.findings if f.severity.is_alarm] == ["weight_scale"]
+    assert [(a.kind, a.outcome) for a in flow.actions] == [("reinit", "kept")]
+    assert np.median(flow.history.losses[-30:]) < 0.5
+
+
+def test_attention_of_usual_size_is_left_alone():
+    assert not [f for f in _attend(48**-0.5).findings if f.severity.is_alarm]

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from lightning_gradflow.detectors.decay import was_cut_off
 from lightning_gradflow.detectors.smothered import best_share, is_smothered, was_smothered
 from lightning_gradflow.detectors.update_ratio import UpdateRatio
 from lightning_gradflow.detectors.vanishing import VanishingGradient
@@ -106,3 +107,30 @@ def test_steps_after_which_no_layer_can_tell_the_samples_apart_were_too_large():
 def test_weights_that_only_double_are_no_finding_without_a_collapse(made):
     history = run(**{"first": (0.9, 0.8, 0.7, 0.6), "ratios": (0.3, 0.001), **made})
     assert UpdateRatio().judge(history) == []
+
+
+WELL = (0.9, 0.8, 0.7, 0.6)
+LOST = (5e-5, 1e-3, 0.03, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        ({}, True),
+        ({"deltas": (3e-4, 5e-3, 0.08, 1.0)}, False),  # less than four decades
+        ({"first": None}, False),  # it was so from the start
+        ({"ratios": (0.09, 0.001)}, False),  # no large step
+        ({"steps": 40}, False),  # too young
+        ({"losses": lambda step: np.full(10 if step else 1, 2.3 if step < 10 else 1.9)}, False),
+    ],
+)
+def test_steps_after_which_no_gradient_comes_back_were_too_large(made, found):
+    history = run(**{"spreads": WELL, "first": WELL, "deltas": LOST, "ratios": (0.11, 0.001), **made})
+    told = [one[:2] for one in verdict(UpdateRatio().judge(history))]
+    assert told == ([("warning", "learning_rate_too_large")] if found else [])
+
+
+def test_a_single_batch_is_not_enough_to_say_that_no_gradient_comes_back():
+    cut, young = (run(WELL, LOST, first=WELL, steps=steps) for steps in (30, 20))
+    assert was_cut_off(cut, 0)
+    assert not was_cut_off(young, 0)

@@ -279,7 +279,7 @@ def test_a_rate_that_rises_again_is_no_end():
     assert judge(ratios, np.full(101, 2.3), interval=10, lr=rates, lr_scheduled=1.0, planned_steps=300.0) == []
 
 
-def together(growth=3.0, peak=0.1, end=2.3, start=2.3, last=50, jump=1.0, optimizers=1.0, gain=1.0):
+def together(growth=3.0, peak=0.1, end=2.3, start=2.3, last=50, jump=1.0, optimizers=1.0, gain=1.0, grads=1e-3):
     """A run whose first steps are the largest; its weights grow with them, and once by `jump` from outside."""
     history = History()
     history.layer_axis.merge(["fc0", "fc1", "fc2"])
@@ -288,7 +288,7 @@ def together(growth=3.0, peak=0.1, end=2.3, start=2.3, last=50, jump=1.0, optimi
         norm = (1 + (growth - 1) * step / steps[-1]) * (jump if step > 2 else 1.0) * np.ones(3)
         ratio = np.array([peak, peak, nan]) if i < 3 else np.full(3, 0.05 / jump)
         values = {"update_ratio": ratio, "weight_norm": norm, "update_norm": np.nan_to_num(ratio, nan=peak) * norm}
-        values["spectral_norm"] = gain * norm
+        values |= {"spectral_norm": gain * norm, "grad_norm": np.full(3, grads if step else 1.0)}
         scalars = {**PLAIN, "optimizers": optimizers, "loss": end}
         history.append(Row(step, values, scalars, losses=np.full(gap, end if step else start)))
     return history
@@ -323,11 +323,28 @@ def test_steps_that_leave_nothing_of_the_first_weights_and_lead_nowhere(made, fo
         ({"growth": 2.9}, False),
         ({"last": 80}, False),  # too young to say that it stands
         ({"gain": 0.3}, False),
+        ({"start": 1e5, "grads": 0.0}, True),  # wherever it came from: there is no way on
+        ({"start": 1e5}, False),
+        ({"start": 1e5, "grads": 0.0, "end": 0.0}, False),  # it is where it wants to be
+        ({"start": 1e5, "grads": 0.0, "peak": 0.9}, False),
     ],
 )
 def test_a_loss_that_stands_after_steps_as_large_as_the_weights(made, found):
     history = together(**{"peak": 1.2, "end": 1.9, "last": 150, **made})
     assert verdict(UpdateRatio().judge(history)) == ([("warning", LARGE, ("fc0", "fc1"))] if found else [])
+
+
+@pytest.mark.parametrize(("norms", "found"), [(2, True), (0, False)])
+def test_only_layers_with_a_matrix_tell_how_large_the_steps_are(norms, found):
+    """Beside gains of 1 all steps are small."""
+    history, made = together(), History()
+    made.layer_axis.merge([*history.layers, "norm0", "norm1", "norm2", "norm3"])
+    for row in history.rows:
+        more = {name: [*values, *[0.01] * 4] for name, values in row.values.items()}
+        more["spectral_norm"] = [*row.values["spectral_norm"], *[nan if norms else 0.01] * 4]
+        values = {name: np.array(values) for name, values in more.items()}
+        made.append(Row(row.step, values, row.scalars, losses=row.losses))
+    assert bool(UpdateRatio().judge(made)) is found
 
 
 def test_a_loss_that_still_falls_is_left_alone():

@@ -1,7 +1,8 @@
+import pytest
 import torch
 from torch import nn
 
-from lightning_gradflow.remedies.norm_gains import reset_gains
+from lightning_gradflow.remedies.norm_gains import reset_biases, reset_gains
 
 
 def _net():
@@ -29,3 +30,36 @@ def test_shared_and_frozen_gains_stay():
     net = _net()
     net[1].weight.requires_grad_(False)
     assert list(reset_gains(net, ["1", "2"])) == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("bias", "gain", "found"),
+    [
+        ([-10.0, -10.0, -10.0, -10.0], 1.0, True),
+        ([5.0, -5.0, 5.0, 0.0], 1.0, True),
+        ([-10.0, -10.0, 0.0, 0.0], 1.0, False),  # half of the units are open
+        ([-3.9, -3.9, -3.9, -3.9], 1.0, False),
+        ([-10.0, -10.0, -10.0, -10.0], 3.0, False),  # what comes in is as large
+        ([-1.0, -1.0, -1.0, -1.0], 0.1, False),  # no activation is shut by that
+    ],
+)
+def test_biases_that_shut_most_units_are_zero(bias, gain, found):
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Sigmoid())
+    with torch.no_grad():
+        net[0].bias.fill_(-10.0)
+        net[1].bias.copy_(torch.tensor(bias))
+        net[1].weight.fill_(gain)
+    assert list(reset_biases(net)) == (["1"] if found else [])
+    assert net[1].bias.tolist() == pytest.approx([0.0] * 4 if found else bias)
+    assert net[0].bias.tolist() == [-10.0] * 4
+    assert net[1].weight.tolist() == pytest.approx([gain] * 4)
+
+
+def test_biases_of_gates_and_shared_and_frozen_ones_stay():
+    net = nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4), nn.LayerNorm(4), nn.RMSNorm(4))
+    for part in net[:3]:
+        nn.init.constant_(part.bias, -10.0)
+    assert reset_biases(net, {"0", "1", "2"}) == {}
+    net[1].bias.requires_grad_(False)
+    net[2].bias = net[0].bias
+    assert reset_biases(net) == {}
