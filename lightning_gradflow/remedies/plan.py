@@ -66,13 +66,16 @@ OFF_TARGET = (FindingKind.LOSS_MISMATCH, "unscaled_targets")
 NOT_FOR = frozenset({"underflow", "rounding", "learning_rate_too_small", "no_signal_in_data", "not_optimized"})
 """Causes that only the user can cure: number format, learning rate, data, and what the optimizer is given."""
 
+TOO_LARGE = (FindingKind.LOSS_PLATEAU, "weight_scale")
+"""The same of one whose weights were too large for its steps from the start."""
+
 BY_BIRTH = frozenset(
     {
         (FindingKind.SATURATED_ACTIVATION, "weight_scale"),
         (FindingKind.NO_GRADIENT, "initialisation"),
         (FindingKind.DEAD_UNITS, "initialisation"),
         (FindingKind.DEAD_UNITS, "symmetry"),
-        (FindingKind.LOSS_PLATEAU, "weight_scale"),
+        TOO_LARGE,
         (FindingKind.LOSS_PLATEAU, "recurrence"),
         OFF_TARGET,
         UNTOUCHED,

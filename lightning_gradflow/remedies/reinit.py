@@ -28,10 +28,11 @@ from lightning_gradflow.remedies.gate_signs import turn_signs
 from lightning_gradflow.remedies.norm_gains import reset_biases, reset_gains
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.output_scaling import TargetScale
+from lightning_gradflow.remedies.plan import TOO_LARGE
 from lightning_gradflow.remedies.recurrent_treatment import treat
 from lightning_gradflow.remedies.sick_layers import FAR, MAX_OFF, MAX_SPREAD
 from lightning_gradflow.remedies.symmetry import break_symmetry
-from lightning_gradflow.remedies.tables import draw_tables
+from lightning_gradflow.remedies.tables import draw_tables, tied_embeddings
 from lightning_gradflow.remedies.textbook import gain_between, initialise, name_for
 from lightning_gradflow.remedies.training import RehearsalError, Training
 from lightning_gradflow.remedies.unusual import draw_unusual
@@ -155,11 +156,11 @@ def _without_zeros(training: Training, finding: Finding) -> Reinit | None:
 
 def _from_data(training: Training, finding: Finding, only_far: bool, fits_outputs: bool) -> Reinit | None:
     assert training.rehearse is not None
-    is_of_tables = (finding.kind, finding.cause) == (FindingKind.LOSS_PLATEAU, "weight_scale")
+    is_of_tables = (finding.kind, finding.cause) == TOO_LARGE
     with training.rehearse() as (module, run):
         drawn = {} if only_far else fill_missing(module, training.seed)
         # a table of zeros beside those that are too large is so on purpose
-        drawn |= {} if only_far or is_of_tables else draw_unusual(module, run, training.seed)
+        drawn |= {} if only_far else draw_unusual(module, run, training.seed, with_embeddings=not is_of_tables)
         drawn |= {} if only_far else draw_attention(module, training.seed)
         drawn |= {} if only_far else reset_gains(module, drawn_gains(training.history))
         drawn |= {} if only_far else reset_biases(module, gates_of(training.history))
@@ -169,7 +170,8 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
         max_off, max_spread = FAR if only_far else MAX_OFF, _max_spread(finding, training.history, only_far)
         bare = Bare(module, run)
         if is_of_tables:
-            drawn |= draw_tables(module, finding.layers, bare.multiplied, training.seed)
+            names = dict.fromkeys((*finding.layers, *tied_embeddings(module)))
+            drawn |= draw_tables(module, names, bare.multiplied, training.seed)
         drawn |= bare.draw_loops(module, training.seed)
         whole = bare.layers(module, with_loops=False)
         shut = finding.layers if "gate_opening" in finding.evidence else ()

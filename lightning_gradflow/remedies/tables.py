@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import torch
@@ -59,6 +60,20 @@ def draw_tables(
             assign(table, fresh)
             drawn[name] = list(part.parameters(recurse=False))
     return drawn
+
+
+def tied_embeddings(module: nn.Module) -> list[str]:
+    """The embeddings whose table is a parameter of another module as well, such as the output layer.
+
+    Example:
+        >>> net = nn.ModuleList([nn.Embedding(5, 2), nn.Linear(2, 5), nn.Embedding(5, 2)])
+        >>> net[1].weight = net[0].weight
+        >>> tied_embeddings(net)
+        ['0']
+    """
+    owners = Counter(p for part in module.modules() for p in part.parameters(recurse=False))
+    embeddings = ((name, part) for name, part in module.named_modules() if isinstance(part, EMBEDDINGS))
+    return [name for name, part in embeddings if any(owners[p] > 1 for p in part.parameters(recurse=False))]
 
 
 def _is_large(table: Tensor) -> bool:

@@ -21,7 +21,9 @@ _ALIKE = 0.01  # share of a matrix that its rows differ by
 _SMALL, _LARGE = 0.1, 4.0  # the weights of a recurrence, or an embedding, times sqrt(fan_in); large ones make chaos
 
 
-def draw_unusual(module: nn.Module, run: Callable[[], None], seed: int) -> dict[str, Sequence[nn.Parameter]]:
+def draw_unusual(
+    module: nn.Module, run: Callable[[], None], seed: int, *, with_embeddings: bool = True
+) -> dict[str, Sequence[nn.Parameter]]:
     """Draws recurrences and embeddings anew whose weights no usual initialisation gives, by the book.
 
     They have no gain that could be measured from one layer to the next: it is their weights that are above
@@ -33,6 +35,7 @@ def draw_unusual(module: nn.Module, run: Callable[[], None], seed: int) -> dict[
         module: whose parameters are changed.
         run: makes a forward pass of it.
         seed: the same on all ranks.
+        with_embeddings: whether embeddings are asked for, too.
 
     Returns:
         By the names of their modules, the parameters of these. Left alone is what is frozen, tied or looks trained.
@@ -49,6 +52,8 @@ def draw_unusual(module: nn.Module, run: Callable[[], None], seed: int) -> dict[
     drawn: dict[str, Sequence[nn.Parameter]] = {}
     for name, part in module.named_modules():
         if not isinstance(part, (nn.RNNBase, nn.RNNCellBase, nn.Embedding)):
+            continue
+        if isinstance(part, nn.Embedding) and not with_embeddings:
             continue
         own = list(part.parameters(recurse=False))
         weights = [p for p in own if p.dim() > 1]

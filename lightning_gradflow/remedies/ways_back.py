@@ -9,11 +9,12 @@ import numpy as np
 
 from lightning_gradflow.detectors.inputs import inputs_jumped, offending_features
 from lightning_gradflow.detectors.progress import has_learnt
+from lightning_gradflow.detectors.standstill import keeps_residual
 from lightning_gradflow.detectors.unscaled_targets import were_offset
 from lightning_gradflow.detectors.vanishing import vanished_before
 from lightning_gradflow.findings import Finding, FindingKind
 from lightning_gradflow.history import History
-from lightning_gradflow.remedies.plan import OFF_TARGET, UNTOUCHED
+from lightning_gradflow.remedies.plan import OFF_TARGET, TOO_LARGE, UNTOUCHED
 from lightning_gradflow.remedies.slowing import LARGEST_FACTOR, start_factor
 from lightning_gradflow.remedies.snapshot import Snapshot
 from lightning_gradflow.remedies.training import Training
@@ -35,7 +36,7 @@ class WaysBack:
         """The last good weights."""
         self._start: Snapshot | None = None  # until something has been learnt
         self._start_step = 0
-        self._birth: Snapshot | None = None  # the same for longer, for a run that is off its targets
+        self._birth: Snapshot | None = None  # the same for longer, for a run that may know no more than a constant
         self._newest: Snapshot | None = None
         self._newest_step = -1
 
@@ -74,11 +75,12 @@ class WaysBack:
         """What a run that broke goes back to, and whether that is a state in which it went well.
 
         One that has learnt nothing starts anew: what a fault has left of its weights is no better than what they were.
-        So does one whose inputs or targets were unscaled from the start: its weights fit no others. And so does one
-        that is young and made large steps from the start: they have done harm before it showed. Where the finding tells
+        So does one whose inputs or targets were unscaled from the start: its weights fit no others; and one that knows
+        no more than a constant as its weights were too large: the others have grown beside them. And so does one that
+        is young and made large steps from the start: they have done harm before it showed. Where the finding tells
         which step did, and the last good weights are younger, these are no better.
         """
-        origin = self._origin(finding)
+        origin = self._origin(finding, history)
         if origin is not None:
             return origin, False
         is_accident = finding.kind in BROKEN and finding.cause != "learning_rate_too_large"
@@ -103,13 +105,13 @@ class WaysBack:
         """Whether the step that did the harm was made before the last good weights."""
         return finding.evidence.get("largest_step", math.inf) <= self.good_step
 
-    def starts_anew(self, finding: Finding) -> bool:
+    def starts_anew(self, finding: Finding, history: History) -> bool:
         """Whether the run has learnt nothing but a constant, and what it started from is still there."""
-        return self._origin(finding) is not None
+        return self._origin(finding, history) is not None
 
-    def _origin(self, finding: Finding) -> Snapshot | None:
+    def _origin(self, finding: Finding, history: History) -> Snapshot | None:
         what = (finding.kind, finding.cause)
-        if what == OFF_TARGET:
+        if what == OFF_TARGET or (what == TOO_LARGE and keeps_residual(history)):
             return self._start or self._birth
         return self._start if what == UNTOUCHED else None
 
@@ -123,7 +125,8 @@ class WaysBack:
             self.good, self.good_step = self._newest, self._newest_step
             is_slow = start_factor(history) > LARGEST_FACTOR
             if self.learnt and is_slow and not self.is_young(history) and not offending_features(history):
-                self._birth = (self._birth or self._start) if were_offset(history) else None
+                knows_little = were_offset(history) or keeps_residual(history)
+                self._birth = (self._birth or self._start) if knows_little else None
                 self._start = None
         self._newest = Snapshot.take(training.model, training.optimizers)
         self._newest_step = history.rows[-1].step

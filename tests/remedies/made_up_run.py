@@ -73,6 +73,7 @@ class Run:
         progress: float = math.nan,
         ratio: float = 0.0,
         decades: float = math.nan,
+        residual: float = 1.0,
     ) -> Any:
         """So many steps with this loss, then a sample in which something is found.
 
@@ -83,6 +84,7 @@ class Run:
             progress: share of the run that is done.
             ratio: size of the updates, if it is known.
             decades: that the gradient loses from the last layer to the first, if it was measured.
+            residual: norm of the gradient at the output, where that is so.
 
         Returns:
             The action that was taken or decided about, or None.
@@ -91,7 +93,7 @@ class Run:
         self.history.layer_axis.merge(["0"])
         values = {"update_ratio": np.array([ratio])} if ratio else {}
         if not math.isnan(decades):
-            values["delta_norm"] = np.logspace(-decades, 0, 5)
+            values["delta_norm"] = residual * np.logspace(-decades, 0, 5)
         scalars = {"planned_steps": float(self._planned), "grad_norm_total": 2.0}
         self.history.append(Row(self.step, values, scalars, losses=np.full(steps, loss * self._scale)))
         self.mitigation.keep_good(found, self.training)

@@ -446,6 +446,47 @@ class Tokens(nn.Module):
         return self.read(self.embed(x).mean(1))
 
 
+@pytest.mark.parametrize(("std", "expected"), [(1.0, ("embed",)), (0.1, None)])
+def test_beside_weights_that_are_too_large_tied_tables_are_drawn_that_make_large_outputs(std, expected):
+    class Tied(Tokens):
+        def __init__(self):
+            super().__init__(std)
+            self.read = nn.Linear(64, 50, bias=False)
+            self.read.weight = self.embed.weight
+
+    net, x = Tied(), torch.randint(1, 50, (16, 5), generator=torch.Generator().manual_seed(0))
+    finding = Finding(FindingKind.LOSS_PLATEAU, Severity.WARNING, 100, ("read",), "weight_scale")
+    done = reinitialise(_training(net, _copying(net, x), history=_bare()), finding)
+    assert (done and done.layers) == expected
+    assert net.read.weight is net.embed.weight
+    assert bool(net.embed.weight.std() < 0.2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause", "expected"),
+    [
+        (FindingKind.LOSS_PLATEAU, "weight_scale", {"rnn"}),
+        (FindingKind.VANISHING_GRADIENT, "saturation", {"rnn", "embed"}),
+    ],
+)
+def test_beside_weights_that_are_too_large_a_table_of_zeros_stays(kind, cause, expected):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.rnn = nn.Embedding(50, 16), nn.GRU(16, 16)
+            nn.init.zeros_(self.embed.weight)
+            self.rnn.weight_hh_l0.data.mul_(20)
+
+        def forward(self, x):
+            return self.rnn(self.embed(x))[0][-1]
+
+    torch.manual_seed(0)
+    net, x = Reads(), torch.randint(50, (5, 16), generator=torch.Generator().manual_seed(0))
+    finding = Finding(kind, Severity.WARNING, 100, ("rnn",), cause)
+    done = reinitialise(_training(net, _copying(net, x), history=_bare()), finding)
+    assert {*done.layers} == expected
+
+
 @pytest.mark.parametrize(
     ("std", "frozen", "expected"),
     [

@@ -333,6 +333,20 @@ def test_a_run_that_stands_still_with_what_it_was_born_with_is_drawn_anew_though
     assert run.go(1.7, finding(FindingKind.LOSS_PLATEAU, "weight_scale")).kind == "reinit"
 
 
+@pytest.mark.parametrize(("left", "starts_anew"), [(1.0, True), (0.6, True), (0.4, False)])
+def test_a_run_with_weights_too_large_that_knows_no_more_than_a_constant_starts_anew(left, starts_anew):
+    run = Run()
+    start = run.net[4].weight.detach().clone()  # the finding is about the others
+    run.go(60.0, decades=0.0)
+    for _ in range(12):
+        run.train()
+        assert run.go(2.6, decades=0.0, residual=left) is None
+    assert run.mitigation.state_dict()["learnt"]
+    run.go(2.6, finding(FindingKind.LOSS_PLATEAU, "weight_scale"), decades=0.0, residual=left)
+    assert run.newest.kind == "reinit"
+    assert torch.equal(run.net[4].weight, start) == starts_anew
+
+
 def test_a_run_whose_weights_unscaled_inputs_have_overwritten_starts_anew_on_scaled_ones():
     """Its loss has come down from an absurd start: that is nothing that could be lost."""
     x = 1000 * torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
