@@ -23,6 +23,8 @@ from lightning_gradflow.remedies.verdict import BROKEN, TOLERATED, length, level
 LEARNT = 0.1
 """Share of the loss: less is what the outputs of a blocked network gain by becoming a constant."""
 
+_AS_MANY = 0.5  # dead units, of those that are dead now
+
 
 class WaysBack:
     """Keeps the weights that a run started from, those with which it went well last, and those of the newest sample."""
@@ -88,7 +90,7 @@ class WaysBack:
             if remedy == "scale_inputs" and not inputs_jumped(history):
                 return self._start, False
             is_fast = not is_accident and self.is_young(history) and start_factor(history) <= LARGEST_FACTOR
-            if remedy == "rollback" and (is_fast or self.came_before(finding)):
+            if remedy == "rollback" and (is_fast or self.came_before(finding, history)):
                 return self._start, False
         if self.learnt or (is_accident and self.good_step >= 0):
             return self.good, True
@@ -96,14 +98,19 @@ class WaysBack:
 
     def leads_nowhere(self, finding: Finding, history: History) -> bool:
         """Whether the gradient vanished in all that there is to go back to as well."""
-        if finding.kind is not FindingKind.VANISHING_GRADIENT:
-            return False
+        is_vanishing = finding.kind is FindingKind.VANISHING_GRADIENT
         ways = {self._start_step, max(self.good_step, self._start_step)}
-        return all(vanished_before(history, _row_at(history, step)) for step in ways)
+        return is_vanishing and all(_was_so(finding, history, step) for step in ways)
 
-    def came_before(self, finding: Finding) -> bool:
-        """Whether the step that did the harm was made before the last good weights."""
-        return finding.evidence.get("largest_step", math.inf) <= self.good_step
+    def came_before(self, finding: Finding, history: History) -> bool:
+        """Whether the harm was done before the last good weights.
+
+        A run whose loss has come down from where large steps had thrown it counts as one that has learnt, while it
+        knows no more than a constant.
+        """
+        if finding.evidence.get("largest_step", math.inf) <= self.good_step:
+            return True
+        return self.good_step >= 0 and keeps_residual(history) and _was_so(finding, history, self.good_step)
 
     def starts_anew(self, finding: Finding, history: History) -> bool:
         """Whether the run has learnt nothing but a constant, and what it started from is still there."""
@@ -142,6 +149,14 @@ class WaysBack:
         return now <= start + TOLERATED * abs(start)
 
 
-def _row_at(history: History, step: int) -> int:
-    """The first row from a step on; the newest where there is none."""
-    return min(int(np.searchsorted(history.steps, step)), len(history) - 1)
+def _was_so(finding: Finding, history: History, step: int) -> bool:
+    """Whether the gradient vanished at a step as it does now, or as many units were dead, but for half of them."""
+    row = min(int(np.searchsorted(history.steps, step)), len(history) - 1)
+    if finding.kind is FindingKind.VANISHING_GRADIENT:
+        return vanished_before(history, row)
+    dead = history["dead_fraction"][[row, -1]]
+    is_known = ~np.isnan(dead).all(axis=1)
+    if finding.kind is not FindingKind.DEAD_UNITS or not is_known.all():
+        return False
+    then, now = np.nanmax(dead, axis=1)
+    return bool(then >= _AS_MANY * now)

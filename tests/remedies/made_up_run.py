@@ -74,6 +74,7 @@ class Run:
         ratio: float = 0.0,
         decades: float = math.nan,
         residual: float = 1.0,
+        dead: float = math.nan,
     ) -> Any:
         """So many steps with this loss, then a sample in which something is found.
 
@@ -85,6 +86,7 @@ class Run:
             ratio: size of the updates, if it is known.
             decades: that the gradient loses from the last layer to the first, if it was measured.
             residual: norm of the gradient at the output, where that is so.
+            dead: share of the units, if it was measured.
 
         Returns:
             The action that was taken or decided about, or None.
@@ -94,6 +96,8 @@ class Run:
         values = {"update_ratio": np.array([ratio])} if ratio else {}
         if not math.isnan(decades):
             values["delta_norm"] = residual * np.logspace(-decades, 0, 5)
+        if not math.isnan(dead):
+            values["dead_fraction"] = np.array([math.nan, dead, math.nan, 0.0, math.nan])
         scalars = {"planned_steps": float(self._planned), "grad_norm_total": 2.0}
         self.history.append(Row(self.step, values, scalars, losses=np.full(steps, loss * self._scale)))
         self.mitigation.keep_good(found, self.training)

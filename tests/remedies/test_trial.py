@@ -729,6 +729,23 @@ def test_to_go_back_is_no_way_out_where_the_gradient_vanished_then_as_well(start
     assert (run.go(2.0, vanishing, ratio=0.1, decades=5.0) is not None) == acts
 
 
+@pytest.mark.parametrize(
+    ("then", "left", "starts_anew"),
+    [(0.9, 1.0, True), (0.5, 0.6, True), (0.4, 1.0, False), (math.nan, 1.0, False), (0.9, 0.4, False)],
+)
+def test_a_run_whose_units_died_before_it_came_down_to_a_constant_starts_anew(then, left, starts_anew):
+    run = Run(allow=("rollback",))
+    start = run.weights()
+    run.go(6.0, ratio=0.1, decades=0.0, dead=0.0)
+    for _ in range(12):
+        run.train()
+        run.go(2.0, ratio=0.1, decades=0.0, residual=left, dead=then)
+    assert run.mitigation.state_dict()["learnt"]
+    died = finding(FindingKind.DEAD_UNITS, "learning_rate_too_large")
+    assert run.go(2.0, died, ratio=0.1, decades=0.0, residual=left, dead=1.0).kind == "rollback"
+    assert torch.equal(run.weights(), start) == starts_anew
+
+
 @pytest.mark.parametrize(("then", "acts"), [(5.0, False), (0.5, True)])
 def test_what_a_remedy_that_helped_left_is_a_start_of_its_own(then, acts):
     run, vanishing = Run(), finding(cause="depth")
