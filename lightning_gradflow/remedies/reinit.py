@@ -30,6 +30,7 @@ from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.output_scaling import TargetScale
 from lightning_gradflow.remedies.plan import TOO_LARGE
 from lightning_gradflow.remedies.recurrent_treatment import treat
+from lightning_gradflow.remedies.scores import calm_scores
 from lightning_gradflow.remedies.sick_layers import FAR, MAX_OFF, MAX_SPREAD
 from lightning_gradflow.remedies.symmetry import break_symmetry
 from lightning_gradflow.remedies.tables import draw_tables, tied_embeddings
@@ -184,6 +185,7 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
         if "output_growth" in finding.evidence and not _helps_outputs(treated):
             return None
         drawn |= bare.owners(module, treated.changed)
+        drawn |= {} if only_far else calm_scores(module, run)
         fitted = fit_outputs(module, run) if fits_outputs else None
         drawn |= fitted.changed if fitted is not None else {}
         fresh = {name: [p.detach().clone() for p in parameters] for name, parameters in drawn.items()}

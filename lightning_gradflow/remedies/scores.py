@@ -1,0 +1,133 @@
+"""The scores of attention, whose softmax stands at its bounds where they are large."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_gradflow.probes.shards import is_sharded
+from lightning_gradflow.remedies.bare_uses import eager
+from lightning_gradflow.remedies.fresh import looks_fresh
+
+_LARGE = 2.0  # deviation: with more a few positions take it all
+_ROUNDS = 64  # softmaxes of a network that are seen to
+_ONE_FACTOR = (0.8, 1.2)  # d ln(deviation) / d ln(weight) of what makes one side of a product; biases take a little
+_FEWEST_DIMS = 3  # samples, positions that ask, and those that are looked at; classes and experts have no third
+
+_SOFTMAXES = frozenset({torch.softmax, Tensor.softmax, F.softmax})
+
+
+def calm_scores(module: nn.Module, forward: Callable[[], None]) -> dict[str, Sequence[nn.Parameter]]:
+    r"""Scales queries and keys down whose products are large, so that the scores of each softmax have deviation 1.
+
+    Weights that keep the size of a signal give queries and keys whose entries have variance 1, and the product of two
+    with d entries has the deviation :math:`\sqrt d` unless it is divided by that. The softmax of large scores takes one
+    position each, and lets no gradient through. Where their deviation s over the positions is above 2, all weights W
+    with
+
+    .. math:: \frac{1}{s} \left\langle W, \frac{\partial s}{\partial W} \right\rangle \approx 1
+
+    which make one side of the product each, are multiplied by the same factor. Weights before a normalisation have 0
+    there, those that feed both sides 2.
+
+    Args:
+        module: the model, or a copy of it.
+        forward: makes a forward pass of it on a batch, with autograd on, always the same.
+
+    Returns:
+        Name -> parameters, of the modules whose weights were scaled. Weights that are shared, frozen or look trained
+        are left as they are.
+
+    References:
+        Vaswani et al. 2017, Attention is all you need, section 3.2.1.
+
+    Example:
+        >>> class Attention(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.q, self.k, self.v = (nn.Linear(64, 64, bias=False) for _ in range(3))
+        ...         for layer in (self.q, self.k, self.v):
+        ...             _ = nn.init.orthogonal_(layer.weight)
+        ...
+        ...     def forward(self, x):
+        ...         return (self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x)
+        >>> net, x = Attention(), torch.randn(4, 9, 64)
+        >>> [*calm_scores(net, lambda: net(x))], bool(net.q.weight[0].norm() < 0.5)
+        (['q', 'k'], True)
+    """
+    owners = Counter(p for part in module.modules() for p in part.parameters(recurse=False))
+    parts = {p: (name, part) for name, part in module.named_modules() for p in part.parameters(recurse=False)}
+    weights = [p for p in parts if p.dim() > 1 and p.requires_grad and owners[p] == 1 and not is_sharded(p)]
+    changed: dict[str, Sequence[nn.Parameter]] = {}
+    first = 0
+    for _ in range(_ROUNDS if weights else 0):
+        with eager(), _Watch() as watch:
+            forward()
+        # what is changed changes all that comes later
+        for at, spread in enumerate(watch.spreads[first:], first):
+            sides = [weight for weight in _sides(spread, weights) if looks_fresh(weight)]
+            if sides:
+                with torch.no_grad():
+                    for weight in sides:
+                        weight.mul_(float(spread.detach()) ** (-1 / len(sides)))
+                weights = [p for p in weights if all(p is not side for side in sides)]
+                changed |= {parts[p][0]: list(parts[p][1].parameters(recurse=False)) for p in sides}
+                first = at + 1
+                break
+        else:
+            break
+    return changed
+
+
+def _sides(spread: Tensor, weights: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """The weights that make one side of the product each, of scores that are too large."""
+    size = float(spread.detach())
+    if not _LARGE < size < math.inf:
+        return []
+    slopes: Sequence[Tensor | None] = torch.autograd.grad(spread, weights, allow_unused=True, retain_graph=True)
+    low, high = _ONE_FACTOR
+    return [
+        weight
+        for weight, slope in zip(weights, slopes, strict=True)
+        if slope is not None and low < float((weight.detach() * slope).double().sum()) / size < high
+    ]
+
+
+class _Watch(TorchFunctionMode):
+    """Takes down the deviation of the scores of each softmax over positions, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spreads: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            if func in _SOFTMAXES and isinstance(args[0], Tensor):
+                dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+                self._see(args[0].movedim(-1 if dim is None else dim, -1))
+            elif func is F.scaled_dot_product_attention and len(args) > 1:
+                query, key = args[:2]
+                scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+                self._see(query @ key.transpose(-2, -1) * scale)
+        return result
+
+    def _see(self, scores: Tensor) -> None:
+        if scores.dim() < _FEWEST_DIMS or not scores.requires_grad or scores.shape[-1] < 2:
+            return
+        scores = scores.float()
+        there = scores.isfinite()  # masked ones are not
+        number = there.sum(-1, keepdim=True).clamp(min=1)
+        mean = torch.where(there, scores, 0.0).sum(-1, keepdim=True) / number
+        squares = torch.where(there, scores - mean, 0.0).square().sum(-1, keepdim=True) / number
+        self.spreads.append(squares.mean().sqrt())
