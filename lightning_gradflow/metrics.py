@@ -177,6 +177,7 @@ SCALARS: dict[str, str] = {
     "residual_rms": "root mean square of outputs less targets, where the loss is a squared or absolute error of these",
     "compared_rms": "root mean square of those outputs",
     "target_deviation": "standard deviation of those targets, over the batch of each rank",
+    "score_deviation": "deviation (rms) over the classes of the scores that a cross-entropy gets",
     **MISMATCHES,
     **dict.fromkeys(LOSS_LINE, "of the loss along the update, in a row in which a standstill was looked into"),
     **dict.fromkeys(PAIRING, "of the same row: whether the targets follow from the inputs"),

@@ -32,15 +32,16 @@ class LargeWeights:
       mean of both fans;
     - these look as they were drawn: the largest singular value of n x m independent entries with standard deviation
       s is :math:`s (\sqrt{n} + \sqrt{m})`, and what was learnt, as in weights that were trained before, stands out;
-    - the first outputs of the last layer were larger than 3, which they are not where the forward pass scales the
-      weights;
+    - the first outputs of the last layer were larger than 3, or the deviation of the scores that a cross-entropy got,
+      which they are not where the forward pass scales the weights, or the scores;
     - the largest step so far, times all that are planned, is less than the weights, in the median of these layers;
     - the loss has not halved from the third to the last quarter of the run.
 
-    Fewer layers are enough where next to nothing was learnt: half of the first gradient at the network's output is left
+    Fewer layers are enough where little was learnt: half of the first gradient at the network's output is left
     (see `keeps_residual`), and at the pace of most of their steps none of them moves by as much as its weights. Queries
     and keys of that size make a softmax pick one position each from the start, through which no gradient comes; a
-    recurrence among these layers needs no large outputs where most of its own start at their bounds.
+    module among these layers that is bounded itself, as a recurrence is, needs no large outputs where most of its own
+    start at their bounds.
 
     Args:
         max_size: times the usual size, in (0, inf). By default 4: He's initialisation has 1.4.
@@ -117,6 +118,11 @@ def _start_at_bounds(history: History, layers: Ints) -> bool:
 
 
 def _first_outputs(history: History) -> float:
+    """The deviation of the first scores, where a softmax in the loss gets some: what scales them may come last."""
+    scores = history.scalar("score_deviation")
+    scores = scores[~np.isnan(scores)]
+    if scores.size:
+        return float(scores[0])
     sizes = first_values(history, "output_rms")[layer_mask(history)]
     known = sizes[np.isfinite(sizes)]
     return float(known[-1]) if known.size else np.nan

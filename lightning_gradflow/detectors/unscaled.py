@@ -72,9 +72,9 @@ class UnscaledInputs:
 
     In a regression they may leave the weights as they are, and make outputs far beyond the targets: the run is spent on
     the way back from there. It is a finding if the inputs are unscaled, and have been so from the start; the first
-    outputs had ten times the deviation of the targets (`compared_rms`, `target_deviation`) or more; and no sample of a
-    fifth of the planned steps (300 where nobody knows how many) had an error below that deviation, which a constant
-    leaves.
+    outputs and their error had ten times the deviation of the targets (`compared_rms`, `residual_rms`,
+    `target_deviation`) or more; and no sample of a fifth of the planned steps (300 where nobody knows how many) had an
+    error below that deviation, which a constant leaves.
 
     Not judged: several optimizers, whose losses play against each other; inputs of which the spread is below the
     rounding of single precision, for nothing can be done about these; inputs that were not measured.
@@ -147,8 +147,10 @@ class UnscaledInputs:
         """Inputs so large that the outputs of a regression start far beyond the targets, and are no better since."""
         if not large_from_start(history) or not offending_features(history):
             return []
-        output, deviation = (float(history.scalar(name)[0]) for name in ("compared_rms", "target_deviation"))
-        if not output >= _BEYOND * deviation or not never_near(history):
+        names = ("compared_rms", "residual_rms", "target_deviation")
+        output, error, deviation = (float(history.scalar(name)[0]) for name in names)
+        # outputs that start at the mean of the targets are large as well
+        if not (output >= _BEYOND * deviation and error >= _BEYOND * deviation and never_near(history)):
             return []
         sizes = {"output_rms": output, "target_deviation": deviation}
         return [self._finding(history, feature_evidence(history) | sizes)]

@@ -65,8 +65,8 @@ class UpdateRatio:
     still since, and any loss where the gradient is exactly zero as well. These four go by the layers with a matrix.
     Later on it is a jump to 30 times the run's own ratio, or of the learning rate, that makes the loss three times what
     it was. Large steps alone are no finding: many a network starts with one and learns. Weights that were changed by
-    something else than steps are told apart (see `overwritten`). Not judged with
-    several optimizers, whose losses play against each other.
+    something else than steps are told apart (see `overwritten`). Not judged with several optimizers, whose losses play
+    against each other.
 
     Args:
         min_reach: share of its norm that some layer must be able to move by in the planned run, in [0, 1). By default

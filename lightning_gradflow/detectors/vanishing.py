@@ -257,11 +257,11 @@ class VanishingGradient:
 def vanished_before(
     history: History, row: int, max_decay: float = MAX_DECAY, min_headroom: float = MIN_HEADROOM
 ) -> bool:
-    """Whether an earlier row lost half of `max_decay` or more in the same pass: its weights are no better."""
+    """Whether an earlier row lost half of what is lost now, or of `max_decay` if more: its weights are no better."""
     then, now = underflow_of(history, row, min_headroom), underflow_of(history, -1, min_headroom)
     if then is None or now is None or not is_same_pass(then.profile, now.profile):
         return False
-    return decay_of(then, max_decay / 2) is not None
+    return decay_of(then, max(max_decay, -now.span) / 2) is not None
 
 
 def is_vanishing(history: History, max_decay: float = MAX_DECAY, min_headroom: float = MIN_HEADROOM) -> bool:

@@ -19,8 +19,11 @@ _EVEN = frozenset({torch.square, Tensor.square, torch.abs, Tensor.abs, Tensor.__
 _POWER = frozenset({torch.pow, Tensor.pow, Tensor.__pow__})
 _TIMES = frozenset({torch.mul, Tensor.mul, Tensor.__mul__})
 _REDUCED = frozenset({torch.mean, Tensor.mean, torch.sum, Tensor.sum})
-COMPARING = frozenset[Any](_ERRORS | _MINUS | _FROM | _EVEN | _POWER | _TIMES | _REDUCED)
-"""Every function that a comparison may be made of."""
+_LOG_SOFTMAXES = frozenset({torch.log_softmax, Tensor.log_softmax, F.log_softmax})
+COMPARING = frozenset[Any](
+    _ERRORS | _MINUS | _FROM | _EVEN | _POWER | _TIMES | _REDUCED | _LOG_SOFTMAXES | {F.cross_entropy}
+)
+"""Every function that a comparison may be made of, or that gets the scores of classes."""
 
 _MOST = 8  # that are followed at a time: a loss is next to what it is made of
 
@@ -87,3 +90,21 @@ def _is_even(func: Any, args: tuple[Any, ...]) -> bool:
     if func in _EVEN:
         return True
     return (func in _POWER and args[1:2] == (2,)) or (func in _TIMES and len(args) > 1 and args[0] is args[1])
+
+
+def scores_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The scores that a cross-entropy, or the log-softmax that it begins with, gets, with the classes on the last axis.
+
+    Example:
+        >>> scores_of(F.cross_entropy, (torch.zeros(4, 3, 7), torch.zeros(4, 7)), {}).shape
+        torch.Size([4, 7, 3])
+    """
+    scores = args[0] if args else kwargs.get("input")
+    if not isinstance(scores, Tensor) or not scores.dim():
+        return None
+    if func is F.cross_entropy:
+        return scores.movedim(min(1, scores.dim() - 1), -1)
+    if func in _LOG_SOFTMAXES:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        return scores.movedim(dim, -1) if isinstance(dim, int) else None
+    return None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_gradflow.history import Floats
 from lightning_gradflow.metrics import MISMATCHES, measured
-from lightning_gradflow.probes.comparisons import Comparisons
+from lightning_gradflow.probes.comparisons import Comparisons, scores_of
 from lightning_gradflow.probes.observer import is_measurable
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
@@ -44,10 +44,15 @@ class LossProbe:
         self._comparisons.clear()
         self._mismatches: set[str] = set()
         self._sizes: list[Tensor] = []
+        self._scores: list[Tensor] = []
 
     def see(self, func: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Takes a call in the forward pass; see `Comparisons`."""
-        self._comparisons.see(func, result, args, kwargs)
+        scores = scores_of(func, args, kwargs)
+        if scores is None:
+            self._comparisons.see(func, result, args, kwargs)
+        elif scores.requires_grad and is_measurable(scores) and scores.numel():
+            self._scores.append(_squares_around(scores.detach()))
 
     @torch.no_grad()
     def _compared(self, outputs: Tensor, targets: Tensor) -> None:
@@ -72,6 +77,8 @@ class LossProbe:
             found = torch.cat(self._sizes)
             # a loss that is left out of some steps, or on some ranks, must not change what they agree on
             transfer.share("compared", torch.nn.functional.pad(found, (0, 4 * _MOST_PAIRS - len(found))))
+        if self._scores:
+            transfer.share("scores", torch.stack(self._scores).sum(0))
         self.clear()
 
 
@@ -80,6 +87,20 @@ def _some(values: Tensor) -> Tensor:
     values = values.detach().reshape(1) if values.dim() == 0 else values.detach()
     rows = values[: max(1, _SOME * len(values) // values.numel())].flatten()[:_SOME]
     return rows.to(wide_dtype(rows.device))
+
+
+def _squares_around(scores: Tensor) -> Tensor:
+    """(2,) sum and number of squared scores of the first samples, each less the mean over its classes.
+
+    Classes that are masked have no score.
+    """
+    classes = scores.shape[-1]
+    rows = scores[: max(1, _SOME * len(scores) // scores.numel())].reshape(-1, classes)[: max(1, _SOME // classes)]
+    rows = rows.to(wide_dtype(rows.device))
+    there = rows.isfinite()
+    known = torch.where(there, rows, 0.0)
+    mean = known.sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp(min=1)
+    return torch.stack([torch.where(there, rows - mean, 0.0).square().sum(), there.sum().to(rows)])
 
 
 def told(host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, float]:
@@ -101,6 +122,9 @@ def told(host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, float]:
         error, output, deviation = sizes[:, np.argmax(ratios)]
         found |= {"residual_rms": measured(error), "compared_rms": measured(output)}
         found |= {} if np.isnan(deviation) else {"target_deviation": float(deviation)}
+    squares, number = host.get("scores", (0.0, 0.0))
+    if number > 0:
+        found["score_deviation"] = measured(math.sqrt(squares / number))
     return found
 
 

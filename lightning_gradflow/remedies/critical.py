@@ -177,7 +177,8 @@ def make_critical(
     past_peak: set[str] = set()
     for _ in range(max(_MIN_ROUNDS, len(sick)) if sick else 0):
         found = gains.measure(_Adjustment(frozenset(sick), aims, known, frozenset(gates)))
-        past_peak |= {name for name in sick if name in known and _is_past_peak(known[name], found[name], aims[name])}
+        both = [name for name in sick if name in known and name in found]  # experts may be called, or not
+        past_peak |= {name for name in both if _is_past_peak(known[name], found[name], aims[name])}
         known = {name: link for name, link in found.items() if name not in past_peak}
         if _off(known, [name for name in sick if name in known], aims) < _SETTLED:
             break

@@ -42,7 +42,7 @@ def reset_gains(module: nn.Module, layers: Iterable[str]) -> dict[str, Sequence[
     return found
 
 
-def reset_biases(module: nn.Module, gates: Collection[str] = ()) -> dict[str, Sequence[nn.Parameter]]:
+def reset_biases(module: nn.Module, kept: Collection[str] = ()) -> dict[str, Sequence[nn.Parameter]]:
     """Sets the biases of norm layers to 0 that shut most of the units behind them, where they are no other's.
 
     No weights before a norm can make up for these: it takes their size away. Most biases are above 4, and above 4
@@ -50,7 +50,7 @@ def reset_biases(module: nn.Module, gates: Collection[str] = ()) -> dict[str, Se
 
     Args:
         module: the model, or a copy of it.
-        gates: names of the layers whose output opens or shuts a gate, which may be meant so.
+        kept: names of layers that keep theirs: before a gate it may be meant so, and the last one shuts nothing.
 
     Returns:
         name -> all parameters of the layers whose biases were set.
@@ -65,7 +65,7 @@ def reset_biases(module: nn.Module, gates: Collection[str] = ()) -> dict[str, Se
     found: dict[str, Sequence[nn.Parameter]] = {}
     for name, part in module.named_modules():
         gains, bias = gains_of(part), part._parameters.get("bias")
-        if gains is None or bias is None or name in gates or not bias.requires_grad or owners[bias] > 1:
+        if gains is None or bias is None or name in kept or not bias.requires_grad or owners[bias] > 1:
             continue
         limit = _SHUT * gains.detach().abs().clamp(min=1.0)
         if float((bias.detach().abs() > limit).double().mean()) > _MOST:

@@ -63,11 +63,11 @@ UNTOUCHED = (FindingKind.LOSS_PLATEAU, "unscaled_inputs")
 OFF_TARGET = (FindingKind.LOSS_MISMATCH, "unscaled_targets")
 """The same of one whose targets lie far from all that it gives."""
 
-NOT_FOR = frozenset({"underflow", "rounding", "learning_rate_too_small", "no_signal_in_data", "not_optimized"})
-"""Causes that only the user can cure: number format, learning rate, data, and what the optimizer is given."""
-
 TOO_LARGE = (FindingKind.LOSS_PLATEAU, "weight_scale")
 """The same of one whose weights were too large for its steps from the start."""
+
+NOT_FOR = frozenset({"underflow", "rounding", "learning_rate_too_small", "no_signal_in_data", "not_optimized"})
+"""Causes that only the user can cure: number format, learning rate, data, and what the optimizer is given."""
 
 BY_BIRTH = frozenset(
     {

@@ -17,6 +17,7 @@ from lightning_gradflow.detectors.time_profile import time_profile
 from lightning_gradflow.findings import Finding, FindingKind
 from lightning_gradflow.history import History
 from lightning_gradflow.probes.layers import ROOT
+from lightning_gradflow.probes.shards import whole
 from lightning_gradflow.remedies.bare_uses import Use
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.loops import Loop, loops_among
@@ -125,7 +126,7 @@ def _shrunk(training: Training, modules: Mapping[str, nn.Module], before: dict[s
     So do residual steps that share their weights: each of T steps has to add about 1 / T.
     """
     every = {name: m.weight for name, m in modules.items() if isinstance(m, Looped)}
-    weights = {name: weight for name, weight in every.items() if is_writable(weight) and looks_fresh(weight)}
+    weights = {name: weight for name, weight in every.items() if is_writable(weight) and looks_fresh(whole(weight))}
     old = {name: weight.detach().clone() for name, weight in weights.items()}
     after = before
     for _ in range(_ROUNDS if weights else 0):

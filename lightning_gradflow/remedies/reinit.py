@@ -164,7 +164,8 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
         drawn |= {} if only_far else draw_unusual(module, run, training.seed, with_embeddings=not is_of_tables)
         drawn |= {} if only_far else draw_attention(module, training.seed)
         drawn |= {} if only_far else reset_gains(module, drawn_gains(training.history))
-        drawn |= {} if only_far else reset_biases(module, gates_of(training.history))
+        kept = gates_of(training.history) | {point.name for point in training.history.points[-1:]}
+        drawn |= {} if only_far else reset_biases(module, kept)
         if finding.cause == "symmetry":
             around = activations_around(training.history.points)
             drawn |= break_symmetry(module, finding.layers, around, training.seed)

@@ -27,9 +27,9 @@ def draw_unusual(
     """Draws recurrences and embeddings anew whose weights no usual initialisation gives, by the book.
 
     They have no gain that could be measured from one layer to the next: it is their weights that are above
-    `4 / sqrt(fan_in)`, below `0.1 / sqrt(fan_in)`, or the same in all rows. That of a recurrence from one time step to
-    the next is taken to the power of their number: weights of a usual size are unusual where it blows a gradient up. So
-    are biases that shut most of the gates.
+    `4 / sqrt(fan_in)`, below `0.1 / sqrt(fan_in)`, or, of a recurrence, the same in all rows. That from one time step
+    to the next is taken to the power of their number: weights of a usual size are unusual where it blows a gradient up.
+    So are biases that shut most of the gates.
 
     Args:
         module: whose parameters are changed.
@@ -82,7 +82,7 @@ def _blown_up(module: nn.Module, run: Callable[[], None], seed: int) -> dict[str
 
 def _is_usual(part: nn.RNNBase | nn.RNNCellBase | nn.Embedding, weight: Tensor) -> bool:
     """Initialisations differ in what they go by: inputs or units of the state, one token or the width of embeddings."""
-    if is_constant(weight):
+    if not isinstance(part, nn.Embedding) and is_constant(weight):  # a table of gains starts with ones
         return False
     size = float(weight.detach().double().square().mean().sqrt())
     fans = (1, weight.shape[1]) if isinstance(part, nn.Embedding) else (weight.shape[1], part.hidden_size)

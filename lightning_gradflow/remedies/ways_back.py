@@ -9,7 +9,7 @@ import numpy as np
 
 from lightning_gradflow.detectors.inputs import inputs_jumped, offending_features
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.detectors.standstill import keeps_residual
+from lightning_gradflow.detectors.standstill import YOUNG, keeps_residual, steps_at_full_rate, steps_needed
 from lightning_gradflow.detectors.unscaled_targets import were_offset
 from lightning_gradflow.detectors.vanishing import vanished_before
 from lightning_gradflow.findings import Finding, FindingKind
@@ -132,7 +132,7 @@ class WaysBack:
             self.good, self.good_step = self._newest, self._newest_step
             is_slow = start_factor(history) > LARGEST_FACTOR
             if self.learnt and is_slow and not self.is_young(history) and not offending_features(history):
-                knows_little = were_offset(history) or keeps_residual(history)
+                knows_little = were_offset(history) or (keeps_residual(history) and _is_young(history))
                 self._birth = (self._birth or self._start) if knows_little else None
                 self._start = None
         self._newest = Snapshot.take(training.model, training.optimizers)
@@ -147,6 +147,11 @@ class WaysBack:
         losses = history.losses[np.isfinite(history.losses)]
         start, now = loss_at(history, -1), level(losses[-max(3, min(20, len(losses) // 3)) :])
         return now <= start + TOLERATED * abs(start)
+
+
+def _is_young(history: History) -> bool:
+    """Whether weights that were too large from the start may still be told."""
+    return steps_at_full_rate(history) <= YOUNG * steps_needed(history)
 
 
 def _was_so(finding: Finding, history: History, step: int) -> bool:

@@ -74,6 +74,7 @@ FOUND = [("warning", "weight_scale", ("fc0", "fc1", "fc2", "fc3"))]
         ({"size": 4.1}, {"size": 3.9}),
         ({"edge": 1.29}, {"edge": 1.31}),  # what was learnt stands out
         ({"output": 3.1}, {"output": 2.9}),
+        ({"output": 0.5, "score_deviation": 3.1}, {"score_deviation": 2.9}),  # what comes last may scale the scores
         ({"ratio": 2.4e-3}, {"ratio": 2.6e-3}),
         ({"planned": 500.0}, {"planned": nan}),
         ({}, {"losses": np.geomspace(9.0, 0.2, 101)}),  # it gets there
@@ -100,6 +101,7 @@ def test_most_layers_have_to_be_too_large(normal, is_found):
         ({"size": 4.1}, {"size": 3.9}),
         ({"edge": 1.29}, {"edge": 1.31}),
         ({"output": 3.1}, {"output": 2.9}),
+        ({"output": 0.5, "score_deviation": 3.1}, {"score_deviation": 2.9}),  # what comes last may scale the scores
         ({"ratio": 2.4e-3}, {"ratio": 2.6e-3}),
         ({"first_step": 10.0}, {"planned": nan}),  # one large step does not take them far
         ({"output": 0.4, "saturated": 0.6}, {"output": 0.4, "saturated": 0.4}),

@@ -376,7 +376,7 @@ def beyond(
         ({"size": 10.1}, {"size": 9.9}),
         ({"output": 2.1}, {"output": 1.9}),  # the first layer is made for them
         ({"errors": (33.0, 1.01)}, {"errors": (33.0, 0.99)}),  # better than a constant
-        ({}, {"errors": (0.99, 2.0)}),  # the targets are as large as the outputs
+        ({"errors": (10.1, 2.0)}, {"errors": (9.9, 2.0)}),  # the targets are as large as the outputs
         ({"deviation": 1.9}, {"deviation": 0.0}),
         ({}, {"deviation": nan}),
         ({}, {"first": nan}),  # no regression

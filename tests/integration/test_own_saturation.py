@@ -128,7 +128,8 @@ def test_what_is_shut_is_found_and_cured(case):
     first = _told(watching)[0]
     assert (str(first.kind), first.cause, {*first.layers}) == ("saturated_activation", "weight_scale", layers)
     cured, reached = _fit(make, "apply")
-    assert [(action.kind, action.outcome) for action in cured.actions] == [("reinit", "kept")]
+    # of a list the first matrix is drawn last: on its inputs it is not sick by far
+    assert {(action.kind, action.outcome) for action in cured.actions} == {("reinit", "kept")}
     assert reached > without + 0.1
 
 

@@ -1,5 +1,7 @@
 """What goes into a loss function, as autograd tells it."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -156,6 +158,39 @@ def test_what_was_seen_in_a_sample_comes_to_the_row():
     assert told(transfer.fetch()) == {"residual_rms": 5.0, "compared_rms": 0.0, "softmax_twice": 1.0}
     probe.share(transfer)  # nothing is left of it
     assert told(transfer.fetch()) == {}
+
+
+def _classes_last(scores):
+    return scores.detach().double() - scores.detach().double().mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("func", "scores", "args", "kwargs", "last"),
+    [
+        (F.cross_entropy, (6, 5), (torch.arange(6) % 5,), {}, lambda x: x),
+        (F.cross_entropy, (6, 5, 3), (torch.zeros(6, 3, dtype=torch.long),), {}, lambda x: x.movedim(1, -1)),
+        (F.cross_entropy, (5,), (torch.tensor(2),), {}, lambda x: x),
+        (torch.log_softmax, (6, 5), (1,), {}, lambda x: x),
+        (F.log_softmax, (6, 3, 5), (), {"dim": -1}, lambda x: x),
+        (torch.Tensor.log_softmax, (5, 6), (0,), {}, lambda x: x.T),
+    ],
+)
+def test_the_scores_of_classes_tell_their_deviation(func, scores, args, kwargs, last):
+    probe, transfer = LossProbe(), Transfer()
+    given = (7 + 3 * torch.randn(scores, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    probe.see(func, func(given, *args, **kwargs), (given, *args), kwargs)
+    probe.share(transfer)
+    expected = float(_classes_last(last(given)).square().mean().sqrt())
+    assert told(transfer.fetch()) == {"score_deviation": pytest.approx(expected)}
+
+
+def test_masked_classes_have_no_score_and_other_softmaxes_are_no_loss():
+    probe, transfer = LossProbe(), Transfer()
+    scores = torch.tensor([[1.0, 3.0, -math.inf], [2.0, 2.0, 2.0]], requires_grad=True)
+    probe.see(F.cross_entropy, None, (scores, torch.tensor([0, 1])), {})
+    probe.see(torch.log_softmax, None, (scores.detach(), 1), {})  # a target
+    probe.share(transfer)
+    assert told(transfer.fetch()) == {"score_deviation": pytest.approx(math.sqrt(2 / 5))}
 
 
 def test_losses_that_are_left_out_of_some_steps_change_nothing_that_ranks_agree_on():

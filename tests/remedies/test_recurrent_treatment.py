@@ -2,14 +2,19 @@
 
 import contextlib
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History, Point, Row
+from lightning_gradflow.probes.shards import whole
 from lightning_gradflow.remedies.recurrent_treatment import treat
 from lightning_gradflow.remedies.through_time import TimeWatch, comes_from
 from lightning_gradflow.remedies.training import Training
@@ -366,3 +371,32 @@ def test_and_left_where_something_else_is_wrong_or_they_look_trained():
         model, before, treatment = _treat_steps(kind, change)
         assert treatment is None
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_steps_that_are_spread_over_ranks_are_made_smaller_where_they_look_as_drawn():
+    """A small matrix that was trained is compared with its own entries in random order."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net, drawn = _seeded(Steps), _seeded(Steps)
+        with torch.no_grad():
+            net.wide.weight += 5 * torch.outer(net.wide.weight[:, 0], net.wide.weight[0])
+        trained = net.wide.weight.detach().clone()
+        twin = copy.deepcopy(net)
+        fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+        training = _training(twin, _history(["wide", "narrow"]))
+        finding = Finding(FindingKind.EXPLODING_GRADIENT, Severity.WARNING, 0, ("wide", "narrow"), "recurrence")
+
+        @contextlib.contextmanager
+        def rehearse():
+            with torch.no_grad():
+                for mine, its in zip(twin.parameters(), net.parameters(), strict=True):
+                    mine.copy_(whole(its))
+            with training.rehearse() as rehearsed:
+                yield rehearsed
+
+        treatment = treat(replace(training, model=net, rehearse=rehearse), finding)
+        assert treatment.layers == ("narrow",)
+        assert torch.equal(whole(net.wide.weight), trained)
+        assert float(whole(net.narrow.weight).detach().norm()) < 0.6 * float(drawn.narrow.weight.detach().norm())
+    finally:
+        dist.destroy_process_group()

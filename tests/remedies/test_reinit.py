@@ -383,6 +383,36 @@ def test_recurrences_all_of_whose_units_look_at_one_sum_are_drawn_by_the_book(no
     assert (done is not None and "rnn" in done.layers) == is_drawn
 
 
+def test_a_table_of_gains_that_are_all_one_stays():
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain, self.rnn = nn.Embedding(8, 16), nn.GRU(16, 16)
+            nn.init.ones_(self.gain.weight)
+            self.rnn.weight_hh_l0.data.mul_(20)
+
+        def forward(self, x):
+            return self.rnn(torch.ones(5, 4, 16))[0][-1] * self.gain(x)
+
+    torch.manual_seed(0)
+    net = Conditional()
+    done = reinitialise(_training(net, _copying(net, torch.arange(4)), history=_bare()), _finding())
+    assert done.layers == ("rnn",)
+    assert bool((net.gain.weight == 1).all())
+
+
+@pytest.mark.parametrize(("ends", "bias"), [(True, 300.0), (False, 0.0)])
+def test_a_norm_that_gives_the_output_keeps_its_bias(ends, bias):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), *([] if ends else [nn.Sigmoid()]))
+    nn.init.constant_(net[1].bias, 300.0)
+    nn.init.constant_(net[0].weight, 1e-4)
+    history = History()
+    history.add_points([Point("0", "0"), Point("1", "1"), *([] if ends else [Point("2", "2", "sigmoid")])])
+    reinitialise(_training(net, _copying(net, torch.randn(16, 8)), history=history), _finding("0"))
+    assert net[1].bias.tolist() == [bias] * 8
+
+
 @pytest.mark.parametrize(("radius", "is_drawn"), [(1.0, False), (1.3, False), (2.0, True), (3.0, True)])
 def test_weights_of_a_usual_size_are_drawn_anew_where_they_blow_a_gradient_up_through_time(radius, is_drawn):
     """1.3 ** 23 are 2.6 decades, 2 ** 23 are 6.9."""
