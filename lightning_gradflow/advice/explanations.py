@@ -84,6 +84,11 @@ SEEN_SO: dict[tuple[FindingKind, str], Text] = {
         "{unchanged_fraction} of what a step is to gain is lost",
     ),
     (FindingKind.DEAD_UNITS, "symmetry"): ("All units of a layer are copies of one another, in {layers}",),
+    (FindingKind.UPDATE_RATIO, "weight_decay"): (
+        "The weights of {layers} are all but gone",
+        "they have {weight_growth} times the norm they started with",
+        "the loss is {loss}",
+    ),
     (FindingKind.UPDATE_RATIO, "overwritten"): (
         "The weights of {layers} were changed by far more than the optimizer's steps can do",
         "to {weight_growth} times their norm",
@@ -276,6 +281,9 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     ),
     (FindingKind.UPDATE_RATIO, "learning_rate_too_small"): (
         "At that pace they hardly move: the learning rate is too small (0.001 is a usual ratio)",
+    ),
+    (FindingKind.UPDATE_RATIO, "weight_decay"): (
+        "The weight decay, or a penalty in the loss, takes more from them than the gradient gives",
     ),
     (FindingKind.UPDATE_RATIO, "overwritten"): (
         "Something else has written to them, such as a checkpoint that was loaded in part, and what was learnt is lost",

@@ -165,8 +165,9 @@ def _put(places: list[Hidden], activation: str) -> list[str]:
 def leak(site: Site) -> list[Suggestion]:
     """Leaky rectifiers in the place of those that can die."""
     places = [place for place in site.hidden if place.op in ("relu", "relu6")]
-    named = set(site.named)
-    places = [place for place in places if named & {place.module, place.shared, place.layer}] or places
+    named = {*site.named}
+    meant = [place for place in places if named & ({place.module, place.shared, place.layer, place.norm} - {""})]
+    places = meant or places
     if not places:
         return []
     calls = [place for place in places if not (place.module or place.shared)]
@@ -198,7 +199,8 @@ _BATCH_NORMS = "{nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d
 
 def normalise(site: Site) -> list[Suggestion]:
     """Normalisation of each unit between layers and activations."""
-    layers = tuple(dict.fromkeys(place.layer for place in site.hidden)) or site.feeding_named()
+    bare = tuple(dict.fromkeys(place.layer for place in site.hidden if not place.norm))
+    layers = bare if site.hidden else site.feeding_named()
     if not layers:
         return []
     code = [

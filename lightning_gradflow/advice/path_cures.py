@@ -11,8 +11,8 @@ from lightning_gradflow.findings import Suggestion
 
 def residuals(site: Site) -> list[Suggestion]:
     """Residual connections around each layer and its activation."""
-    pairs = [(place.layer, place.module) for place in site.hidden if place.module]
-    calls = [place for place in site.hidden if not place.module]
+    pairs = _plain_pairs(site)
+    calls = [place for place in site.hidden if not place.module or place.norm]
     if not pairs and not calls:
         return []
     code = []
@@ -39,7 +39,7 @@ def residuals(site: Site) -> list[Suggestion]:
 
 def gates(site: Site) -> list[Suggestion]:
     """Highway connections: residual ones with a gate that is learnt."""
-    pairs = [(place.layer, place.module) for place in site.hidden if place.module]
+    pairs = _plain_pairs(site)
     if not pairs:
         return []
     code = [
@@ -70,6 +70,11 @@ def gates(site: Site) -> list[Suggestion]:
             "Srivastava, Greff and Schmidhuber 2015, Training very deep networks",
         )
     ]
+
+
+def _plain_pairs(site: Site) -> list[tuple[str, str]]:
+    """Each layer with the module of its activation, where nothing stands between them."""
+    return [(place.layer, place.module) for place in site.hidden if place.module and not place.norm]
 
 
 def _around(pairs: list[tuple[str, str]], wrapper: str) -> list[str]:

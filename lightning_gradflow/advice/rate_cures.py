@@ -67,7 +67,13 @@ def with_rate_of(suggestion: Suggestion, action: Action) -> Suggestion:
     if suggestion.title != _LOWER or not rate < before:
         return suggestion
     was = before / action.before.get("lr_factor", 1.0)  # of the scheduler, whatever was done before
-    return replace(suggestion, code=_rate_code(was, rate / was, digits=2))
+    code = _rate_code(was, rate / was, digits=2)
+    limit = action.after.get("clip_limit", math.inf)
+    if limit < math.inf:
+        trainer = f"trainer = L.Trainer(gradient_clip_val={limit:.2g})"
+        why = "# the run was clipped with it, and may need to be"
+        code = f"# needs: import lightning as L\n{code}\n\n{why}\n{trainer}"
+    return replace(suggestion, code=code)
 
 
 def lower_rate_where_clipped(site: Site) -> list[Suggestion]:
@@ -145,14 +151,30 @@ def _rate_code(lr: float, factor: float, digits: int = 1) -> str:
     return f'{before}\nfor group in optimizer.param_groups:\n    group["lr"] = {value}{was}'
 
 
-def warm_up(site: Site) -> list[Suggestion]:
-    """A warm-up of the learning rate."""
+def lower_decay(site: Site) -> list[Suggestion]:
+    """A weight decay that leaves the weights to the gradient."""
     del site  # the same for every model
+    return [
+        Suggestion(
+            "Lower the weight decay",
+            "# in configure_optimizers, before the optimizer is returned\n"
+            "for group in optimizer.param_groups:\n"
+            '    group["weight_decay"] = min(group.get("weight_decay", 0.0), 0.01)',
+            "In each step AdamW takes the share lr * weight_decay of every weight, whatever the gradient says; SGD and "
+            "Adam add weight_decay times the weight to the gradient. A tenth of a percent in a step is much.",
+            "Loshchilov and Hutter 2019, Decoupled weight decay regularization",
+        )
+    ]
+
+
+def warm_up(site: Site) -> list[Suggestion]:
+    """A warm-up of the learning rate, over a tenth of the run."""
+    steps = max(10, min(500, int(site.planned) // 10)) if site.planned > 0 else 500
     return [
         Suggestion(
             "Warm the learning rate up over the first steps",
             "# in configure_optimizers; needs: import torch\n"
-            "warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=500)\n"
+            f"warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters={steps})\n"
             "# to be returned:\n"
             'plan = {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}',
             "The first gradients are the least reliable; small steps keep them from driving units into dead regions.",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from textwrap import indent, wrap
 
 import numpy as np
@@ -46,6 +46,7 @@ class Hidden:
             several places, so that it cannot be joined to this layer.
         before: the activation that the layer's input comes from; empty where another layer or the data comes first.
         shared: the name of one module called in several places, where all of them are between layers; else empty.
+        norm: the normalisation between the layer and the activation, or empty.
     """
 
     layer: str
@@ -53,6 +54,7 @@ class Hidden:
     module: str
     before: str = ""
     shared: str = ""
+    norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Site:
         first_ratio: size of a step against that of the weights, a median over the layers, in the first sample with a
             learning rate near the newest; NaN where that is not known.
         gated: the layers that are known to be gated recurrences, or to feed a gate.
+        normed: normalisation -> the layer before it.
+        planned: steps of the whole run, or NaN.
     """
 
     finding: Finding
@@ -82,6 +86,8 @@ class Site:
     input_layer: str = ""
     first_ratio: float = math.nan
     gated: frozenset[str] = frozenset()
+    normed: Mapping[str, str] = field(default_factory=dict)
+    planned: float = math.nan
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -93,8 +99,8 @@ class Site:
         return tuple(dict.fromkeys(place.layer for place in self.hidden if place.op in ops))
 
     def feeding_named(self) -> tuple[str, ...]:
-        """The layers of the finding, with the layers before it in the place of an activation."""
-        before: dict[str, list[str]] = {}
+        """The layers of the finding, with the layers before it in the place of an activation or a normalisation."""
+        before = {norm: [layer] for norm, layer in self.normed.items()}
         for place in self.hidden:
             before.setdefault(place.module or place.shared, []).append(place.layer)
         return tuple(dict.fromkeys(layer for name in self.named for layer in before.get(name, [name])))
@@ -115,30 +121,36 @@ def survey(finding: Finding, history: History) -> Site:
         >>> points = [("fc1", ""), ("act", "tanh"), ("fc2", ""), ("out", "sigmoid")]
         >>> history.add_points([Point(name, name, op) for name, op in points])
         >>> survey(Finding(FindingKind.LOSS_PLATEAU, Severity.WARNING, 0), history).hidden
-        (Hidden(layer='fc1', op='tanh', module='act', before='', shared=''),)
+        (Hidden(layer='fc1', op='tanh', module='act', before='', shared='', norm=''),)
     """
     points = history.points
     last = max((i for i, point in enumerate(points) if point.is_layer), default=-1)
     modules = Counter(point.module for point in points)
     inner = Counter(point.module for point in points[: last + 1])
     hidden: list[Hidden] = []
-    layer = before = op = ""
+    normalising = _norms(history)
+    normed: dict[str, str] = {}
+    layer = before = op = norm = ""
     for point in points[: last + 1]:
-        if point.is_layer:
-            layer, before, op = point.module, op, ""
+        if point.is_layer and point.module in normalising and layer and not op:
+            norm = point.module
+            normed[norm] = layer
+        elif point.is_layer:
+            layer, before, op, norm = point.module, op, "", ""
         elif layer:
             is_module = point.module not in history.layers and point.module != layer
             is_own, is_inner = modules[point.module] == 1, inner[point.module] == modules[point.module]
             own = point.module if is_module and is_own else ""
             shared = point.module if is_module and is_inner and not is_own else ""
             op = point.op
-            hidden.append(Hidden(layer, op, own, before, shared))
+            hidden.append(Hidden(layer, op, own, before, shared, norm))
     rates = history.scalar("lr")
     rates = rates[rates > 0]
     layers = history.layers or tuple(point.module for point in points if point.is_layer)
     norms = history.scalar("grad_norm_total")
     norms = norms[np.isfinite(norms) & (norms > 0)]
     clipped = history.scalar("clipped_fraction")
+    planned = history.scalar("planned_steps")
     return Site(
         finding,
         layers,
@@ -149,7 +161,15 @@ def survey(finding: Finding, history: History) -> Site:
         input_layer=history.input_layer or "",
         first_ratio=_first_ratio(history),
         gated=_gated(history),
+        normed=normed,
+        planned=float(planned[-1]) if planned.size else math.nan,
     )
+
+
+def _norms(history: History) -> frozenset[str]:
+    """The layers of which gains are known."""
+    known = np.any(~np.isnan(history["gain_rms"]), axis=0)
+    return frozenset(name for name, is_norm in zip(history.layers, known, strict=True) if is_norm)
 
 
 def _gated(history: History) -> frozenset[str]:

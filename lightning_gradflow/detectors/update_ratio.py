@@ -31,6 +31,7 @@ _RECOVERED = 32  # steps in which nets with a large first step come back below t
 _LARGE = 0.1  # share of the weights that one step changes: a hundred times what is usual
 _USUAL_GAIN = 0.5  # largest singular value; most initialisations give 0.6 to 3
 _OVERGROWN = 3.0  # times the norm of the first weights, in the median layer: a ninth of the square is left of them
+_SHRUNK = 0.1  # times the same
 _GAINED = 0.1  # of the very first loss: less is what outputs gain by becoming a constant
 _LEFT = 0.5  # of the very first loss, where it stands since
 _STANDS = 0.02  # of the loss, between the third and the last quarter of the run so far
@@ -52,6 +53,9 @@ class UpdateRatio:
     Runs of fewer than 50 planned steps are not judged. Under a schedule only after 50 steps, and not while the learning
     rate rises or is below a tenth of its maximum. A rate that never rose, and in the first half of the run was below a
     hundredth of its maximum for 32 steps, is judged by those steps.
+
+    Too much weight decay: after 50 steps, weights that were of no unusually small size have a tenth of the norm they
+    started with, in the median layer, and 90 % of the very first loss is left.
 
     Too large: the median of the layers was above `max_ratio` in some sample, and the loss is three times what it was at
     the start, or after 32 steps still above it. At the third loss twice `max_ratio` is asked for. Where a sample showed
@@ -112,7 +116,8 @@ class UpdateRatio:
             return []
         medians = medians_of(history)
         return (
-            self._from_the_start(history, ratios, _with_growth(history, medians, self.max_ratio), losses)
+            _decayed(history, losses)
+            or self._from_the_start(history, ratios, _with_growth(history, medians, self.max_ratio), losses)
             or self._all_together(history, ratios, losses)
             or self._from_now_on(history, ratios, medians, steps, losses)
             or overwritten(history)
@@ -147,12 +152,9 @@ class UpdateRatio:
             return []
         peak = int(np.nanargmax(medians))
         # not `has_learnt`: such steps raise the loss first, and what only comes down from there would count
-        now, first = float(np.median(losses[history.loss_steps > history.steps[-1] - _WARM])), float(since[0])
-        with np.errstate(all="ignore"):  # weights that started from zero have no growth
-            growth = history["weight_norm"][-1] / history["weight_norm"][start]
-        # to grow is the way out for weights that started too small
-        usual = history["spectral_norm"][start] >= _USUAL_GAIN
-        known = growth[np.isfinite(ratios[start + peak]) & np.isfinite(growth) & usual]
+        now, first = _present(history, losses), float(since[0])
+        growth = _growth(history, start)
+        known = growth[np.isfinite(ratios[start + peak]) & np.isfinite(growth)]
         if medians[peak] < _LARGE * self.max_ratio or not known.size:
             return []
         is_lost = np.median(known) >= _OVERGROWN or was_smothered(history, start) or was_cut_off(history, start)
@@ -186,6 +188,31 @@ class UpdateRatio:
                 row = ratios[len(ratios) - back + int(np.nanargmax(last))]
                 return [_too_large(history, -row, evidence)]
         return []
+
+
+def _decayed(history: History, losses: Floats) -> list[Finding]:
+    """Weights that are all but gone, where next to nothing was learnt: no steps after the gradient make them so."""
+    start = start_of_steps(history)
+    since = losses[history.loss_steps >= history.steps[start]]
+    if history.steps[-1] - history.steps[start] < _WARM or not since.size:
+        return []
+    growth, now, first = _growth(history, start), _present(history, losses), float(since[0])
+    known = growth[np.isfinite(growth)]
+    if not known.size or not np.median(known) <= _SHRUNK or not now >= first - _GAINED * abs(first):
+        return []
+    return [finding_of(history, "weight_decay", growth, {"weight_growth": float(np.median(known)), "loss": now})]
+
+
+def _present(history: History, losses: Floats) -> float:
+    """The median of the newest 50 losses."""
+    return float(np.median(losses[history.loss_steps > history.steps[-1] - _WARM]))
+
+
+def _growth(history: History, start: int) -> Floats:
+    """(L,) weight norms relative to those of a row; NaN where these were small: to grow is the way out of that."""
+    with np.errstate(all="ignore"):  # weights that started from zero have no growth
+        growth = history["weight_norm"][-1] / history["weight_norm"][start]
+    return np.where(history["spectral_norm"][start] >= _USUAL_GAIN, growth, np.nan)
 
 
 def _of_matrices(history: History, ratios: Floats) -> Floats:

@@ -66,8 +66,10 @@ OFF_TARGET = (FindingKind.LOSS_MISMATCH, "unscaled_targets")
 TOO_LARGE = (FindingKind.LOSS_PLATEAU, "weight_scale")
 """The same of one whose weights were too large for its steps from the start."""
 
-NOT_FOR = frozenset({"underflow", "rounding", "learning_rate_too_small", "no_signal_in_data", "not_optimized"})
-"""Causes that only the user can cure: number format, learning rate, data, and what the optimizer is given."""
+NOT_FOR = frozenset(
+    {"underflow", "rounding", "learning_rate_too_small", "weight_decay", "no_signal_in_data", "not_optimized"}
+)
+"""Causes that only the user can cure: number format, learning rate, decay, data, what the optimizer is given."""
 
 BY_BIRTH = frozenset(
     {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -220,19 +221,19 @@ class Mitigation:
         if is_sound:
             self._ways.stand_by(now, training.history.rows[-1].step)
         for remedy in decision.remedies:
-            target, has_past = self._ways.target(finding, remedy, training.history)
-            has_past |= is_sound
-            goes_back = not is_sound and ("rollback" in self._allow | {remedy} or not finite)
-            if goes_back and target is not None:
-                target.restore(training.model, training.optimizers)
-            good_step = self._ways.good_step if has_past else -1
-            done = treat(remedy, Patient(training, finding, self._held, has_past, good_step, self._allow))
-            if done is not None:
-                back = now if finite else target
-                return self._begin(remedy, decision, done, held, training.history, back)
+            for target, went_well in self._ways.targets(finding, remedy, training.history):
+                has_past = went_well or is_sound
+                goes_back = not is_sound and ("rollback" in self._allow | {remedy} or not finite)
+                if goes_back and target is not None:
+                    target.restore(training.model, training.optimizers)
+                good_step = self._ways.good_step if has_past else -1
+                done = treat(remedy, Patient(training, finding, self._held, has_past, good_step, self._allow))
+                if done is not None:
+                    back = now if finite else target
+                    return self._begin(remedy, decision, done, held, training.history, back)
+                now.restore(training.model, training.optimizers)  # also what it had begun
+                self._held.load_state_dict(held)
             self._tried.add((str(finding.kind), remedy))
-            now.restore(training.model, training.optimizers)  # also what it had begun
-            self._held.load_state_dict(held)
         return None
 
     def undo(self, training: Training) -> None:
@@ -291,9 +292,12 @@ class Mitigation:
             self._tried.add((str(trial.finding.kind), trial.remedy))
         self._pause_until = step + length(training.history) // 2
         action = self.actions[trial.index]
+        found = {"steps_left_out": float(left_out)} if left_out else {}
+        if is_kept and self._held.clipper is not None and math.isfinite(limit := max(self._held.clipper.limits())):
+            found["clip_limit"] = limit
         self.actions[trial.index] = replace(
             action,
-            after={**action.after, **({"steps_left_out": float(left_out)} if left_out else {}), "loss": decision.loss},
+            after={**action.after, **found, "loss": decision.loss},
             outcome="kept" if is_kept else "rolled_back",
             decided_step=step,
         )

@@ -73,28 +73,32 @@ class WaysBack:
         """Whether the run had gone well for no more steps than a trial that fails and the pause after it cost."""
         return self.good_step <= length(history) + length(history) // 2
 
-    def target(self, finding: Finding, remedy: str, history: History) -> tuple[Snapshot | None, bool]:
-        """What a run that broke goes back to, and whether that is a state in which it went well.
+    def targets(self, finding: Finding, remedy: str, history: History) -> list[tuple[Snapshot | None, bool]]:
+        """What a run that broke goes back to, and whether that is a state in which it went well; the best first.
 
         One that has learnt nothing starts anew: what a fault has left of its weights is no better than what they were.
         So does one whose inputs or targets were unscaled from the start: its weights fit no others; and one that knows
         no more than a constant as its weights were too large: the others have grown beside them. And so does one that
         is young and made large steps from the start: they have done harm before it showed. Where the finding tells
-        which step did, and the last good weights are younger, these are no better.
+        which step did, and the last good weights are younger, these are no better. A young one that knows no more than
+        a constant has nothing to lose: it starts anew if that can be done with smaller steps.
         """
+        start = [(self._start, False)]
         origin = self._origin(finding, history)
         if origin is not None:
-            return origin, False
+            return [(origin, False)]
         is_accident = finding.kind in BROKEN and finding.cause != "learning_rate_too_large"
-        if self._start is not None:
-            if remedy == "scale_inputs" and not inputs_jumped(history):
-                return self._start, False
-            is_fast = not is_accident and self.is_young(history) and start_factor(history) <= LARGEST_FACTOR
-            if remedy == "rollback" and (is_fast or self.came_before(finding, history)):
-                return self._start, False
-        if self.learnt or (is_accident and self.good_step >= 0):
-            return self.good, True
-        return self._start, False
+        went_well = self.learnt or (is_accident and self.good_step >= 0)
+        if self._start is None or not went_well:
+            return [(self.good, True)] if went_well else start
+        if remedy == "scale_inputs" and not inputs_jumped(history):
+            return start
+        is_young = not is_accident and self.is_young(history)
+        is_fast = is_young and start_factor(history) <= LARGEST_FACTOR
+        if remedy == "rollback" and (is_fast or self.came_before(finding, history)):
+            return start
+        knows_little = remedy == "rollback" and is_young and keeps_residual(history)
+        return [*(start if knows_little else []), (self.good, True)]
 
     def leads_nowhere(self, finding: Finding, history: History) -> bool:
         """Whether the gradient vanished in all that there is to go back to as well."""

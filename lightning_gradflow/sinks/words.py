@@ -39,7 +39,8 @@ def verdict(view: View) -> str:
         return first_sentence(message(left[0]))
     over = [finding for finding in shown(view.findings) if has_alarmed(finding, view.findings)]
     if not over:
-        return NO_TROUBLE
+        notes = sum(finding.is_open for finding in shown(view.findings))
+        return f"No alarm, and {_count(notes, 'note')}." if notes else NO_TROUBLE
     said = f"No sign of trouble in the gradients any more: {_count(len(over), 'earlier finding')} resolved."
     count = len(untouched(view))
     if not count:

@@ -23,6 +23,7 @@ ANY_MODEL = {
     "keep_float32",
     "larger_eps",
     "loosen_clipping",
+    "lower_decay",
     "lower_rate",
     "lower_rate_where_clipped",
     "master_weights",
@@ -169,12 +170,73 @@ def test_a_rate_that_is_too_large_is_lowered_so_that_the_first_steps_have_the_us
         ("Lower the learning rate", {"lr": 8.0, "lr_factor": 1.0}, "0.8  # it was 8"),  # it was not for the rate
         ("Lower the learning rate", {"span": 0.1}, "0.8  # it was 8"),
         ("Clip the gradient norm", {"lr": 0.253, "lr_factor": 0.0316}, "0.8  # it was 8"),
+        ("Lower the learning rate", {"lr": 0.25, "lr_factor": 0.03, "clip_limit": 0.512}, "(gradient_clip_val=0.51)"),
     ],
 )
 def test_the_rate_that_an_action_found_takes_the_place_of_the_one_that_was_guessed(title, after, code):
     advice = Suggestion(title, 'group["lr"] = 0.8  # it was 8', "why", "who")
     action = Action(8, "rollback", before={"lr": 8.0, "lr_factor": 1.0}, after=after, outcome="kept")
     assert with_rate_of(advice, action).code.endswith(code)
+
+
+@pytest.mark.parametrize(("planned", "steps"), [(nan, 500), (306.0, 30), (40.0, 10), (1e6, 500)])
+def test_a_warm_up_takes_a_tenth_of_the_run(planned, steps):
+    history = history_of(Net())
+    history.append(Row(1, scalars={} if planned != planned else {"planned_steps": planned}))
+    found = Finding(FindingKind.UPDATE_RATIO, Severity.WARNING, 2, cause="learning_rate_too_large")
+    codes = [suggestion.code for suggestion in suggest(found, history)]
+    assert sum(f"total_iters={steps})" in code for code in codes) == 1
+
+
+class Normed(nn.Module):
+    """Three layers, of which the outer two have a norm before their activation."""
+
+    def __init__(self):
+        super().__init__()
+        blocks = [(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()), (nn.Linear(8, 8), nn.ReLU())]
+        self.net = nn.Sequential(*blocks[0], *blocks[1], nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def _history_of_normed():
+    history, net = History(), Normed().net
+    points = [Point(f"net.{i}", f"net.{i}", "relu" if isinstance(m, nn.ReLU) else "") for i, m in enumerate(net)]
+    history.layer_axis.merge([point.name for point in points if point.is_layer])
+    history.add_points(points)
+    gains = [
+        1.0 if isinstance(net.get_submodule(name.split(".")[1]), nn.BatchNorm1d) else nan for name in history.layers
+    ]
+    history.append(Row(0, {"gain_rms": np.array(gains)}, {"lr": 0.01}))
+    return history
+
+
+def test_code_is_for_the_layers_before_a_norm_and_does_something():
+    history = _history_of_normed()
+    found = finding(FindingKind.VANISHING_GRADIENT, "depth", layers=("net.1", "net.6"))
+    by_title = {suggestion.title.split(",")[0]: suggestion.code for suggestion in suggest(found, history)}
+    he = by_title["Initialise these layers by He's rule"]
+    assert '("net.0", "net.3", "net.5")' in he
+    model = Normed()
+    before = [p.detach().clone() for p in model.parameters()]
+    exec(he, {"self": model})
+    changed = [name for (name, p), old in zip(model.named_parameters(), before, strict=True) if not torch.equal(p, old)]
+    assert {name for name in changed if "weight" in name} == {"net.0.weight", "net.3.weight", "net.5.weight"}
+    assert '("net.3",)' in by_title["Normalise before each activation (BatchNorm)"]
+    assert '("net.3", "net.4")' in by_title["Let a gate decide how much of each layer is used (highway connections)"]
+
+
+def test_the_layers_of_dead_units_are_those_before_the_norm():
+    found = finding(FindingKind.DEAD_UNITS, "unknown", layers=("net.1",))
+    assert '("net.0",)' in next(s.code for s in suggest(found, _history_of_normed()) if "He's rule" in s.title)
+
+
+def test_what_is_normalised_everywhere_is_not_told_to_be():
+    history, net = History(), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    points = [Point(str(i), str(i), "relu" if isinstance(m, nn.ReLU) else "") for i, m in enumerate(net)]
+    history.layer_axis.merge(["0", "1", "3"])
+    history.add_points(points)
+    history.append(Row(0, {"gain_rms": np.array([nan, 1.0, nan])}))
+    titles = [s.title for s in suggest(finding(FindingKind.VANISHING_GRADIENT, "depth", layers=("1",)), history)]
+    assert not any(title.startswith(("Normalise before", "Let a gate")) for title in titles)
 
 
 def test_a_rate_that_was_lowered_twice_is_told_against_the_one_in_the_code():

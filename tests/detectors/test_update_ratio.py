@@ -317,6 +317,24 @@ def test_steps_that_leave_nothing_of_the_first_weights_and_lead_nowhere(made, fo
     ("made", "found"),
     [
         ({}, True),
+        ({"growth": 0.11}, False),
+        ({"last": 40}, False),
+        ({"end": 2.08}, True),
+        ({"end": 2.06}, False),  # more than a tenth is gone
+        ({"gain": 0.3}, False),
+        ({"optimizers": 2.0}, False),
+        ({"peak": 0.01}, True),  # whatever the steps
+    ],
+)
+def test_weights_that_decay_to_nothing_and_learn_nothing(made, found):
+    findings = UpdateRatio().judge(together(**{"growth": 0.09, **made}))
+    assert verdict(findings) == ([("warning", "weight_decay", ("fc0", "fc1", "fc2"))] if found else [])
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        ({}, True),
         ({"end": 1.16}, True),
         ({"end": 1.14}, False),  # half of it is gone
         ({"peak": 0.9}, False),  # no step was as large as the weights

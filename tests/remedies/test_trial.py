@@ -439,6 +439,36 @@ def test_a_run_that_began_well_or_went_well_for_long_keeps_what_it_has_learnt(ro
     assert not torch.equal(run.weights(), start)
 
 
+def _parabola(rate):
+    """Trials of a run whose rate is so many times too large."""
+
+    def pace(factor, steps, _scaling):
+        weight, losses = 1.0, []
+        for _ in range(steps):
+            losses.append(weight**2)
+            weight -= factor * rate * weight
+        return losses
+
+    return pace
+
+
+@pytest.mark.parametrize(
+    ("left", "rate", "starts_anew"), [(0.9, 30.0, True), (0.4, 30.0, False), (0.9, None, False), (0.9, 0.5, False)]
+)
+def test_a_young_run_that_knows_no_more_than_a_constant_starts_anew_if_a_trial_finds_a_rate(left, rate, starts_anew):
+    """Momentum may make large steps of small first ones."""
+    run = Run()
+    run.training = replace(run.training, pace=_parabola(rate) if rate else None)
+    start = run.weights()
+    for row, loss in enumerate(np.linspace(2.0, 1.0, 6)):
+        run.go(loss, ratio=0.015, decades=0.0, residual=left if row else 1.0)
+        run.train()
+    _loses_it(run)
+    run.go(2.0, _too_large(), decades=0.0, residual=left)
+    assert run.newest.kind == "rollback"
+    assert torch.equal(run.weights(), start) == starts_anew
+
+
 UNSCALED = finding(FindingKind.SATURATED_ACTIVATION, "unscaled_inputs")
 
 
@@ -486,6 +516,16 @@ def test_clipping_that_helped_goes_on_and_is_not_started_again():
     for _ in range(10):
         run.go(1.0, finding(FindingKind.EXPLODING_GRADIENT, "weight_scale"))
     assert [kind for kind, _ in run.actions].count("clip") == 1
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_limit_is_told_with_what_helped(trains):
+    run = Run(allow=("clip",))
+    run.go(2.0, EXPLODES)
+    if trains:
+        run.train()
+    action = _ends(run, 1.0)
+    assert action.after.get("clip_limit") == (run.held.clipper.limits()[0] if trains else None)
 
 
 def test_clipping_that_did_not_help_ends():

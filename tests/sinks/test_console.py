@@ -20,7 +20,7 @@ def test_nothing_found_is_said():
 
 
 def test_info_is_no_trouble():
-    assert summary(made_up.view(findings=(made_up.finding(Severity.INFO),))).startswith("No sign of trouble")
+    assert summary(made_up.view(findings=(made_up.finding(Severity.INFO),))).startswith("No alarm, and 1 note.")
 
 
 def test_an_alarm_that_is_over_is_told_with_what_to_do_in_the_next_run():
