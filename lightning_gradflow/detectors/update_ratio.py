@@ -258,10 +258,10 @@ def _stands(losses: Floats) -> bool:
 
 
 def _has_no_gradient(history: History) -> bool:
-    """Whether it is exactly zero everywhere, with a loss that is not: there is no way on from there."""
+    """Whether it is exactly zero everywhere: there is no way on from there."""
     norms = history["grad_norm"][-_MIN_SAMPLES:]
     known = norms[np.isfinite(norms)]
-    return bool(known.size and not known.any() and abs(float(history.losses[-1])) > 0)
+    return bool(known.size and not known.any())
 
 
 def _when(history: History, row: int) -> dict[str, float]:

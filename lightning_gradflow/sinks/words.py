@@ -16,7 +16,7 @@ _FEW = 3  # layers that a line names
 
 
 def verdict(view: View) -> str:
-    """The state of the run in one sentence: its worst open finding, or that there is none.
+    """The state of the run in short: its worst open finding and the cause of that, or that there is none.
 
     Example:
         >>> import numpy as np
@@ -30,7 +30,7 @@ def verdict(view: View) -> str:
     alarms = [finding for finding in view.findings if finding.severity.is_alarm]
     still_open = worst_first(finding for finding in alarms if finding.is_open)
     if still_open:
-        return first_sentence(message(still_open[0]))
+        return _in_short(still_open[0])
     if not any("delta_norm" in row.values or "grad_norm" in row.values for row in view.history.rows):
         return "Nothing was measured: the run ended before its first sampled step."
     # of what was an alarm something is left, though it is told as info by now
@@ -48,6 +48,12 @@ def verdict(view: View) -> str:
     what = "it" if len(over) == 1 else "them" if count == len(over) else f"{count} of them"
     cause = "its cause" if count == 1 else "their causes"
     return f"{said} Nothing was changed because of {what}, so {cause} may still be there: see below."
+
+
+def _in_short(finding: Finding) -> str:
+    """What is seen, and the name of the cause."""
+    cause = f" Cause: {finding.cause.replace('_', ' ')}." if finding.cause not in ("", "unknown") else ""
+    return first_sentence(message(finding)) + cause
 
 
 def effective_depth(view: View) -> str:

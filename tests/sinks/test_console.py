@@ -10,7 +10,7 @@ from tests import made_up
 def test_the_verdict_stands_first_and_the_code_to_write_below():
     text = summary(made_up.view(findings=(made_up.finding(),)))
     lines = text.splitlines()
-    assert lines[0] == "The signal dies on its way to net.0."
+    assert lines[0] == "The signal dies on its way to net.0. Cause: saturation."
     assert "    model.net[1] = nn.ReLU()" in lines
     assert text.index("net.6") < text.index("Use ReLU")
 
@@ -141,4 +141,4 @@ def test_a_run_without_actions_says_nothing_of_them():
 def test_the_sink_prints_the_summary(capsys):
     shown = made_up.view(findings=(made_up.finding(),))
     ConsoleSink().on_end(shown)
-    assert capsys.readouterr().out.startswith("The signal dies on its way to net.0.\n")
+    assert capsys.readouterr().out.startswith("The signal dies on its way to net.0. Cause: saturation.\n")

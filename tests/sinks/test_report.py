@@ -66,8 +66,8 @@ def test_the_page_needs_no_network(html):
 
 def test_verdict_picture_findings_actions_and_figures_stand_in_order(html):
     text = Page(html).text
-    parts = ["The signal dies on its way to net.0.", "Gradient norm by layer and step"]
-    parts += ["Vanishing gradient", "since step 10", "saturation", "span -6"]
+    parts = ["The signal dies on its way to net.0. Cause: saturation.", "Gradient norm by layer and step"]
+    parts += ["Vanishing gradient", "since step 10", "span -6"]
     parts += ["Use ReLU", "model.net[1] = nn.ReLU()", "steps 10 to 30, resolved", "norm above 10"]
     parts += ["Signal against depth", "Size of the gradient entries"]
     parts += ["Saturated and dead activations", "Training loss"]

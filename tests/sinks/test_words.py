@@ -29,6 +29,14 @@ def test_what_an_alarm_has_become_is_no_all_clear(resolved_step, said):
     assert verdict(replace(made_up.view(), findings=(alarm, left, other))).startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("cause", "end"), [("learning_rate_too_large", " Cause: learning rate too large."), ("unknown", ""), ("", "")]
+)
+def test_the_cause_stands_in_the_first_line(cause, end):
+    alarm = Finding(DEAD, Severity.WARNING, step=10, cause=cause, message="Half of the units are dead. So it is.")
+    assert verdict(made_up.view(findings=(alarm,))) == f"Half of the units are dead.{end}"
+
+
 def test_an_alarm_that_became_worse_was_treated_if_it_was_at_any_time():
     worse = Finding(DEAD, Severity.CRITICAL, step=40, resolved_step=60)
     view = made_up.view(findings=(ALARM, worse), actions=(Action(20, "recycle", outcome="kept"),))
