@@ -143,7 +143,7 @@ class UpdateRatio:
 
     def _all_together(self, history: History, ratios: Floats, losses: Floats) -> list[Finding]:
         """Steps that have left next to nothing of the weights that the run started from, and led nowhere."""
-        medians = _of_matrices(history, ratios)
+        medians = _of_matrices(history)
         if history.steps[-1] < _WARM or np.isnan(medians).all() or np.nanmax(medians) < _LARGE * self.max_ratio:
             return []
         start = start_of_steps(history)
@@ -215,21 +215,10 @@ def _growth(history: History, start: int) -> Floats:
     return np.where(history["spectral_norm"][start] >= _USUAL_GAIN, growth, np.nan)
 
 
-def _of_matrices(history: History, ratios: Floats) -> Floats:
+def _of_matrices(history: History) -> Floats:
     """(R,) the median update ratio of layers with a matrix: steps of a size are small beside gains of 1."""
     matrices = np.isfinite(first_values(history, "spectral_norm"))
-    if not matrices.any():
-        return medians_of(history)
-    return history.facts.of_rows(
-        ("median ratios of matrices", matrices.tobytes()),
-        len(ratios),
-        lambda start: np.array([_median(row[matrices]) for row in ratios[start:]]),
-    )
-
-
-def _median(values: Floats) -> float:
-    known = values[~np.isnan(values)]
-    return float(np.median(known)) if known.size else math.nan
+    return medians_of(history, matrices if matrices.any() else None)
 
 
 def _with_growth(history: History, medians: Floats, max_ratio: float) -> Floats:

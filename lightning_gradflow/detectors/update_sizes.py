@@ -23,14 +23,16 @@ def _without_scale(history: History) -> Bools:
     return np.asarray(first_values(history, "weight_norm") == 0)
 
 
-def medians_of(history: History) -> Floats:
-    """(R,) the median over the layers; NaN where none was measured."""
-    ratios, key = ratios_of(history), ("median ratios", _without_scale(history).tobytes())
+def medians_of(history: History, among: Bools | None = None) -> Floats:
+    """(R,) the median over the layers, or over those where `among` (L,) holds; NaN where none was measured."""
+    ratios = ratios_of(history)
+    chosen = np.ones(ratios.shape[1], dtype=bool) if among is None else among
+    key = ("median ratios", _without_scale(history).tobytes(), chosen.tobytes())
     return history.facts.of_rows(
         key,
         len(ratios),
         lambda start: np.array(
-            [np.median(row[~np.isnan(row)]) if not np.isnan(row).all() else np.nan for row in ratios[start:]]
+            [np.median(row[~np.isnan(row)]) if not np.isnan(row).all() else np.nan for row in ratios[start:, chosen]]
         ),
     )
 

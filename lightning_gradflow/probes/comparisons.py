@@ -20,10 +20,11 @@ _POWER = frozenset({torch.pow, Tensor.pow, Tensor.__pow__})
 _TIMES = frozenset({torch.mul, Tensor.mul, Tensor.__mul__})
 _REDUCED = frozenset({torch.mean, Tensor.mean, torch.sum, Tensor.sum})
 _LOG_SOFTMAXES = frozenset({torch.log_softmax, Tensor.log_softmax, F.log_softmax})
-COMPARING = frozenset[Any](
-    _ERRORS | _MINUS | _FROM | _EVEN | _POWER | _TIMES | _REDUCED | _LOG_SOFTMAXES | {F.cross_entropy}
-)
-"""Every function that a comparison may be made of, or that gets the scores of classes."""
+COMPARING = frozenset[Any](_ERRORS | _MINUS | _FROM | _EVEN | _POWER | _TIMES | _REDUCED)
+"""Every function that a comparison may be made of."""
+
+SCORING = frozenset[Any](_LOG_SOFTMAXES | {F.cross_entropy})
+"""Those that get the scores of classes."""
 
 _MOST = 8  # that are followed at a time: a loss is next to what it is made of
 
@@ -108,3 +109,16 @@ def scores_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         return scores.movedim(dim, -1) if isinstance(dim, int) else None
     return None
+
+
+def around_mean(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores less their mean over the last axis, and where there are some: masked ones count for nothing.
+
+    Example:
+        >>> deviations, there = around_mean(torch.tensor([1.0, 3.0, -torch.inf]))
+        >>> deviations.tolist(), there.tolist()
+        ([-1.0, 1.0, 0.0], [True, True, False])
+    """
+    there = scores.isfinite()
+    mean = torch.where(there, scores, 0.0).sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(there, scores - mean, 0.0), there

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_gradflow.history import Floats
 from lightning_gradflow.metrics import MISMATCHES, measured
-from lightning_gradflow.probes.comparisons import Comparisons, scores_of
+from lightning_gradflow.probes.comparisons import Comparisons, around_mean, scores_of
 from lightning_gradflow.probes.observer import is_measurable
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
@@ -96,11 +96,8 @@ def _squares_around(scores: Tensor) -> Tensor:
     """
     classes = scores.shape[-1]
     rows = scores[: max(1, _SOME * len(scores) // scores.numel())].reshape(-1, classes)[: max(1, _SOME // classes)]
-    rows = rows.to(wide_dtype(rows.device))
-    there = rows.isfinite()
-    known = torch.where(there, rows, 0.0)
-    mean = known.sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp(min=1)
-    return torch.stack([torch.where(there, rows - mean, 0.0).square().sum(), there.sum().to(rows)])
+    deviations, there = around_mean(rows.to(wide_dtype(rows.device)))
+    return torch.stack([deviations.square().sum(), there.sum().to(deviations)])
 
 
 def told(host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gradflow.probes.comparisons import COMPARING
+from lightning_gradflow.probes.comparisons import COMPARING, SCORING
 from lightning_gradflow.probes.detached import Detached
 from lightning_gradflow.probes.dropout import DROPOUTS, drops, drops_inside
 from lightning_gradflow.probes.gates import PRODUCTS
@@ -182,7 +182,7 @@ class ForwardObserver(TorchFunctionMode):
                 self._apart(self._detached.note, result, (*args, *kwargs.values()))
             if not self._repeats and self._on_product is not None and func in PRODUCTS:
                 self._apart(self._on_product, args)
-            if not self._repeats and self._on_comparison is not None and func in COMPARING:
+            if not self._repeats and self._on_comparison is not None and (func in COMPARING or func in SCORING):
                 self._apart(self._on_comparison, func, result, args, kwargs)
             op = ACTIVATIONS.get(func)
             if op is not None:

@@ -159,13 +159,15 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
     assert training.rehearse is not None
     is_of_tables = (finding.kind, finding.cause) == TOO_LARGE
     with training.rehearse() as (module, run):
-        drawn = {} if only_far else fill_missing(module, training.seed)
-        # a table of zeros beside those that are too large is so on purpose
-        drawn |= {} if only_far else draw_unusual(module, run, training.seed, with_embeddings=not is_of_tables)
-        drawn |= {} if only_far else draw_attention(module, training.seed)
-        drawn |= {} if only_far else reset_gains(module, drawn_gains(training.history))
-        kept = gates_of(training.history) | {point.name for point in training.history.points[-1:]}
-        drawn |= {} if only_far else reset_biases(module, kept)
+        drawn: dict[str, Sequence[nn.Parameter]] = {}
+        if not only_far:
+            drawn |= fill_missing(module, training.seed)
+            # a table of zeros beside those that are too large is so on purpose
+            drawn |= draw_unusual(module, run, training.seed, with_embeddings=not is_of_tables)
+            drawn |= draw_attention(module, training.seed)
+            drawn |= reset_gains(module, drawn_gains(training.history))
+            kept = gates_of(training.history) | {point.name for point in training.history.points[-1:]}
+            drawn |= reset_biases(module, kept)
         if finding.cause == "symmetry":
             around = activations_around(training.history.points)
             drawn |= break_symmetry(module, finding.layers, around, training.seed)

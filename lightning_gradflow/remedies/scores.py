@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_gradflow.probes.comparisons import around_mean
 from lightning_gradflow.probes.shards import is_sharded
 from lightning_gradflow.remedies.bare_uses import eager
 from lightning_gradflow.remedies.fresh import looks_fresh
@@ -113,10 +114,11 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            if func in _SOFTMAXES and isinstance(args[0], Tensor):
+            source = args[0] if args else kwargs.get("input")
+            if func in _SOFTMAXES and isinstance(source, Tensor):
                 dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
-                self._see(args[0].movedim(-1 if dim is None else dim, -1))
-            elif func is F.scaled_dot_product_attention and len(args) > 1:
+                self._see(source.movedim(-1 if dim is None else dim, -1))
+            elif func is F.scaled_dot_product_attention and len(args) > 1 and args[0].shape[:-2] == args[1].shape[:-2]:
                 query, key = args[:2]
                 scale = kwargs.get("scale") or query.shape[-1] ** -0.5
                 self._see(query @ key.transpose(-2, -1) * scale)
@@ -125,9 +127,5 @@ class _Watch(TorchFunctionMode):
     def _see(self, scores: Tensor) -> None:
         if scores.dim() < _FEWEST_DIMS or not scores.requires_grad or scores.shape[-1] < 2:
             return
-        scores = scores.float()
-        there = scores.isfinite()  # masked ones are not
-        number = there.sum(-1, keepdim=True).clamp(min=1)
-        mean = torch.where(there, scores, 0.0).sum(-1, keepdim=True) / number
-        squares = torch.where(there, scores - mean, 0.0).square().sum(-1, keepdim=True) / number
-        self.spreads.append(squares.mean().sqrt())
+        deviations, there = around_mean(scores.float())
+        self.spreads.append((deviations.square().sum() / there.sum().clamp(min=1)).sqrt())

@@ -215,9 +215,8 @@ class Mitigation:
         self._ways.drop_newest()
         finite = is_finite(training.model, training.averaged)
         is_sound = finite and self._ways.learnt and has_learnt(training.history, LEARNT)
-        is_sound &= not self._ways.came_before(finding, training.history) and not self._ways.starts_anew(
-            finding, training.history
-        )
+        ways, history = self._ways, training.history
+        is_sound &= not (ways.came_before(finding, history) or ways.starts_anew(finding, history))
         if is_sound:
             self._ways.stand_by(now, training.history.rows[-1].step)
         for remedy in decision.remedies:

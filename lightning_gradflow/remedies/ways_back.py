@@ -136,7 +136,7 @@ class WaysBack:
             self.good, self.good_step = self._newest, self._newest_step
             is_slow = start_factor(history) > LARGEST_FACTOR
             if self.learnt and is_slow and not self.is_young(history) and not offending_features(history):
-                knows_little = were_offset(history) or (keeps_residual(history) and _is_young(history))
+                knows_little = were_offset(history) or (keeps_residual(history) and _may_be_told(history))
                 self._birth = (self._birth or self._start) if knows_little else None
                 self._start = None
         self._newest = Snapshot.take(training.model, training.optimizers)
@@ -153,7 +153,7 @@ class WaysBack:
         return now <= start + TOLERATED * abs(start)
 
 
-def _is_young(history: History) -> bool:
+def _may_be_told(history: History) -> bool:
     """Whether weights that were too large from the start may still be told."""
     return steps_at_full_rate(history) <= YOUNG * steps_needed(history)
 

@@ -49,6 +49,7 @@ SOFTMAXES = {
     "method": lambda scores: scores.softmax(-1),
     "function": lambda scores: torch.softmax(scores, dim=-1),
     "functional": lambda scores: F.softmax(scores, dim=2),
+    "by name": lambda scores: F.softmax(input=scores, dim=-1),
     "module": nn.Softmax(dim=-1),
     "other axis": lambda scores: scores.mT.softmax(dim=1).mT,
     "masked": lambda scores: scores.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -math.inf).softmax(-1),
@@ -79,6 +80,17 @@ def test_the_fused_function_is_seen_with_its_own_scale(scale, gain, changes):
     assert bool(calm_scores(net, lambda: net(x))) == changes
     scores = net.q(x) @ net.k(x).mT * (scale or WIDTH**-0.5)
     assert _spread(scores) == pytest.approx(1, rel=0.2)
+
+
+def test_keys_that_several_queries_share_are_left():
+    class Grouped(Attention):
+        def forward(self, x):
+            heads = [layer(x).unflatten(-1, (-1, 16)).transpose(1, 2) for layer in (self.q, self.k, self.v)]
+            key, value = (one[:, :2] for one in heads[1:])
+            return F.scaled_dot_product_attention(heads[0], key, value, scale=1.0, enable_gqa=True)
+
+    net, x = Grouped(), _input()
+    assert calm_scores(net, lambda: net(x)) == {}
 
 
 @pytest.mark.parametrize(("scale", "changes"), [(1.8 / 8, False), (2.3 / 8, True)])
