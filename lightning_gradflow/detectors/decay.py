@@ -16,6 +16,12 @@ from lightning_gradflow.history import Floats, History
 
 Bools = npt.NDArray[np.bool_]
 
+MAX_DECAY = 3.0
+"""Decades; plain networks that lose more do not learn with SGD in their first hundred steps, and do with Adam."""
+
+LASTING_DECAY = 4.0
+"""Decades: with less, an optimizer that evens the updates out is slow at times, and gets there."""
+
 _SECTION = (
     2.0  # times the limit for the whole: healthy networks lose up to 4 decades in a section, sick ones 6.8 or more
 )
@@ -25,8 +31,6 @@ _SMALL_GAIN = 0.8  # of a layer and its activation together: weights at the crit
 _SMALL_RELU_GAIN = 0.3  # a healthy ReLU lets half of the units through: sqrt(1 / 2)
 _FAR_FROM_NORM = 0.25  # gain / largest singular value: 0.5 for a square matrix with independent entries
 _NORMALISED = 0.25  # of the layers: a transformer has two in five or six
-_CAME_THROUGH = 1.5  # decades at most: half of what plain SGD does not bear
-_CUT_OFF = 4.0  # decades: with less, an optimizer that evens the updates out is slow at times, and gets there
 _SAMPLES = 3  # in a row
 _EVEN = 0.05  # of the update ratio of the others: then the optimizer makes up for the small gradient
 
@@ -136,11 +140,11 @@ def recent_decay(history: History, max_decay: float, min_headroom: float) -> Dec
 def was_cut_off(history: History, start: int) -> bool:
     """Whether the signal came through in the row `start`, and four decades are lost in each of the newest three."""
     first = underflow_of(history, start, MIN_HEADROOM)
-    if first is None or decay_of(first, _CAME_THROUGH) is not None:
+    if first is None or decay_of(first, MAX_DECAY / 2) is not None:
         return False
     newest = [underflow_of(history, row, MIN_HEADROOM) for row in range(start + 1, len(history))[-_SAMPLES:]]
     return len(newest) == _SAMPLES and all(
-        one is not None and is_same_pass(one.profile, first.profile) and decay_of(one, _CUT_OFF) is not None
+        one is not None and is_same_pass(one.profile, first.profile) and decay_of(one, LASTING_DECAY) is not None
         for one in newest
     )
 

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
-from lightning_gradflow.detectors.decay import Decay, cause_of, decay_of, is_evened_out, recent_decay
+from lightning_gradflow.detectors.decay import (
+    LASTING_DECAY,
+    MAX_DECAY,
+    Decay,
+    cause_of,
+    decay_of,
+    is_evened_out,
+    recent_decay,
+)
 from lightning_gradflow.detectors.known import skipped_rows
 from lightning_gradflow.detectors.onset import loss_rose
 from lightning_gradflow.detectors.profile import is_same_pass, recent_profiles
@@ -22,11 +30,7 @@ from lightning_gradflow.detectors.update_sizes import medians_of
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
-MAX_DECAY = 3.0
-"""Decades; plain networks that lose more do not learn with SGD in their first hundred steps, and do with Adam."""
-
 _BOUNDED_DECAY = 6.0  # decades: what is left of usual gradients is then below Adam's eps of 1e-8
-_LASTING_DECAY = 4.0  # decades: with less, an optimizer that evens the updates out is slow at times, and gets there
 _PATIENCE = 50  # steps: of the runs that heal most do so in fewer
 _FEW_LOST = 0.25  # of the layers: with fewer lost, most networks learn as they do in fp32
 _OVERWRITTEN = 1.0  # share of the weights that one step changes: there is nothing left of what they were
@@ -112,7 +116,7 @@ class VanishingGradient:
             return []
         underflow = recent_underflow(history, self.min_headroom)
         decay = recent_decay(history, self.max_decay, self.min_headroom)
-        if decay is not None and (underflow is None or decay.span <= -max(self.max_decay, _LASTING_DECAY)):
+        if decay is not None and (underflow is None or decay.span <= -max(self.max_decay, LASTING_DECAY)):
             return [self._of_decay(history, decay, underflow)]
         if underflow is None:
             return self._of_saddle(history) or self._of_smothered(history) or small_gains(history)
@@ -206,7 +210,7 @@ class VanishingGradient:
             return Severity.WARNING
         if self._came_with_loss(history):
             return Severity.WARNING
-        limit = max(self.max_decay, _LASTING_DECAY)
+        limit = max(self.max_decay, LASTING_DECAY)
         lasts = self._lasts(history, lambda one: decay_of(one, limit) is not None)
         return Severity.WARNING if lasts else Severity.INFO
 
@@ -271,6 +275,6 @@ def is_vanishing(history: History, max_decay: float = MAX_DECAY, min_headroom: f
     least where the optimizer moves the layers that get little as fast as the others.
     """
     decay = recent_decay(history, max_decay, min_headroom)
-    if decay is not None and (decay.span <= -_LASTING_DECAY or not is_evened_out(history, decay.layers)):
+    if decay is not None and (decay.span <= -LASTING_DECAY or not is_evened_out(history, decay.layers)):
         return True
     return recent_underflow(history, min_headroom) is not None
