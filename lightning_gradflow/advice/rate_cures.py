@@ -15,6 +15,7 @@ _USUAL_RATIO = 1e-3  # of a step to the weights
 _FIRST_RATIO = 1e-2  # the same at the start of a run
 _LOWER = "Lower the learning rate"
 _MAX_CLIPPED = 0.5  # of the recent steps
+_MAX_RATIO = "max_update_ratio"  # of an action that clips instead of a smaller rate
 _HALF = 0.5
 _MIN_LEFT = 0.1  # of the gradient, by clipping
 _LATE = ("learning_rate_too_large", "unscaled_inputs", "unknown")  # causes of what was not there from the start
@@ -24,15 +25,17 @@ def clip(site: Site) -> list[Suggestion]:
     """Clipping of the gradient norm, near the run's own norms where there was a time before."""
     has_past = site.finding.cause in _LATE and not math.isnan(site.grad_norm)
     limit = f"{site.grad_norm:.2g}  # the median norm of this run" if has_past else "1.0"
-    return [
-        Suggestion(
-            "Clip the gradient norm",
-            f"# needs: import lightning as L\ntrainer = L.Trainer(\n    gradient_clip_val={limit}\n)",
-            "It bounds the step that one steep place of the loss can cause. Choose the bound near the norms of healthy "
-            "steps; if most steps are clipped, lower the learning rate instead.",
-            "Pascanu et al. 2013, On the difficulty of training recurrent neural networks",
-        )
-    ]
+    return [_clip_at(limit)]
+
+
+def _clip_at(limit: str) -> Suggestion:
+    return Suggestion(
+        "Clip the gradient norm",
+        f"# needs: import lightning as L\ntrainer = L.Trainer(\n    gradient_clip_val={limit}\n)",
+        "It bounds the step that one steep place of the loss can cause. Choose the bound near the norms of healthy "
+        "steps; if most steps are clipped, lower the learning rate instead.",
+        "Pascanu et al. 2013, On the difficulty of training recurrent neural networks",
+    )
 
 
 def lower_rate(site: Site) -> list[Suggestion]:
@@ -51,7 +54,7 @@ def lower_rate(site: Site) -> list[Suggestion]:
 
 
 def with_rate_of(suggestion: Suggestion, action: Action) -> Suggestion:
-    """The advice to lower the learning rate with the one that an action has found, where it has.
+    """The advice to lower the learning rate with the one that an action has found; to clip, where that has helped.
 
     Args:
         suggestion: any one.
@@ -63,12 +66,14 @@ def with_rate_of(suggestion: Suggestion, action: Action) -> Suggestion:
         >>> with_rate_of(advice, kept).code.splitlines()[-1].strip()
         'group["lr"] = 0.25  # it was 8'
     """
+    limit = action.after.get("clip_limit", math.inf)
+    if suggestion.title == _LOWER and _MAX_RATIO in action.after and limit < math.inf:
+        return _clip_at(f"{limit:.2g}  # what helped in this run, at the rate as it is")
     rate, before = action.after.get("lr", math.nan), action.before.get("lr", math.nan)
     if suggestion.title != _LOWER or not rate < before:
         return suggestion
     was = before / action.before.get("lr_factor", 1.0)  # of the scheduler, whatever was done before
     code = _rate_code(was, rate / was, digits=2)
-    limit = action.after.get("clip_limit", math.inf)
     if limit < math.inf:
         trainer = f"trainer = L.Trainer(gradient_clip_val={limit:.2g})"
         why = "# the run was clipped with it, and may need to be"

@@ -18,6 +18,8 @@ from lightning_gradflow.callbacks import trainer_facts
 from lightning_gradflow.callbacks.copies import apart, check_memory, clip_of, loss_of, quiet_copy, step_of
 from lightning_gradflow.callbacks.together import Together
 from lightning_gradflow.callbacks.unsharded import gathered, whole_copy, write
+from lightning_gradflow.history import History
+from lightning_gradflow.remedies.clip import Clipper
 from lightning_gradflow.remedies.coordinates import Coordinates
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.training import CopiesTrained, Rehearsal, RehearsalError, Training
@@ -100,11 +102,13 @@ def pace(trainer: Trainer, module: LightningModule, given: Sequence[tuple[Any, i
     """
     batches = move_data_to_device(list(given), module.device)
 
-    def losses(factor: float, steps: int, scaling: Mapping[str, Any] | None = None) -> list[float]:
+    def losses(
+        factor: float, steps: int, scaling: Mapping[str, Any] | None = None, max_ratio: float | None = None
+    ) -> list[float]:
         try:
             check_memory(module, copies=_TRAINED)
             with apart(module):
-                return _losses(trainer, module, batches, factor, steps, scaling)
+                return _losses(trainer, module, batches, factor, steps, scaling, max_ratio)
         except Exception as error:
             raise RehearsalError(f"a copy could not be trained: {error}") from error
 
@@ -118,6 +122,7 @@ def _losses(
     factor: float,
     steps: int,
     scaling: Mapping[str, Any] | None,
+    max_ratio: float | None,
 ) -> list[float]:
     twin, optimizer = quiet_copy(trainer, module, trainer.optimizers[0])
     coordinates = Coordinates()
@@ -128,6 +133,7 @@ def _losses(
         group["lr"] = group["lr"] * factor
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     scale, clip = trainer_facts.loss_scale(trainer, module.device), clip_of(trainer, optimizer)
+    clipper = Clipper(Training(twin, [optimizer], History()), max_ratio=max_ratio) if max_ratio is not None else None
     losses = _usual([loss_of(trainer, twin, *batch) for batch in batches])
     found: list[float] = []
     for step in range(steps):
@@ -141,6 +147,8 @@ def _losses(
             if scale is not None and parameter.grad is not None:
                 parameter.grad /= scale
         coordinates.before_step(optimizer)
+        if clipper is not None:
+            clipper.before_step(optimizer)
         if clip is not None:
             clip()
         optimizer.step()

@@ -11,13 +11,17 @@ import numpy as np
 Pace = Callable[[float, int], Sequence[float]]
 """Called with a factor of the learning rate and a number of steps; gives the loss before each step that was made."""
 
-_STEPS = 24  # momentum needs ten steps to gather, and what is unstable as many to show
+STEPS = 24
+"""Of a trial: momentum needs ten to gather, and what is unstable as many to show."""
+
+AT_ALL = 0.01
+"""Of the loss: where no rate gains more, none has shown that it suits."""
+
 _TOLD = 6  # losses that tell where it stands: one, two or three batches in turn come equally often
 _RATIO = math.sqrt(10.0)
 _SMALLEST = 1e-6
 _PAST = 3  # factors in a row that do worse than the best: smaller ones only do less
 _MARGIN = 1 / _RATIO
-_AT_ALL = 0.01  # of the loss: where no rate gains more, none has shown that it suits
 
 
 def fitting_factor(pace: Pace, max_seconds: float = 60.0) -> float | None:
@@ -56,15 +60,25 @@ def fitting_factor(pace: Pace, max_seconds: float = 60.0) -> float | None:
     first, lowest, past = math.nan, math.inf, 0
     began = time.monotonic()
     while factor >= _SMALLEST and past < _PAST and time.monotonic() - began < max_seconds:
-        losses = np.asarray(pace(factor, _STEPS), dtype=float)
-        loss = float(losses[-_TOLD:].mean()) if len(losses) == _STEPS and np.isfinite(losses).all() else math.inf
+        losses = pace(factor, STEPS)
+        loss = reached(losses)
         # with the smallest rate it is nearly that of the weights as they are
-        first = float(losses[:_TOLD].mean()) if loss < math.inf else first
+        first = float(np.mean(losses[:_TOLD])) if loss < math.inf else first
         if loss < lowest:
             best, lowest, past = factor, loss, 0
         elif math.isfinite(lowest):
             past += 1
         factor /= _RATIO
-    if not math.isfinite(first) or not first - lowest >= _AT_ALL * abs(first):
+    if not math.isfinite(first) or not first - lowest >= AT_ALL * abs(first):
         return None
     return best * _MARGIN if best < 1 else 1.0
+
+
+def reached(losses: Sequence[float]) -> float:
+    """The mean of the last six losses of a trial; infinite where it diverged.
+
+    Example:
+        >>> reached([2.0] * 18 + [1.0] * 6), reached([2.0, 9.0, math.inf])
+        (1.0, inf)
+    """
+    return float(np.mean(losses[-_TOLD:])) if len(losses) == STEPS and np.isfinite(losses).all() else math.inf

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from numbers import Real
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from lightning_gradflow.history import History
+from lightning_gradflow.remedies.clip_state import follows_size
 from lightning_gradflow.remedies.held import Held
 from lightning_gradflow.remedies.learning_rate import RateFactor
 from lightning_gradflow.remedies.patient import Patient
-from lightning_gradflow.remedies.rate_test import fitting_factor
+from lightning_gradflow.remedies.rate_test import AT_ALL, STEPS, fitting_factor, reached
+from lightning_gradflow.remedies.recurrent import GATED
 from lightning_gradflow.remedies.training import RehearsalError, Training
 
 USUAL_RATIO = 0.01
 """||step|| / ||weights|| that is usual at the start of a run: ten times what it is later on."""
+
+GATED_RATIO = 0.03
+"""The same for gated recurrences, which take larger steps."""
+
+MAX_RATIO = "max_update_ratio"
+"""How large a step may be, as a share of the weights, where gradients are clipped to that."""
 
 LARGEST_FACTOR = 0.5
 """For the learning rate: less of a change would not be one."""
@@ -33,6 +43,8 @@ Numbers = dict[str, float]
 def slow_down(patient: Patient) -> tuple[Numbers, Numbers] | None:
     """Lowers the learning rate after a rollback, where it is to blame; what changed, the old and the new.
 
+    Where gradients are clipped instead, the new numbers are `MAX_RATIO` alone.
+
     Returns:
         None where there is nothing to do, or nothing that can be done. Nothing has changed then.
     """
@@ -42,6 +54,10 @@ def slow_down(patient: Patient) -> tuple[Numbers, Numbers] | None:
     # the rate of several groups is not known, and neither is a cap on it
     if not patient.has_past and factor > LARGEST_FACTOR and not cap < LARGEST_FACTOR * before["lr"]:
         return None  # to start once more as before would end as before
+    if _is_for_clipping(patient, min(factor, cap / now)):
+        held.start_clipping(replace(patient.training, history=History()), max_ratio=GATED_RATIO)
+        held.rollbacks += 1
+        return {}, {MAX_RATIO: GATED_RATIO}
     if (factor < 1 or cap < held.rate.cap) and not RateFactor.can_treat(patient.training.optimizers):
         return None
     held.rate.factor = max(min(factor, held.rate.factor), _SMALLEST_FACTOR)
@@ -69,6 +85,28 @@ def slow_down_anew(patient: Patient) -> tuple[Numbers, Numbers]:
     else:
         held.rate.factor = max(min(tried, held.rate.factor), _SMALLEST_FACTOR)
     return _changed(before, _rate_facts(held, rate))
+
+
+def _is_for_clipping(patient: Patient, slower: float) -> bool:
+    """Whether a run that starts once more does as well at its full rate, if gradients are clipped, as at a smaller one.
+
+    That is asked of gated recurrences whose steps are in proportion to the gradient. It is small nearly everywhere and
+    huge at cliffs, and a rate that these bear hardly moves the rest (Pascanu et al. 2013).
+    """
+    held, training = patient.held, patient.training
+    is_first = not (patient.has_past or held.rollbacks or held.clipper is not None)
+    is_gated = any(isinstance(module, GATED) for module in training.model.modules())
+    in_proportion = all(follows_size(optimizer) for optimizer in training.optimizers)
+    train = training.pace
+    if train is None or not (is_first and is_gated and in_proportion and "clip" in patient.allow):
+        return False
+    scaling = _coordinates(held)
+    try:
+        slow = reached(train(slower, STEPS, scaling))
+        clipped = reached(train(1.0, STEPS, scaling, GATED_RATIO))
+    except RehearsalError:
+        return False
+    return clipped <= slow + AT_ALL * abs(slow) < math.inf
 
 
 def _rate_facts(held: Held, rate: float) -> Numbers:
@@ -150,11 +188,15 @@ def _tried(training: Training, held: Held) -> float:
     train = training.pace
     if train is None:
         return 1.0
-    scaling = held.coordinates.state_dict() if held.coordinates.is_in_force else None
+    scaling = _coordinates(held)
     try:
         return fitting_factor(lambda factor, steps: train(factor, steps, scaling)) or 1.0
     except RehearsalError:
         return 1.0
+
+
+def _coordinates(held: Held) -> dict[str, Any] | None:
+    return held.coordinates.state_dict() if held.coordinates.is_in_force else None
 
 
 def start_factor(history: History) -> float:

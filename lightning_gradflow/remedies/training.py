@@ -37,13 +37,16 @@ class Rehearsal(Protocol):
 class CopiesTrained(Protocol):
     """Trains a copy of the model on a few batches of the run, each time from its present weights."""
 
-    def __call__(self, factor: float, steps: int, scaling: Mapping[str, Any] | None = None, /) -> Sequence[float]:
+    def __call__(
+        self, factor: float, steps: int, scaling: Mapping[str, Any] | None = None, max_ratio: float | None = None, /
+    ) -> Sequence[float]:
         """The loss before each step that was made; the last one is not finite where the copy diverged.
 
         Args:
             factor: of the learning rate.
             steps: how many.
             scaling: the state of `Coordinates` in which the copy trains.
+            max_ratio: of the `Clipper` with which it trains; None for none.
 
         Raises:
             RehearsalError: if no copy can be trained.

@@ -17,12 +17,11 @@ from lightning_gradflow.remedies.readers import centres_behind
 from lightning_gradflow.remedies.recurrent import GATED
 from lightning_gradflow.remedies.recycle import recycle
 from lightning_gradflow.remedies.reinit import Reinit, fit_targets, reinitialise
-from lightning_gradflow.remedies.slowing import USUAL_RATIO, slow_down, slow_down_anew
+from lightning_gradflow.remedies.slowing import GATED_RATIO, MAX_RATIO, USUAL_RATIO, slow_down, slow_down_anew
 from lightning_gradflow.remedies.snapshot import Snapshot
 from lightning_gradflow.remedies.training import Rehearsal, RehearsalError, Training
 
 _OTHER_REASONS = ("learning_rate_too_large", "drift")
-_MAX_RATIO = 0.03  # the same at most, for weights that were just drawn: gated recurrences take larger steps
 
 
 def treat(remedy: str, patient: Patient) -> Treatment | None:
@@ -112,7 +111,7 @@ def _clip_new(patient: Patient, layers: Sequence[str]) -> None:
         patient.held.clipper.restart()
     elif "clip" in patient.allow:
         # while nothing is known of their gradients, only the size of the steps says what is too much
-        ratio = USUAL_RATIO if _is_plain_recurrence(patient, layers) else _MAX_RATIO
+        ratio = USUAL_RATIO if _is_plain_recurrence(patient, layers) else GATED_RATIO
         patient.held.start_clipping(replace(patient.training, history=History()), max_ratio=ratio)
 
 
@@ -172,7 +171,7 @@ def _rollback(patient: Patient) -> Treatment | None:
     changed = slow_down(patient)
     if changed is None:
         return None
-    note = ""
+    note = "gradients are clipped, and the rate stays as it is" if MAX_RATIO in changed[1] else ""
     # a run that went well and broke: what broke it may have been a batch, and come again
     went_back = patient.has_past and patient.good_step < patient.training.history.rows[-1].step
     if went_back and patient.held.clipper is None and "clip" in patient.allow:

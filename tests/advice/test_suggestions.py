@@ -179,6 +179,13 @@ def test_the_rate_that_an_action_found_takes_the_place_of_the_one_that_was_guess
     assert with_rate_of(advice, action).code.endswith(code)
 
 
+def test_where_clipping_has_helped_at_the_rate_as_it_is_the_advice_is_to_clip():
+    advice = Suggestion("Lower the learning rate", 'group["lr"] = 0.8  # it was 8', "why", "who")
+    action = Action(8, "rollback", after={"max_update_ratio": 0.03, "clip_limit": 0.512}, outcome="kept")
+    assert with_rate_of(advice, action).title == "Clip the gradient norm"
+    assert "gradient_clip_val=0.51 " in with_rate_of(advice, action).code
+
+
 @pytest.mark.parametrize(("planned", "steps"), [(nan, 500), (306.0, 30), (40.0, 10), (1e6, 500)])
 def test_a_warm_up_takes_a_tenth_of_the_run(planned, steps):
     history = history_of(Net())

@@ -29,8 +29,8 @@ class Plain(Net):
 class Tries(L.Callback):
     """Trains copies at the end of the sixth batch, on the last two."""
 
-    def __init__(self, factor=1.0, steps=5):
-        self.factor, self.steps = factor, steps
+    def __init__(self, factor=1.0, steps=5, max_ratio=None):
+        self.factor, self.steps, self.max_ratio = factor, steps, max_ratio
         self.batches = []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
@@ -42,7 +42,7 @@ class Tries(L.Callback):
         self.before = (_surroundings(module), weights(module), copy.deepcopy(trainer.optimizers[0].state_dict()))
         self.twin = copy.deepcopy(module)
         self.given = self.batches[-2:]
-        self.losses = pace(trainer, module, self.given)(self.factor, self.steps)
+        self.losses = pace(trainer, module, self.given)(self.factor, self.steps, None, self.max_ratio)
         self.after = (_surroundings(module), weights(module), copy.deepcopy(trainer.optimizers[0].state_dict()))
 
 
@@ -58,6 +58,12 @@ def _by_hand(tries, clip=0.0):
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
+        if tries.max_ratio is not None:
+            parameters = list(twin.parameters())
+            size = nn.utils.get_total_norm([p.detach() for p in parameters])
+            # all the steps that momentum makes of one gradient together
+            longest = tries.max_ratio * size * (1 - 0.9) / (0.05 * tries.factor)
+            nn.utils.clip_grad_norm_(parameters, longest)
         if clip:
             nn.utils.clip_grad_norm_(twin.parameters(), clip)
         optimizer.step()
@@ -74,6 +80,13 @@ def test_the_losses_are_those_of_a_training_by_hand(factor, clip):
     tries = Tries(factor)
     fit([tries], Plain(optimizer=_momentum), **({"gradient_clip_val": clip} if clip else {}))
     assert tries.losses == pytest.approx(_by_hand(tries, clip), rel=1e-5)
+
+
+@pytest.mark.parametrize("max_ratio", [0.001, 0.03])
+def test_a_copy_trains_with_steps_of_a_share_of_its_weights_at_most(max_ratio):
+    tries = Tries(factor=30.0, max_ratio=max_ratio)
+    fit([tries], Plain(optimizer=_momentum))
+    assert tries.losses == pytest.approx(_by_hand(tries), rel=1e-4)
 
 
 def test_the_run_stays_as_it_was():

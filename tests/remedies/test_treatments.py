@@ -177,6 +177,67 @@ def test_a_rate_that_was_tried_out_says_more_than_the_size_of_the_first_step():
     assert run.held.rate.factor == pytest.approx(1e-3 / math.sqrt(10))
 
 
+def _recurrent(clipped, slow=1.2, adam=False, module=nn.LSTM):
+    """A run with a recurrence and far too large steps, and what trials of it reach at a smaller rate and clipped."""
+    run = Run(model=nn.Sequential(nn.Linear(4, 4), module(4, 4)))
+    if adam:
+        run.training = replace(run.training, optimizers=[torch.optim.Adam(run.net.parameters(), lr=1.0)])
+    run.history.layer_axis.merge(["0", "1"])
+    run.history.append(Row(0, {"update_ratio": np.array([2.0, 2.0])}))
+
+    def pace(factor, steps, scaling=None, max_ratio=None):
+        if max_ratio is not None:
+            assert (factor, max_ratio) == (1.0, 0.03)
+            return [clipped] * steps
+        return np.linspace(2.0, slow, steps) if factor < 1 else [2.0, math.nan]
+
+    run.training = replace(run.training, pace=pace)
+    return run
+
+
+def test_a_gated_recurrence_is_clipped_at_its_rate_where_that_does_as_well_and_slowed_the_next_time():
+    run = _recurrent(clipped=1.2)
+    patient = replace(_patient(run), allow=REMEDIES)
+    done = treat("rollback", patient)
+    assert (run.held.rate.factor, run.held.rollbacks) == (1.0, 1)
+    assert done.after == {"max_update_ratio": 0.03}
+    assert "clipped" in done.note
+    for parameter in run.net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    run.held.before_step(run.optimizer, None)
+    size, step = (
+        nn.utils.get_total_norm(x) for x in zip(*((p.data, p.grad) for p in run.net.parameters()), strict=True)
+    )
+    assert step * 10 <= 0.03 * math.hypot(size, 1.0) * 1.001  # a momentum of 0.9 makes ten of a step
+    treat("rollback", patient)
+    assert run.held.rate.factor < 1
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: _recurrent(clipped=1.5),
+        lambda: _recurrent(clipped=math.nan),
+        lambda: _recurrent(clipped=1.2, adam=True),
+        lambda: _recurrent(clipped=1.2, module=nn.RNN),
+    ],
+    ids=["slower is better", "it diverges", "steps are even", "no gates"],
+)
+def test_any_other_is_slowed(run):
+    run = run()
+    held = Held(run.training)
+    done = treat("rollback", replace(_patient(run, held=held), allow=REMEDIES))
+    assert held.rate.factor < 1
+    assert held.clipper is None
+    assert "max_update_ratio" not in done.after
+
+
+def test_without_leave_to_clip_a_gated_recurrence_is_slowed():
+    run = _recurrent(clipped=1.2)
+    treat("rollback", replace(_patient(run), allow=("rollback",)))
+    assert run.held.rate.factor < 1
+
+
 def test_under_a_schedule_that_rises_what_was_tried_out_is_a_limit():
     run = _paced(_sampled([0.1, 3.0], rates=[0.1, 1.0]), best=1e-3)
     treat("rollback", _patient(run))
