@@ -24,12 +24,14 @@ class Loop:
         op: the activation in between.
         ways_in: the layers whose output is added to its own, and that get none of it back.
         columns: (inputs,) which of its inputs, or channels, are the state; None for all.
+        gates: how many gates and contents it computes together; 1 where it is the content alone.
     """
 
     again: str
     op: str
     ways_in: tuple[str, ...] = ()
     columns: Tensor | None = None
+    gates: int = 1
 
 
 def loops_among(
@@ -44,8 +46,8 @@ def loops_among(
     Without one, a square layer is taken for it if it is the only one, and the others of its size for the ways in.
 
     Left out is what makes a gate, whose size is no question of a signal that comes through; and layers whose output has
-    another size than the state, but for those of which nobody knows what follows, where it is three or four times as
-    large: several gates are computed together there.
+    another size than the state. Where that is three or four times as large, and makes gates or nobody knows what
+    follows, several gates are computed together.
 
     Args:
         layers: the candidates, by name: linear layers and convolutions that are called once at each time step.
@@ -57,7 +59,7 @@ def loops_among(
         >>> from torch import nn
         >>> layers = {"again": nn.Linear(4, 4), "enter": nn.Linear(2, 4)}
         >>> loops_among(layers, History(), None)
-        {'again': Loop(again='again', op='', ways_in=('enter',), columns=None)}
+        {'again': Loop(again='again', op='', ways_in=('enter',), columns=None, gates=1)}
     """
     if watch is None:
         square = [name for name, layer in layers.items() if layer.weight.shape[0] == layer.weight.shape[1]]
@@ -69,22 +71,30 @@ def loops_among(
         feeding = {again: tuple(n for n, layer in layers.items() if n != again and len(layer.weight) == size)}
     else:
         columns = {name: watch.state_columns(name) for name in layers}
-        sizes = {name: (1, *GATES) if behind and behind.get(name) == ("", False) else (1,) for name in layers}
-        fitting = {
-            name: c
-            for name, c in columns.items()
-            if c is not None and any(int(c.sum()) * count == len(layers[name].weight) for count in sizes[name])
-        }
+        fitting = {name: c for name, c in columns.items() if c is not None and _gates(layers[name], c)}
         states = {name: None if bool(c.all()) else c for name, c in fitting.items()}
         feeding = {
             name: tuple(one for one in layers if columns[one] is None and watch.feeds(one, name)) for name in fitting
         }
     found = {}
     for name, state in states.items():
-        op, is_gate = behind[name] if behind and name in behind else _behind(history, name)
-        if not is_gate:
+        gates = _gates(layers[name], state)
+        op, is_gate = _following(history, name, behind)
+        if gates > 1 and (is_gate or (behind is not None and name in behind and not op)):
+            found[name] = Loop(name, "", feeding[name], state, gates)
+        elif gates == 1 and not is_gate:
             found[name] = Loop(name, op, feeding[name], state)
     return found
+
+
+def _gates(layer: Looped, state: Tensor | None) -> int:
+    """How many times the state its output is, if it may be as many gates; else 0."""
+    size = int(state.sum()) if state is not None else layer.weight.shape[1]
+    return next((count for count in (1, *GATES) if count * size == len(layer.weight)), 0)
+
+
+def _following(history: History, name: str, behind: Mapping[str, tuple[str, bool]] | None) -> tuple[str, bool]:
+    return behind[name] if behind and name in behind else _behind(history, name)
 
 
 def _behind(history: History, layer: str) -> tuple[str, bool]:

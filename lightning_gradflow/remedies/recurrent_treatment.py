@@ -20,6 +20,7 @@ from lightning_gradflow.probes.layers import ROOT
 from lightning_gradflow.probes.shards import whole
 from lightning_gradflow.remedies.bare_uses import Use
 from lightning_gradflow.remedies.fresh import looks_fresh
+from lightning_gradflow.remedies.gate_memory import gate_blocks, keep_state
 from lightning_gradflow.remedies.loops import Loop, loops_among
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.recurrent import reinitialise_loop, reinitialise_recurrence
@@ -91,6 +92,7 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
     steps = {name: _steps(history, name, modules[name]) for name in names}
     gain = input_gain = 1.0
     after: dict[str, float] = {}
+    kept: list[nn.Parameter] | None = None
     for _ in range(_ROUNDS):
         layers, changed = _drawn(modules, names, loops, steps, training.seed, gain, input_gain)
         if not changed:
@@ -102,6 +104,11 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
         if _levelled(training, modules, sequences):
             with _watched(training, names) as watch:
                 found = _measured(training, watch, names)
+        if kept is None and found.get("time_decades", 0.0) < _MIN_DECADES:
+            kept = _state_kept(training, modules, names, loops, found)
+            if kept:
+                with _watched(training, names) as watch:
+                    found = _measured(training, watch, names)
         if found == after:  # there is nothing that a gain has a say in
             break
         after = found
@@ -115,9 +122,31 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
             gain, input_gain = 1.0, input_gain / 2
         else:
             break
+    changed = (*changed, *(kept or ()))
     forget(training.optimizers, changed)
     owners = {name: use.owner or ROOT for name, use in uses.items()}
+    layers += tuple(name or ROOT for name, m in modules.items() if {*m.parameters(recurse=False)} & {*(kept or ())})
     return Treatment(tuple(dict.fromkeys(owners.get(name, name) for name in layers)), changed, before, after)
+
+
+def _state_kept(
+    training: Training,
+    modules: Mapping[str, nn.Module],
+    names: Sequence[str],
+    loops: Mapping[str, Loop],
+    found: Mapping[str, float],
+) -> list[nn.Parameter]:
+    """Sets the bias of the gate that keeps the state, where that is one of the loop; the biases that were changed."""
+    called = [name for name in names if isinstance(modules[name], Looped)]
+
+    def span() -> float:
+        with _watched(training, names) as watch:
+            return _measured(training, watch, names).get("time_decades", -math.inf)
+
+    blocks = gate_blocks(modules, called, loops)
+    if not blocks:
+        return []
+    return keep_state(blocks, span, found["time_steps"], torch.Generator().manual_seed(training.seed))
 
 
 def _shrunk(training: Training, modules: Mapping[str, nn.Module], before: dict[str, float]) -> Treatment | None:

@@ -1,0 +1,111 @@
+"""Gates of recurrences that are written by hand, set so that what they keep lasts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradflow.probes.shards import whole
+from lightning_gradflow.remedies.loops import Loop
+from lightning_gradflow.remedies.textbook import assign, is_writable
+from lightning_gradflow.remedies.through_time import Looped
+
+_MIN_WON = 1.0  # decades
+_MAX_LEFT = 0.5  # of what was lost
+_MAX_DECADES = 0.5  # a factor of three, for which a gradient may grow
+
+Block = tuple[nn.Parameter, slice]
+"""A bias, and the part of it that belongs to one gate."""
+
+
+def gate_blocks(
+    modules: Mapping[str, nn.Module], called: Iterable[str], loops: Mapping[str, Loop]
+) -> list[list[Block]]:
+    """The biases of what may be a gate, gate by gate; several are added to each other.
+
+    Of gates that are computed together it is a part of each bias, also of one that the module around them adds as a
+    parameter of its own. A gate by itself is a layer of the loop that is not its content.
+
+    Args:
+        modules: of the model, by name.
+        called: layers that are called once a time step.
+        loops: those of them that get their own output back, and make the content, or all of it.
+    """
+    theirs = {name for loop in loops.values() for name in (loop.again, *loop.ways_in)}
+    own = [getattr(modules[name], "bias", None) for name in called if name not in theirs]
+    found: list[list[Block]] = [[(bias, slice(None))] for bias in own if is_writable(bias)]
+    for loop in loops.values():
+        layer = modules[loop.again]
+        size = len(layer.weight) if loop.gates > 1 and isinstance(layer, Looped) else 0
+        around = modules.get(loop.again.rpartition(".")[0])
+        bare = around.parameters(recurse=False) if around is not None else ()
+        added = (getattr(modules[name], "bias", None) for name in (loop.again, *loop.ways_in))
+        fitting = [bias for bias in (*added, *bare) if is_writable(bias) and bias.shape == (size,)]
+        biases = list({id(bias): bias for bias in fitting}.values())
+        for part in range(loop.gates if size and biases else 0):
+            width = size // loop.gates
+            found.append([(bias, slice(part * width, (part + 1) * width)) for bias in biases])
+    return found
+
+
+def keep_state(
+    blocks: Sequence[Sequence[Block]], span: Callable[[], float], steps: float, generator: torch.Generator
+) -> list[nn.Parameter]:
+    r"""Sets the bias of one gate so that what it keeps lasts, as `reinitialise_recurrence` does where it knows which.
+
+    Which gate keeps what there is, is a convention, and so is the sign: the 1 - z of one formula is the z of another.
+    So each is tried, with ln u and with -ln u, u uniform in [e, max(e, T - 1)], one for each unit, and with all other
+    biases of gates at 0. The one with which most of a gradient comes through time is kept, if it brings ten times as
+    much or more and half of the decades that were lost. Else all is put back.
+
+    Args:
+        blocks: the biases, gate by gate; see `gate_blocks`.
+        span: measures the decades that a gradient gains from the last time step to the first.
+        steps: T, in [1, inf).
+        generator: on the CPU.
+
+    Returns:
+        The biases that were changed.
+
+    References:
+        Tallec and Ollivier 2018, Can recurrent neural networks warp time?
+
+    Example:
+        >>> forget = nn.Parameter(torch.zeros(8))  # keeps the state where it is 1 - z
+        >>> span = lambda: 10 * torch.sigmoid(-forget.mean()).log10().item()
+        >>> changed = keep_state([[(forget, slice(None))]], span, 50, torch.Generator().manual_seed(0))
+        >>> len(changed), bool((forget <= -1).all())
+        (1, True)
+    """
+    biases = list({id(bias): bias for block in blocks for bias, _ in block}.values())
+    old = [whole(bias).detach().clone() for bias in biases]
+    before = span()
+    for bias in biases:
+        assign(bias, torch.zeros(bias.shape))
+    best = -math.inf
+    chosen: tuple[nn.Parameter, slice, Tensor] | None = None
+    for block in blocks:
+        bias, part = block[0]
+        size = len(range(len(bias))[part])
+        kept = torch.empty(size).uniform_(math.e, max(math.e, steps - 1.0), generator=generator).log()
+        for values in (kept, -kept):
+            _write(bias, part, values)
+            now = span()
+            if best < now <= _MAX_DECADES:
+                best, chosen = now, (bias, part, values)
+        _write(bias, part, torch.zeros_like(kept))
+    if chosen is not None and best >= before + _MIN_WON and abs(best) <= _MAX_LEFT * abs(before):
+        _write(*chosen)
+        return biases
+    for bias, values in zip(biases, old, strict=True):
+        assign(bias, values)
+    return []
+
+
+def _write(bias: nn.Parameter, part: slice, values: Tensor) -> None:
+    fresh = whole(bias).detach().clone()
+    fresh[part] = values.to(fresh)
+    assign(bias, fresh)
