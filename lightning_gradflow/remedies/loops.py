@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from lightning_gradflow.activations import SIGMOIDS
 from lightning_gradflow.history import History
 from lightning_gradflow.remedies.through_time import Looped, TimeWatch
 
@@ -82,7 +83,7 @@ def loops_among(
         op, is_gate = _following(history, name, behind)
         if gates > 1 and (is_gate or (behind is not None and name in behind and not op)):
             found[name] = Loop(name, "", feeding[name], state, gates)
-        elif gates == 1 and not is_gate:
+        elif gates == 1 and not (is_gate and op in SIGMOIDS):  # contents are multiplied by gates too
             found[name] = Loop(name, op, feeding[name], state)
     return found
 

@@ -95,20 +95,19 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
     kept: list[nn.Parameter] | None = None
     for _ in range(_ROUNDS):
         layers, changed = _drawn(modules, names, loops, steps, training.seed, gain, input_gain)
-        if not changed:
-            explodes = finding.kind is FindingKind.EXPLODING_GRADIENT
-            return _shrunk(training, {name: modules[name] for name in names}, before) if explodes else None
+        if not changed and finding.kind is FindingKind.EXPLODING_GRADIENT:
+            return _shrunk(training, {name: modules[name] for name in names}, before)
         with _watched(training, names) as watch:
             found = _measured(training, watch, names)
             sequences = {name: watch.sequence(name) for name in layers} if watch is not None else {}
-        if _levelled(training, modules, sequences):
+        is_levelled = _levelled(training, modules, sequences)
+        if kept is None:
+            kept = _state_kept(training, modules, names, loops, found)
+        if not (changed or kept):
+            return None
+        if is_levelled or kept:
             with _watched(training, names) as watch:
                 found = _measured(training, watch, names)
-        if kept is None and found.get("time_decades", 0.0) < _MIN_DECADES:
-            kept = _state_kept(training, modules, names, loops, found)
-            if kept:
-                with _watched(training, names) as watch:
-                    found = _measured(training, watch, names)
         if found == after:  # there is nothing that a gain has a say in
             break
         after = found
@@ -143,7 +142,7 @@ def _state_kept(
         with _watched(training, names) as watch:
             return _measured(training, watch, names).get("time_decades", -math.inf)
 
-    blocks = gate_blocks(modules, called, loops)
+    blocks = gate_blocks(modules, called, loops) if found.get("time_decades", 0.0) < _MIN_DECADES else []
     if not blocks:
         return []
     return keep_state(blocks, span, found["time_steps"], torch.Generator().manual_seed(training.seed))

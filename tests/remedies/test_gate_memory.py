@@ -96,6 +96,41 @@ def test_a_gate_by_itself_gets_the_sign_that_keeps(keeps_by_z):
     assert model.gate.bias in set(treatment.changed)
 
 
+class Leaky(nn.Module):
+    """A state that nothing maps: a gate alone says what is kept of it, and the rest is the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(2 * SIZE, SIZE)
+        self.read = nn.Linear(SIZE, 1)
+
+    def forward(self, x):
+        h = x.new_zeros(x.shape[1], SIZE)
+        for now in x:
+            z = self.gate(torch.cat([now, h], 1)).sigmoid()
+            h = (1 - z) * h + z * now
+        return self.read(h)
+
+
+def test_where_there_is_a_gate_and_nothing_to_draw_its_bias_is_set():
+    model = _seeded(Leaky)
+    weight = model.gate.weight.detach().clone()
+    history = _history(["gate"], [("gate/sigmoid", "sigmoid")], gates=("gate/sigmoid",))
+    treatment = treat(_training(model, history), _finding("gate"))
+    assert treatment.layers == ("gate",)
+    assert treatment.changed == (model.gate.bias,)
+    assert (model.gate.bias <= -1).all()
+    assert torch.equal(model.gate.weight, weight)
+
+
+def test_a_state_that_lasts_keeps_its_gates():
+    model = _seeded(Leaky)
+    nn.init.constant_(model.gate.bias, -8.0)
+    history = _history(["gate"], [("gate/sigmoid", "sigmoid")], gates=("gate/sigmoid",))
+    assert treat(_training(model, history), _finding("gate")) is None
+    assert (model.gate.bias == -8.0).all()
+
+
 def _decades(bias):
     return lambda: 20 * torch.sigmoid(bias.detach().mean()).log10().item()
 

@@ -172,8 +172,13 @@ def test_without_a_rehearsal_the_only_square_layer_is_taken():
 
 
 def test_a_layer_that_makes_a_gate_is_left_as_it_is():
-    _, treatment = _treat_loop(Loop, gates=["activation"])
+    _, treatment = _treat_loop(lambda: Loop(nn.Sigmoid), "sigmoid", gates=["activation"])
     assert treatment is None
+
+
+def test_a_content_that_a_gate_lets_in_is_drawn_anew():
+    _, treatment = _treat_loop(Loop, gates=["activation"])
+    assert set(treatment.layers) == {"enter", "again"}
 
 
 def test_the_memory_of_an_lstm_is_set_to_the_time_steps_that_the_run_shows():
