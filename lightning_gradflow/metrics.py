@@ -75,7 +75,9 @@ METRICS: dict[str, Metric] = {
         "layers", "index", "gates of a recurrence: 0 of a plain one, 2 of a GRU, 3 of an LSTM; in the first sample"
     ),
     "loop_radius": Metric(
-        "layers", "norm", "the same of a square weight, or of stacked ones, in a loop of eight calls or more"
+        "layers",
+        "norm",
+        "the same of a square weight, or of what maps a state among others, in a loop of eight calls or more",
     ),
     "hh_to_ih": Metric("layers", "norm", "gradient norm of a recurrence's weights of the state / of the input"),
     "stack_gain": Metric(

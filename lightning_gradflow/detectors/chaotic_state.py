@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -68,9 +67,7 @@ class ChaoticState:
 
 
 def _in_loops_of(history: History, layers: Collection[str]) -> list[str]:
-    """Layers that are called as often in a forward pass as one of these, and are no loops: they go into these."""
+    """Layers that are called as often in a forward pass as one of these: they go into these, or are gates of them."""
     calls = dict(zip(history.points, first_values(history, "calls"), strict=True))
     turns = {calls[point] for point in history.points if point.is_layer and point.module in layers}
-    own = dict(zip(history.layers, first_values(history, "loop_radius"), strict=True))
-    beside = [point.module for point in history.points if point.is_layer and calls[point] in turns]
-    return [name for name in beside if math.isnan(own.get(name, math.nan))]
+    return [point.module for point in history.points if point.is_layer and calls[point] in turns]

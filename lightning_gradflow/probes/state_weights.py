@@ -32,7 +32,8 @@ def state_weights(module: nn.Module, turns: int) -> Iterator[tuple[str, Tensor]]
 
     - Of torch's recurrences the hidden-to-hidden weights; of LSTM and GRU the block that makes the new content. Nothing
       where the state is projected.
-    - Of a linear layer that is called eight times or more in a forward pass its weight, if it is square.
+    - Of a linear layer that is called eight times or more in a forward pass its weight, if it is square; of one that
+      gets inputs and a state together the last columns; of one that makes three or four gates of both, each of them.
     - Of such a convolution, with as many channels out as in, the sum of its weights over the taps: what it does to a
       state that is the same everywhere.
     - Of a module of the user's own, which applies an activation that often for each of them, its square matrices; where
@@ -56,20 +57,36 @@ def state_weights(module: nn.Module, turns: int) -> Iterator[tuple[str, Tensor]]
     elif turns < _MIN_TURNS:
         found = {}
     elif isinstance(module, nn.Linear):
-        found = own
+        found = {_name(key, i): p for key, w in own.items() for i, p in enumerate(_state_blocks(w))}
     elif isinstance(module, _CONVOLUTIONS):
         found = {key: p.flatten(2).sum(dim=2) for key, p in own.items() if module.groups == 1}
     elif not is_of_torch(module):
         stacks = {key: stack for key, p in own.items() if p.ndim == 2 and (stack := squares(p))}
         if any(len(stack) == 1 for stack in stacks.values()):
             stacks = {key: stack for key, stack in stacks.items() if len(stack) == 1}
-        found = {f"{key}[{i}]" if i else key: p for key, stack in stacks.items() for i, p in enumerate(stack)}
+        found = {_name(key, i): p for key, stack in stacks.items() for i, p in enumerate(stack)}
         found = found if turns >= _MIN_TURNS * len(stacks) else {}
     else:
         found = {}
     for key, weight in found.items():
         if weight.shape[0] == weight.shape[1] > 1:
             yield key, weight
+
+
+def _name(key: str, index: int) -> str:
+    return f"{key}[{index}]" if index else key
+
+
+def _state_blocks(weight: Tensor) -> tuple[Tensor, ...]:
+    """What maps a state, in a layer that maps inputs as well, and may make several gates.
+
+    Where it makes several and maps nothing but a state, it looks as a layer does through which a few inputs come in.
+    """
+    outputs, inputs = weight.shape
+    gates = 1 if inputs >= outputs else next((count for count in (4, 3) if outputs % count == 0), 0)
+    size = outputs // gates if gates else 0
+    is_joint = size < inputs or gates == 1
+    return weight[:, -size:].split(size) if size > 0 and is_joint else ()
 
 
 def squares(weight: Tensor) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,9 +25,10 @@ from lightning_gradflow.remedies.loops import Loop, loops_among
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.recurrent import reinitialise_loop, reinitialise_recurrence
 from lightning_gradflow.remedies.stacked import level
-from lightning_gradflow.remedies.textbook import assign, is_writable
+from lightning_gradflow.remedies.textbook import assign, initialise, is_writable
 from lightning_gradflow.remedies.through_time import Looped, TimeWatch
 from lightning_gradflow.remedies.training import Training
+from lightning_gradflow.remedies.unusual import is_too_large
 
 _MEASURES = ("time_decades", "time_steps")
 _ROUNDS = 8  # of drawing and measuring: a few for the gain, and inputs down to a hundredth
@@ -89,12 +90,13 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
         before = _measured(training, watch, names)
         called = {name: m for name in names if isinstance(m := modules[name], Looped)}
         loops = loops_among(called, history, watch, behind)
+    gates = _loud_gates(called, loops)
     steps = {name: _steps(history, name, modules[name]) for name in names}
     gain = input_gain = 1.0
     after: dict[str, float] = {}
     kept: list[nn.Parameter] | None = None
     for _ in range(_ROUNDS):
-        layers, changed = _drawn(modules, names, loops, steps, training.seed, gain, input_gain)
+        layers, changed = _drawn(modules, names, loops, gates, steps, training.seed, gain, input_gain)
         if not changed and finding.kind is FindingKind.EXPLODING_GRADIENT:
             return _shrunk(training, {name: modules[name] for name in names}, before)
         with _watched(training, names) as watch:
@@ -193,6 +195,7 @@ def _drawn(
     modules: Mapping[str, nn.Module],
     names: Sequence[str],
     loops: Mapping[str, Loop],
+    gates: Collection[str],
     steps: Mapping[str, int | None],
     seed: int,
     gain: float,
@@ -206,15 +209,34 @@ def _drawn(
     for name in names:
         module, loop = modules[name], loops.get(name)
         ways_in: tuple[str, ...] = ()
+        fresh: list[nn.Parameter] = []
         if loop is not None and isinstance(module, Looped):
             ways_in = loop.ways_in
             others = [layer for one in ways_in if isinstance(layer := modules[one], Looped)]
             fresh = reinitialise_loop(module, others, loop.op, generator, loop.columns, **gains)
+        elif isinstance(module, Looped) and name in gates:
+            fresh = _gate_drawn(module, generator)
         else:
             fresh = reinitialise_recurrence(module, generator, steps[name], **gains)
         layers += [name, *ways_in] if fresh else []
         changed += fresh
     return tuple(dict.fromkeys(layers)), tuple(dict.fromkeys(changed))
+
+
+def _loud_gates(called: Mapping[str, Looped], loops: Mapping[str, Loop]) -> set[str]:
+    """Gates beside a content whose weights are far too large: they hold them open or shut at random."""
+    theirs = {name for loop in loops.values() for name in (loop.again, *loop.ways_in)}
+    others = {name: layer.weight for name, layer in called.items() if loops and name not in theirs}
+    return {name for name, weight in others.items() if is_writable(weight) and is_too_large(whole(weight))}
+
+
+def _gate_drawn(layer: Looped, generator: torch.Generator) -> list[nn.Parameter]:
+    """Draws the weights of a gate anew; the bias says how far it stands open, and stays."""
+    bias = whole(layer.bias).detach().clone() if layer.bias is not None else None
+    fresh = initialise(layer, "glorot", generator, gain=1.0)
+    if bias is not None and is_writable(layer.bias):
+        assign(layer.bias, bias)
+    return fresh
 
 
 def _levelled(

@@ -70,6 +70,20 @@ def draw_unusual(
     return drawn
 
 
+def is_too_large(weight: Tensor) -> bool:
+    """Whether weights that look as drawn are of a size that no usual initialisation gives.
+
+    Args:
+        weight: (units, inputs, ...).
+
+    Example:
+        >>> is_too_large(torch.randn(8, 64, generator=torch.Generator().manual_seed(0))), is_too_large(torch.eye(8))
+        (True, False)
+    """
+    size = float(weight.detach().double().square().mean().sqrt()) * math.sqrt(weight[0].numel())
+    return size > _LARGE and looks_fresh(weight)
+
+
 def _blown_up(module: nn.Module, run: Callable[[], None], seed: int) -> dict[str, int]:
     """Recurrence -> its time steps, of those in which a random gradient gains more than any that learns does."""
     names = [name for name, part in module.named_modules() if isinstance(part, (nn.RNNBase, nn.RNNCellBase))]

@@ -90,8 +90,8 @@ def loops(*values, calls):
     [
         (loops(nan, 4.01, nan, nan, calls=[nan, 20, nan, nan]), ("fc1",)),
         (loops(nan, 3.99, nan, nan, calls=[nan, 20, nan, nan]), ()),
-        # what is called as often goes into it, but for what is a loop of its own
-        (loops(nan, 9.0, nan, 0.9, calls=[20, 20, 19, 20]), ("fc1", "fc0")),
+        # what is called as often goes into it, or is a gate of it
+        (loops(nan, 9.0, nan, 0.9, calls=[20, 20, 19, 20]), ("fc1", "fc0", "fc3")),
         (loops(nan, 9.0, nan, nan, calls=[nan, nan, nan, nan]), ("fc1",)),
     ],
 )

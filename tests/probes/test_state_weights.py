@@ -32,6 +32,14 @@ def _shapes(module, turns=STEPS):
     [
         (nn.Linear(SIZE, SIZE), {"weight": (SIZE, SIZE)}),
         (nn.Linear(SIZE, 4 * SIZE), {}),
+        (
+            nn.Linear(SIZE + 5, 3 * SIZE),
+            {"weight": (SIZE - 3, SIZE - 3)} | {f"weight[{i}]": (SIZE - 3,) * 2 for i in (1, 2, 3)},
+        ),
+        (nn.Linear(SIZE + 5, SIZE), {"weight": (SIZE, SIZE)}),
+        (nn.Linear(SIZE + 5, 4 * SIZE), {f"weight{i}": (SIZE, SIZE) for i in ("", "[1]", "[2]", "[3]")}),
+        (nn.Linear(SIZE, 2 * SIZE + 2), {}),
+        (nn.Linear(SIZE, 5 * SIZE), {}),
         (nn.Conv2d(SIZE, SIZE, 3), {"weight": (SIZE, SIZE)}),
         (nn.Conv1d(SIZE, SIZE, 3, groups=SIZE), {}),
         (nn.ConvTranspose1d(SIZE, SIZE, 3), {}),
@@ -50,6 +58,12 @@ def _shapes(module, turns=STEPS):
 )
 def test_what_a_state_is_multiplied_with(module, expected):
     assert _shapes(module) == expected
+
+
+def test_of_inputs_and_a_state_together_the_last_columns_are_the_state_s():
+    layer = nn.Linear(SIZE + 5, SIZE)
+    ((_, weight),) = state_weights(layer, STEPS)
+    assert torch.equal(weight, layer.weight[:, 5:])
 
 
 def test_what_is_called_seven_times_is_no_loop_but_torch_s_own_always_are():

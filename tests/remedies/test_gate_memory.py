@@ -79,21 +79,42 @@ def test_the_forget_gate_is_found_in_any_order(order, kind):
     assert (ROOT in treatment.layers) == bool(kind.get("bare"))
 
 
-@pytest.mark.parametrize("keeps_by_z", [True, False])
-def test_a_gate_by_itself_gets_the_sign_that_keeps(keeps_by_z):
-    model = _seeded(lambda: Gru(keeps_by_z))
+def _treated_gru(model):
     history = History()
     ops = {"gate": "sigmoid", "reset": "sigmoid", "new": "tanh"}
     points = [point for name, op in ops.items() for point in (Point(name, name), Point(f"{name}/{op}", name, op))]
     history.add_points(points)
     gate = np.array([float(point.op == "sigmoid") if point.op else np.nan for point in points])
     history.append(Row(0, values={"gate_fraction": gate}, calls={p.name: np.ones(STEPS) for p in points}))
-    treatment = treat(_training(model, history), _finding(*ops))
+    optimizer = torch.optim.Adam(model.parameters())
+    for parameter in model.parameters():
+        optimizer.state[parameter]["step"] = torch.tensor(1.0)
+    return treat(_training(model, history, [optimizer]), _finding(*ops)), optimizer
+
+
+@pytest.mark.parametrize("keeps_by_z", [True, False])
+def test_a_gate_by_itself_gets_the_sign_that_keeps(keeps_by_z):
+    model = _seeded(lambda: Gru(keeps_by_z))
+    weights = [layer.weight.detach().clone() for layer in (model.gate, model.reset)]
+    treatment, optimizer = _treated_gru(model)
     sign = 1 if keeps_by_z else -1
     assert (sign * model.gate.bias >= 1).all()
     assert not model.reset.bias.any()
     assert {"gate", "reset"} < {*treatment.layers}
     assert model.gate.bias in set(treatment.changed)
+    assert all(torch.equal(layer.weight, w) for layer, w in zip((model.gate, model.reset), weights, strict=True))
+    assert {*optimizer.state} == {*model.parameters()} - {*treatment.changed}
+
+
+def test_gates_with_weights_that_are_far_too_large_are_drawn_anew_and_forgotten_by_the_optimizer():
+    model = _seeded(Gru)
+    for layer in (model.gate, model.reset):
+        nn.init.normal_(layer.weight)
+        nn.init.constant_(layer.bias, 0.25)
+    treatment, optimizer = _treated_gru(model)
+    assert all(layer.weight.std() < 0.5 for layer in (model.gate, model.reset))
+    assert {*optimizer.state} == {*model.parameters()} - {*treatment.changed}
+    assert {model.gate.weight, model.reset.weight} < {*treatment.changed}
 
 
 class Leaky(nn.Module):
