@@ -65,7 +65,7 @@ class Mitigation:
         self._held: Held | None = None
         self._state: Mapping[str, Any] = {}
         self._trial: Trial | None = None
-        self._tried: set[tuple[str, str]] = set()
+        self._tried: set[tuple[str, ...]] = set()
         self._pause_until = -1
         self._ways = WaysBack()
         self._before: tuple[Snapshot, Mapping[str, Any], int] | None = None
@@ -173,7 +173,9 @@ class Mitigation:
         return tuple(sorted(fitting, key=lambda remedy: remedy == "rollback"))
 
     def _may(self, remedy: str, finding: Finding, history: History, progress: float) -> bool:
-        if remedy not in self._allow or (str(finding.kind), remedy) in self._tried:
+        kind, cause = str(finding.kind), finding.cause
+        # what had nothing to do for one cause may have for another one
+        if remedy not in self._allow or {(kind, remedy), (kind, cause, remedy)} & self._tried:
             return False
         if remedy == "clip" and self._held is not None and self._held.clipper is not None:
             return False
@@ -232,7 +234,7 @@ class Mitigation:
                     return self._begin(remedy, decision, done, held, training.history, back)
                 now.restore(training.model, training.optimizers)  # also what it had begun
                 self._held.load_state_dict(held)
-            self._tried.add((str(finding.kind), remedy))
+            self._tried.add((str(finding.kind), finding.cause, remedy))
         return None
 
     def undo(self, training: Training) -> None:
@@ -318,7 +320,7 @@ class Mitigation:
         return {
             "trial": on_trial,
             "held": self._held.state_dict() if self._held is not None else self._state,
-            "tried": sorted(list(pair) for pair in self._tried),
+            "tried": sorted(list(one) for one in self._tried),
             "pause_until": self._pause_until,
             "learnt": self._ways.learnt,
         }
@@ -329,7 +331,7 @@ class Mitigation:
         if state is None:
             return
         self._state = state["held"]
-        self._tried = {(kind, remedy) for kind, remedy in state["tried"]}
+        self._tried = {tuple(one) for one in state["tried"]}
         self._pause_until, self._ways.learnt = state["pause_until"], state["learnt"]
         if state["trial"] is not None:
             index, remedy, finding, step, loss, held = state["trial"]

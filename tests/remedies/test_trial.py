@@ -579,6 +579,15 @@ def test_a_remedy_is_not_tried_twice_for_the_same_kind():
     assert run.go(2.0, finding(FindingKind.SATURATED_ACTIVATION, "weight_scale")).kind == "reinit"
 
 
+@pytest.mark.parametrize(("cause", "acts"), [("saturation", False), ("weight_scale", True)])
+def test_what_had_nothing_to_do_is_tried_again_for_another_cause(cause, acts):
+    run = Run(allow=("reinit",))
+    run.net.requires_grad_(False)
+    assert run.go(2.0, finding(cause="saturation")) is None
+    run.net.requires_grad_(True)
+    assert (run.go(2.0, finding(cause=cause)) is not None) == acts
+
+
 class _Bare(nn.Module):
     """Has weights, but no layer that could be drawn."""
 
