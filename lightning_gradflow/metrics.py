@@ -180,6 +180,7 @@ SCALARS: dict[str, str] = {
     "compared_rms": "root mean square of those outputs",
     "target_deviation": "standard deviation of those targets, over the batch of each rank",
     "score_deviation": "deviation (rms) over the classes of the scores that a cross-entropy gets",
+    "score_classes": "number of these classes, without masked ones",
     **MISMATCHES,
     **dict.fromkeys(LOSS_LINE, "of the loss along the update, in a row in which a standstill was looked into"),
     **dict.fromkeys(PAIRING, "of the same row: whether the targets follow from the inputs"),

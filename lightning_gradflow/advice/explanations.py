@@ -131,7 +131,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "each multiplies the gradient by {activation_gain} (median)",
     ),
     (FindingKind.VANISHING_GRADIENT, "learning_rate_too_large"): (
-        "It came through at first: steps as large as the weights have overwritten them, the learning rate is too large",
+        "It came through at first: steps that were far too large for the weights have overwritten them",
     ),
     (FindingKind.EXPLODING_GRADIENT, "weight_scale"): (
         "The weights are too large for the depth",
@@ -209,12 +209,15 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "they are all but the same: their deviation is {input_deviation} and their mean {input_mean} (rms)",
         _FEATURES,
         "the first outputs were {output_rms} (rms), and the targets differ by {target_deviation}",
+        "{saturated_fraction} of the outputs of the activation behind it are at the bounds",
     ),
     (FindingKind.LOSS_PLATEAU, "weight_scale"): (
         "The weights that {layers} started from are too large",
         "the table of the embedding is {embedding_rms} (rms), where 1 is usual",
+        "the first scores that the loss got had a deviation of {score_deviation} over the classes, where 1 is usual",
         "they make up the loss, which falls by {loss_by_size} % for each 1 % that they are smaller",
         "they are {weight_size} times as large as what keeps the size of a signal",
+        "each makes what little two inputs differ by {layer_gain} times as large, and the outputs are noise",
         "all steps of the run together change them by {reach} times their norm at most",
         "at the pace of most steps so far the whole run changes them by {usual_reach} times their norm at most",
     ),

@@ -37,7 +37,7 @@ def initialise(site: Site) -> list[Suggestion]:
 
 def initialise_large(site: Site) -> list[Suggestion]:
     """The same where layers were drawn too large."""
-    return initialise(site) if "weight_size" in site.finding.evidence else []
+    return initialise(site) if {"weight_size", "layer_gain"} & site.finding.evidence.keys() else []
 
 
 def initialise_named(site: Site) -> list[Suggestion]:

@@ -8,7 +8,7 @@ from lightning_gradflow.findings import Suggestion
 
 def shorten_rows(site: Site) -> list[Suggestion]:
     """Tables with rows of length 1; none where it is the weights of layers that are too large."""
-    if "weight_size" in site.finding.evidence:
+    if {"weight_size", "layer_gain"} & site.finding.evidence.keys():
         return []
     code = [
         *NN,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_gradflow.callbacks.base import Monitor
 from lightning_gradflow.detectors.base import Detector
+from lightning_gradflow.detectors.chaotic_layers import ChaoticLayers
 from lightning_gradflow.detectors.chaotic_state import ChaoticState
 from lightning_gradflow.detectors.large_tables import LargeTables
 from lightning_gradflow.detectors.large_weights import LargeWeights
@@ -57,6 +58,7 @@ class PlateauDetector(Monitor):
             UnscaledTargets(),
             UnscaledInputs(),
             ChaoticState(),
+            ChaoticLayers(),
             LargeTables(),
             LargeWeights(),
             plateau,

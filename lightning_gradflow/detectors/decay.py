@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -195,8 +195,10 @@ def is_evened_out(history: History, layers: Sequence[str]) -> bool:
 
     Seen from the updates of the last step that made any; where none were measured, from the kind of the optimizer.
     """
-    chosen = set(layers)
-    mine = np.array([name in chosen for name in history.layers], dtype=bool)
+    chosen = {*layers}
+    seen = {point.module for point in history.points}
+    # what is measured as one, as attention with its projections, moves as one
+    mine = np.array([_owner(name, seen) in chosen for name in history.layers], dtype=bool)
     for ratios in history["update_ratio"][::-1]:
         known = np.isfinite(ratios)
         if not (known & mine).any() or not (known & ~mine).any() or not np.nanmax(ratios[known]) > 0:
@@ -204,6 +206,18 @@ def is_evened_out(history: History, layers: Sequence[str]) -> bool:
         here, there = np.median(ratios[known & mine]), np.median(ratios[known & ~mine])
         return bool(_EVEN * there <= here and _EVEN * here <= there)
     return bool(history.scalar("normalised_updates")[-1] > 0)
+
+
+def _owner(name: str, modules: Collection[str]) -> str:
+    """The innermost of some modules that a layer is, or is a part of; "" where there is none.
+
+    Example:
+        >>> _owner("attention.out", {"attention"}), _owner("attention_2.out", {"attention"})
+        ('attention', '')
+    """
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _is_normalised(decay: Decay) -> bool:

@@ -9,6 +9,8 @@ import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.known import columns_of_layers, first_values, newest_values
+from lightning_gradflow.detectors.large_weights import most_are_large
+from lightning_gradflow.detectors.made_by_size import Seen, made_by_size, scores_from_the_start
 from lightning_gradflow.detectors.standstill import YOUNG, from_the_start, is_judged, stands_still, still_falls
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
@@ -16,12 +18,7 @@ from lightning_gradflow.history import History
 _LEARNT = 0.2  # of the starting loss: what is behind the sick layers learns a little by itself
 _HANDED_ON = 3.0  # rms of what differs between samples: a normalisation behind it makes it 1
 _DROWNED = 0.02  # of the largest table
-_MADE_UP = 0.5  # of a small change of the tables, in the loss: healthy runs start with up to 0.3
-_STAYS = 0.75  # of the first share: the more is learnt, the less is made up by the size
-_PART = 0.1  # of the largest share
 _HALVED = 0.5  # of the loss: one that halves from the third to the last quarter of the run gets there
-
-Seen = tuple[tuple[str, ...], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -71,37 +68,18 @@ class LargeTables:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
+        if (scores := scores_from_the_start(history))[0] and not most_are_large(history):
+            return [from_the_start(history, "weight_scale", *scores)]
         if not is_judged(history, young=YOUNG):
             return []
         if not still_falls(history, _HALVED):
-            making_up = _making_up(history)
+            making_up = made_by_size(history)
             if making_up[0]:
                 return [from_the_start(history, "weight_scale", *making_up)]
         embedded = _embedded(history, self.max_embedding)
         if embedded[0] and (stands_still(history, min_learnt=_LEARNT) or not still_falls(history)):
             return [from_the_start(history, "weight_scale", *embedded)]
         return []
-
-
-def _making_up(history: History) -> Seen:
-    """Tables whose size has made up the loss in all samples, the worst first."""
-    cosine = history["table_cosine"]
-    if not cosine.size or np.isnan(cosine[-1]).all():  # it is measured as long as it may be so
-        return (), {}
-    at = np.searchsorted(history.loss_steps, history.steps)
-    losses = np.append(history.losses, np.nan)[np.minimum(at, len(history.losses))]
-    losses[~(losses > 0)] = np.nan  # one that may be negative has no share
-    with np.errstate(all="ignore"):
-        shares = cosine * history["grad_norm"] * history["weight_norm"] / losses[:, None]
-    shares[~np.isfinite(shares)] = np.nan
-    newest = np.nan_to_num(shares[-1])
-    # the same ones in all samples: of those that were drawn anew the shares are gone, others may be left with the rest
-    worst = [int(i) for i in np.argsort(-newest, kind="stable") if newest[i] > _PART * newest.max()]
-    known = shares[:, worst][~np.isnan(shares[:, worst]).all(axis=1)]
-    together = np.nansum(known, axis=1)
-    if not together.size or not together.min() > max(_MADE_UP, _STAYS * together[0]):
-        return (), {}
-    return tuple(history.layers[i] for i in worst), {"loss_by_size": float(np.median(together))}
 
 
 def _embedded(history: History, max_embedding: float) -> Seen:

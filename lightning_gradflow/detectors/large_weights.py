@@ -8,13 +8,13 @@ import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.known import first_values, layer_mask, newest_values
+from lightning_gradflow.detectors.made_by_size import WIDE, scores_from_the_start
 from lightning_gradflow.detectors.standstill import YOUNG, from_the_start, is_judged, keeps_residual, still_falls
 from lightning_gradflow.detectors.update_sizes import ratios_of
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import Floats, History, Ints
 
 _EDGE = 1.3  # times the largest singular value of a square matrix of independent entries: one of 1 to 16 has 1.25
-_LARGE_OUTPUT = 3.0  # rms: networks that learn start with less
 _HALVED = 0.5  # of the loss: one that halves from the third to the last quarter of the run gets there
 _FEWEST = 2  # layers
 _AT_BOUNDS = 0.5  # of the first outputs of a recurrence
@@ -36,6 +36,9 @@ class LargeWeights:
       which they are not where the forward pass scales the weights, or the scores;
     - the largest step so far, times all that are planned, is less than the weights, in the median of these layers;
     - the loss has not halved from the third to the last quarter of the run.
+
+    Neither time nor the loss needs to be waited for where tables among them say it from the start (see
+    `scores_from_the_start`).
 
     Fewer layers are enough where little was learnt: half of the first gradient at the network's output is left
     (see `keeps_residual`), and at the pace of most of their steps none of them moves by as much as its weights. Queries
@@ -73,12 +76,13 @@ class LargeWeights:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        if not is_judged(history, young=YOUNG) or still_falls(history, _HALVED):
+        stands = is_judged(history, young=YOUNG) and not still_falls(history, _HALVED)
+        if not stands and not (scores_from_the_start(history)[0] and most_are_large(history, self.max_size)):
             return []
         sizes = _sizes(history)
-        large = np.flatnonzero(np.nan_to_num(_drawn(history, sizes)) > self.max_size)
-        is_loud = _first_outputs(history) > _LARGE_OUTPUT
-        if len(large) >= _FEWEST and 2 * len(large) > (~np.isnan(sizes)).sum():
+        large = _large(history, self.max_size)
+        is_loud = _first_outputs(history) > WIDE
+        if most_are_large(history, self.max_size):
             evidence = {"reach": _reach(history, large)}
         elif large.size and keeps_residual(history):
             evidence = {"usual_reach": _usual_reach(history, large)}
@@ -90,6 +94,22 @@ class LargeWeights:
         layers = tuple(history.layers[i] for i in large)
         evidence = {"weight_size": float(np.median(sizes[large])), **evidence}
         return [from_the_start(history, "weight_scale", layers, evidence)]
+
+
+def most_are_large(history: History, max_size: float = 4.0) -> bool:
+    """Whether most layers with a matrix have weights as they were drawn, far above any usual size.
+
+    Args:
+        history: where to read.
+        max_size: times the usual size, in (0, inf).
+    """
+    large = _large(history, max_size)
+    return len(large) >= _FEWEST and 2 * len(large) > int((~np.isnan(_sizes(history))).sum())
+
+
+def _large(history: History, max_size: float) -> Ints:
+    """The layers with such weights."""
+    return np.flatnonzero(np.nan_to_num(_drawn(history, _sizes(history))) > max_size)
 
 
 def _reach(history: History, layers: Ints) -> float:

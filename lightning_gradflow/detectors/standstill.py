@@ -26,6 +26,7 @@ _YOUNG = 2.0  # times the patience: what sets in later has another reason
 _FALLEN = 0.02  # of the loss, over the second half of the run so far
 _CLEAR = 2.0  # z score of such a fall
 _RESIDUAL = 0.5  # of the first gradient at the output: a constant leaves 0.6 of it or more
+_HALVED = 0.5  # of the loss: one that halves from the third to the last quarter of the run gets there
 _PRESENT = 20  # losses: one alone is that of a batch
 
 
@@ -154,6 +155,16 @@ def keeps_residual(history: History) -> bool:
     deltas = history["delta_norm"][[0, -1]]
     known = np.flatnonzero(layer_mask(history) & np.isfinite(deltas).all(axis=0) & (deltas[0] > 0))
     return bool(known.size and deltas[1, known[-1]] >= _RESIDUAL * deltas[0, known[-1]])
+
+
+def learns_little(history: History) -> bool:
+    """Whether a run had time to learn, and most of what its first outputs were off by is left, and stays.
+
+    The loss may have fallen: from outputs that were too large to a constant, or to the little that a few units can
+    tell. Half of the first gradient at the output is left (see `keeps_residual`), and the loss has not halved from the
+    third to the last quarter of the run. It is asked for four times as long as learning something takes.
+    """
+    return is_judged(history, young=YOUNG) and keeps_residual(history) and not still_falls(history, _HALVED)
 
 
 def starts_with_embedding(history: History) -> bool:

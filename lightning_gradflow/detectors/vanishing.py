@@ -33,7 +33,7 @@ from lightning_gradflow.history import History
 _BOUNDED_DECAY = 6.0  # decades: what is left of usual gradients is then below Adam's eps of 1e-8
 _PATIENCE = 50  # steps: of the runs that heal most do so in fewer
 _FEW_LOST = 0.25  # of the layers: with fewer lost, most networks learn as they do in fp32
-_OVERWRITTEN = 1.0  # share of the weights that one step changes: there is nothing left of what they were
+_LARGE_STEP = 0.1  # share of the weights that one step changes: a hundred times what is usual
 _MANY_LOST = 0.5  # of the layers: what has lost so many for 50 steps, and learnt nothing, hardly ever recovers
 
 
@@ -64,7 +64,7 @@ class VanishingGradient:
     The cause is where the loss of signal happens: in the activations (bounded ones: `saturation`; rectifiers:
     `dead_units`) or in the weights (`weight_scale` where a layer and its activation lose more than weights of the right
     scale would, else `depth`: each layer loses a little, there are just too many of them). Where the first sample did
-    not lose half of `max_decay`, and a step since was as large as the weights of the median layer, it is that step
+    not lose half of `max_decay`, and a step since changed the median layer by a tenth of it or more, it is such steps
     which made them what they are (`learning_rate_too_large`); what bounded activations lose they lose either way.
 
     A short span is a finding too where the number format ends before the network does (`underflow`): in fp16 without a
@@ -140,9 +140,9 @@ class VanishingGradient:
         )
 
     def _was_overwritten(self, history: History, decay: Decay) -> bool:
-        """Whether the signal came through at first, and a step since was as large as the weights."""
+        """Whether the signal came through at first, and a step since was far too large for the weights."""
         medians = medians_of(history)
-        if history.scalar("optimizers")[-1] > 1 or not (medians[:-1] >= _OVERWRITTEN).any():
+        if history.scalar("optimizers")[-1] > 1 or not (medians[:-1] >= _LARGE_STEP).any():
             return False
         first = underflow_of(history, 0, self.min_headroom)
         if first is None or not is_same_pass(first.profile, decay.profile):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lightning_gradflow.detectors.known import ROOT, how_often_known, skipped_rows
+from lightning_gradflow.detectors.known import ROOT, first_values, how_often_known, skipped_rows
 from lightning_gradflow.detectors.standstill import stands_still
 from lightning_gradflow.detectors.underflow import recent_underflow
 from lightning_gradflow.history import History
@@ -46,6 +46,8 @@ def zero_weights(history: History) -> ZeroWeights:
     That another loss may start later, or a branch be used later, is no fault. So they are told of only where
 
     - a gradient comes to one, and another one before it gives zeros and gets none;
+    - two are embeddings that give zeros and get none: their rows are multiplied, as users with items. Heads of losses
+      that start later look the same, and are none;
     - a gradient comes to one that has two such weights, or holds another such layer, and the run stands still;
     - one gives zeros to a ReLU of which all units are dead, behind which there is a gradient: the slope at 0 is 0.
       Where a gradient gets past it to other layers, as in a residual branch, the run must stand still; where none
@@ -75,7 +77,7 @@ def zero_weights(history: History) -> ZeroWeights:
     pairs = _pairs(points, blocked, outer)
     # two weights of a layer may belong to inputs that come later, and no product
     products = _products(held, points) if stands_still(history) else set()
-    found = pairs | products | _before_dead(history, blocked, points)
+    found = pairs | products | _tables(history, blocked) | _before_dead(history, blocked, points)
     if not found and (_nothing_moves(history, held) or (_are_most(history, held) and stands_still(history))):
         found = set(held)
     return ZeroWeights(tuple(name for name in held if name in found), frozenset((pairs & outer) - products))
@@ -137,6 +139,14 @@ def _pairs(points: _Points, blocked: list[str], outer: set[str]) -> set[str]:
     before = {name for name in blocked if any(points.last[name] < end for end in ends)}
     after = {name for name in outer if any(points.last[first] < points.last[name] for first in before)}
     return before | after
+
+
+def _tables(history: History, blocked: list[str]) -> set[str]:
+    """The embeddings among these, if there are two: their rows are factors of each other."""
+    sizes, norms = first_values(history, "embedding_rms"), first_values(history, "spectral_norm")
+    looked_up = {name for i, name in enumerate(history.layers) if sizes[i] == 0 and np.isnan(norms[i])}
+    found = looked_up & {*blocked}
+    return found if len(found) >= _FACTORS else set()
 
 
 def _products(held: dict[str, int], points: _Points) -> set[str]:

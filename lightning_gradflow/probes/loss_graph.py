@@ -90,14 +90,15 @@ def _some(values: Tensor) -> Tensor:
 
 
 def _squares_around(scores: Tensor) -> Tensor:
-    """(2,) sum and number of squared scores of the first samples, each less the mean over its classes.
+    """(3,) sum and number of squared scores of the first samples, each less the mean over its classes, and the samples.
 
     Classes that are masked have no score.
     """
     classes = scores.shape[-1]
     rows = scores[: max(1, _SOME * len(scores) // scores.numel())].reshape(-1, classes)[: max(1, _SOME // classes)]
     deviations, there = around_mean(rows.to(wide_dtype(rows.device)))
-    return torch.stack([deviations.square().sum(), there.sum().to(deviations)])
+    numbers = [there.sum().to(deviations), there.any(-1).sum().to(deviations)]
+    return torch.stack([deviations.square().sum(), *numbers])
 
 
 def told(host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, float]:
@@ -119,9 +120,9 @@ def told(host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, float]:
         error, output, deviation = sizes[:, np.argmax(ratios)]
         found |= {"residual_rms": measured(error), "compared_rms": measured(output)}
         found |= {} if np.isnan(deviation) else {"target_deviation": float(deviation)}
-    squares, number = host.get("scores", (0.0, 0.0))
+    squares, number, samples = host.get("scores", (0.0, 0.0, 0.0))
     if number > 0:
-        found["score_deviation"] = measured(math.sqrt(squares / number))
+        found |= {"score_deviation": measured(math.sqrt(squares / number)), "score_classes": float(number / samples)}
     return found
 
 

@@ -103,9 +103,11 @@ def make_critical(
       without a residual or a branch between change the signal by more than a factor of 10 together: less has no say in
       whether a network learns; or, between two others, its output has a spread above 4, where a bounded activation is
       at its bounds;
-    - as a first layer, its output has a spread off 1 by more than a factor of 10, or the slope behind it is;
+    - as a first layer, its output has a spread off 1 by more than a factor of 10, or the slope behind it is a tenth or
+      less;
     - as a first layer of a network in which others are drawn, its output has a spread off 1 by more than `max_off`,
-      where that is below 4: those behind it are made for 1;
+      where that is below 4: those behind it are made for 1. A slope behind it above 10, as that of `sin(30 * x)`, is
+      meant: there a spread of 1 is none that the others are made for;
     - as a last one, its weights are off `1 / sqrt(fan_in)` by more than a factor of 10, and not 0;
     - as an end of a branch, its gain and that of its weights alone are above what the gain is to be by more than a
       factor of 4; or of 2, where the outputs of such ends grow tenfold from one to a later one: each adds to the sum,

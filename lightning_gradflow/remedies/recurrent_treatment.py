@@ -90,6 +90,7 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
         before = _measured(training, watch, names)
         called = {name: m for name in names if isinstance(m := modules[name], Looped)}
         loops = loops_among(called, history, watch, behind)
+        again = [name for name in called if watch is not None and watch.profile(name) is not None]
     gates = _loud_gates(called, loops)
     steps = {name: _steps(history, name, modules[name]) for name in names}
     gain = input_gain = 1.0
@@ -98,7 +99,7 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
     for _ in range(_ROUNDS):
         layers, changed = _drawn(modules, names, loops, gates, steps, training.seed, gain, input_gain)
         if not changed and finding.kind is FindingKind.EXPLODING_GRADIENT:
-            return _shrunk(training, {name: modules[name] for name in names}, before)
+            return _shrunk(training, {name: modules[name] for name in again}, before)
         with _watched(training, names) as watch:
             found = _measured(training, watch, names)
             sequences = {name: watch.sequence(name) for name in layers} if watch is not None else {}

@@ -69,11 +69,12 @@ def reinitialise(
 
     Where the bias of gates has the sign that stops the signal it gets the other one, and nothing else is done (see
     `turn_signs`). Recurrences are treated as `recurrent_treatment.treat` says, where the finding is about them.
-    Everything else is made critical on a batch of the run (see `make_critical`). Tables that a finding is about are
-    drawn with rows of length 1 (see `draw_tables`), and the optimizers forget all that they know. Else recurrences and
-    embeddings that no usual initialisation gives are drawn by the book then, unless `only_far` is set (see
-    `draw_unusual`). Where no batch can be had, the layers that the finding names are drawn by the initialisation that
-    suits the activations around them (see `textbook`).
+    Everything else is made critical on a batch of the run (see `make_critical`). Where that leaves outputs too large,
+    layers that are called again and again are treated as recurrences are. Tables that a finding is about are drawn with
+    rows of length 1 (see `draw_tables`), and the optimizers forget all that they know. Else recurrences and embeddings
+    that no usual initialisation gives are drawn by the book then, unless `only_far` is set (see `draw_unusual`). Where
+    no batch can be had, the layers that the finding names are drawn by the initialisation that suits the activations
+    around them (see `textbook`).
 
     Output layers whose targets are far larger than what they give start where these are (see `fit_outputs`).
 
@@ -93,11 +94,7 @@ def reinitialise(
         if turned is not None:
             return Reinit(tuple(turned.changed), {"span": turned.before}, {"span": turned.after})
     if finding.cause == "recurrence":
-        with with_bare(training) as (whole, uses):
-            treated = treat(whole, finding, uses)
-        if treated is None:
-            return None
-        return Reinit(treated.layers, treated.before, treated.after, _centres(training, treated.layers))
+        return _through_time(training, finding)
     if (finding.kind, finding.cause) == (FindingKind.NO_GRADIENT, "initialisation"):
         return _without_zeros(training, finding)
     if (finding.kind, finding.cause) == (FindingKind.LOSS_MISMATCH, "unscaled_targets"):
@@ -111,6 +108,8 @@ def reinitialise(
             # what shuts an output may be its bias alone, which no gain tells of, and neither does one of weights whose
             # size a normalisation takes away again
             is_output = finding.kind is FindingKind.SATURATED_ACTIVATION and "reach" in finding.evidence
+            if done is None and "output_growth" in finding.evidence and not only_far:
+                return _through_time(training, finding)
             if done is not None or not (is_output or "weight_size" in finding.evidence):
                 return done
     return None if only_far else _by_the_book(training, finding)
@@ -131,6 +130,14 @@ def fit_targets(training: Training) -> Reinit | None:
     forget(training.optimizers, training.model.parameters())
     numbers = {"target_mean": float(done.scale.mean.mean()), "target_deviation": done.scale.deviation}
     return Reinit(tuple(name or ROOT for name in fresh), after=numbers, targets=done.scale)
+
+
+def _through_time(training: Training, finding: Finding) -> Reinit | None:
+    with with_bare(training) as (whole, uses):
+        treated = treat(whole, finding, uses)
+    if treated is None:
+        return None
+    return Reinit(treated.layers, treated.before, treated.after, _centres(training, treated.layers))
 
 
 def _without_zeros(training: Training, finding: Finding) -> Reinit | None:

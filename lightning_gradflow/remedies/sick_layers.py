@@ -180,7 +180,7 @@ def _is_sick(layer: nn.Module, link: Link, aim: float, stretch: float, limits: _
         is_large = size > MAX_SPREAD and link.spread > limits.max_spread
         return size > 0 and (is_large or _is_off(size, 1.0, _MAX_STRETCH))
     if link.is_first:  # its gain is that of its weights, which depends on what data are like, times a slope
-        return size == 0 or _is_off(link.spread, 1.0, _MAX_STRETCH) or _is_off(link.gain / size, 1.0, _MAX_STRETCH)
+        return size == 0 or _is_off(link.spread, 1.0, _MAX_STRETCH) or link.gain / size < 1 / _MAX_STRETCH
     if not link.is_chain:  # what follows where branches meet, such as a norm, is the same for all of them
         return min(link.growth, link.own_gain) > aim * _MAX_OFF_BRANCH
     if link.spread > limits.max_spread:
@@ -191,8 +191,12 @@ def _is_sick(layer: nn.Module, link: Link, aim: float, stretch: float, limits: _
 
 
 def _is_quiet(layer: nn.Module, link: Link, max_off: float) -> bool:
-    """Whether a first layer gives those behind it, which are drawn anew, another size than they are made for."""
-    return link.is_first and not link.is_normalised and _is_off(link.spread, 1.0, max_off) and looks_drawn(layer)
+    """Whether a first layer gives those behind it, which are drawn anew, another size than they are made for.
+
+    Where something multiplies its output by far, as the frequency of a sine does, that is not the size that counts.
+    """
+    is_plain = link.is_first and not link.is_normalised and link.gain <= _MAX_STRETCH * _size(layer)
+    return is_plain and _is_off(link.spread, 1.0, max_off) and looks_drawn(layer)
 
 
 def _is_loud(layer: nn.Module, link: Link) -> bool:

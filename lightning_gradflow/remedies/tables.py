@@ -28,6 +28,9 @@ def draw_tables(
     is the output matrix as well, and takes what a normalisation gives, and for the sum over the pairs of a few. What
     has the size of a row is no more than what others add to it. This is LeCun's rule, with the width as the fan-in.
 
+    Beside rows of length 1 those of other tables that are added to them, such as the positions of a transformer, would
+    be all that is seen: tables whose rows have as many entries are drawn with them.
+
     Args:
         module: whose parameters are changed.
         layers: the embeddings, and modules of the user's own, that it is about.
@@ -48,11 +51,18 @@ def draw_tables(
     """
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, Sequence[nn.Parameter]] = {}
-    for layer in layers:
-        part, name = module_named(module, layer), "" if layer == ROOT else layer
+    lengths: set[int] = set()
+    names = dict.fromkeys("" if layer == ROOT else layer for layer in layers)
+    beside = [name for name, _ in module.named_modules() if name not in names]
+    for name in (*names, *beside):
+        part = module_named(module, name)
         own = {id(p): key for key, p in part.named_parameters(recurse=False)}
         for table in tables(part):
             if (name, own[id(table)]) in multiplied or not table.requires_grad or not _is_large(table):
+                continue
+            if name in names:
+                lengths.add(table.shape[-1])
+            elif table.shape[-1] not in lengths:
                 continue
             fresh = torch.empty(table.shape).normal_(0, 1 / math.sqrt(table.shape[-1]), generator=generator)
             if isinstance(part, EMBEDDINGS) and part.padding_idx is not None:

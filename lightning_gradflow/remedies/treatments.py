@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from lightning_gradflow.detectors.inputs import inputs_jumped
+from lightning_gradflow.detectors.profile import depth_profile
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
 from lightning_gradflow.probes.layers import ROOT, module_named
@@ -22,6 +23,7 @@ from lightning_gradflow.remedies.snapshot import Snapshot
 from lightning_gradflow.remedies.training import Rehearsal, RehearsalError, Training
 
 _OTHER_REASONS = ("learning_rate_too_large", "drift")
+_GROWN = 1.0  # decades: layers that change the signal by less together have no say in whether a network learns
 
 
 def treat(remedy: str, patient: Patient) -> Treatment | None:
@@ -93,7 +95,7 @@ def _drawn_on_scaled(patient: Patient) -> tuple[Reinit | None, tuple[str, ...]]:
 
 def _drawn(training: Training, finding: Finding, *, fits_outputs: bool) -> Reinit | None:
     """Draws anew what is sick; of what may have other reasons only what is so by far."""
-    is_far = finding.cause in (*_OTHER_REASONS, "forward")
+    is_far = finding.cause in (*_OTHER_REASONS, "forward") and not _is_of_growth(training, finding)
     done = reinitialise(training, finding, only_far=is_far, fits_outputs=fits_outputs)
     if done is None or finding.cause != "forward":
         return done
@@ -103,6 +105,17 @@ def _drawn(training: Training, finding: Finding, *, fits_outputs: bool) -> Reini
         return done
     layers = tuple(dict.fromkeys((*done.layers, *rest.layers)))
     return Reinit(layers, done.before, rest.after, {**done.centres, **rest.centres}, rest.targets or done.targets)
+
+
+def _is_of_growth(training: Training, finding: Finding) -> bool:
+    """Whether steps were too large for weights that made the gradient grow more than tenfold with depth from the start.
+
+    None of them has to be far off for that. A rate that is small enough for all of them is too small to learn with.
+    """
+    if finding.cause != "learning_rate_too_large" or training.rehearse is None or not len(training.history):
+        return False
+    profile = depth_profile(training.history, 0)
+    return profile is not None and profile.span > _GROWN
 
 
 def _clip_new(patient: Patient, layers: Sequence[str]) -> None:

@@ -409,3 +409,50 @@ def test_the_outputs_and_the_targets_are_in_the_words():
     assert "Little or nothing is learnt" in words
     assert "the first outputs were 33 (rms), and the targets differ by 1" in words
     assert "the worst, by index: 0 (rms 50), 1 (rms 50)" in words
+
+
+def at_bounds(
+    size=50.0, saturated=0.95, now=0.95, op="tanh", left=0.9, losses=None, planned_steps=500.0, length=101, **said
+):
+    """A run that learns a little by the few units that inputs of this size leave open."""
+    history = History()
+    history.add_points(stack(3, op))
+    history.add_features(2)
+    losses = np.linspace(1.0, 0.8, length) if losses is None else losses
+    for step in range(0, length, 10):
+        share = now if step else saturated
+        values = {
+            "input_rms": [size] * 2,
+            "input_deviation": [size] * 2,
+            "output_rms": [size / 2, 1.0, 0.5, 0.5, 0.3],
+            "output_spread": [0.5, nan, 0.5, nan, 0.9],
+            "saturated_fraction": [nan, share, nan, 0.0, nan],
+            "delta_norm": [0.01, 0.1, 0.1, 0.2, 0.3 * (left if step else 1.0)],
+        }
+        row = {name: np.array(value) for name, value in values.items()}
+        said = {"planned_steps": planned_steps, **said}
+        history.append(Row(step, row, said, losses=losses[max(0, step - 9) : step + 1]))
+    return UnscaledInputs().judge(history)
+
+
+@pytest.mark.parametrize(
+    ("sick", "well"),
+    [
+        ({"size": 10.1}, {"size": 9.9}),
+        ({"saturated": 0.91}, {"saturated": 0.89}),
+        ({"now": 0.91}, {"now": 0.89}),
+        ({"op": "tanh"}, {"op": "tanh", "saturated": nan, "now": nan}),
+        ({"left": 0.51}, {"left": 0.49}),
+        ({"losses": np.linspace(1.0, 0.3, 101)}, {"losses": np.geomspace(1.0, 0.01, 101)}),
+        ({"planned_steps": 500.0}, {"planned_steps": 510.0}),
+        ({"optimizers": 1.0}, {"optimizers": 2.0}),
+    ],
+)
+def test_inputs_that_hold_the_first_activation_at_its_bounds_from_both_sides(sick, well):
+    assert verdict(at_bounds(**sick)) == SICK
+    assert at_bounds(**well) == []
+
+
+def test_the_share_of_outputs_at_the_bounds_is_in_the_words():
+    (finding,) = at_bounds()
+    assert "95% of the outputs of the activation behind it are at the bounds" in explain(finding)

@@ -274,6 +274,21 @@ def test_what_the_optimizer_evens_out_is_given_time(ratios, normalised, expected
     assert str(finding.severity) == expected
 
 
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [("fc1.out_proj", "warning"), ("fc7.out_proj", "info"), ("fc10", "info"), ("out_proj", "info")],
+)
+def test_a_layer_without_a_place_of_its_own_moves_with_the_one_that_it_is_a_part_of(part, expected):
+    history = History()
+    parts = [f"{part}.{i}" for i in range(4)]
+    history.layer_axis.merge([*(point.name for point in stack(9)), *parts])
+    history.add_points(stack(9))
+    ratios = np.array([1e-5] * 6 + [1e-3] * 3 + [1e-5] * 4)
+    history.append(Row(0, {"delta_norm": profile(5), "update_ratio": ratios}, {"normalised_updates": 1.0}))
+    (finding,) = VanishingGradient().judge(history)
+    assert str(finding.severity) == expected
+
+
 @pytest.mark.parametrize(("decades", "expected"), [(3.5, "info"), (4.5, "warning")])
 def test_with_less_than_4_decades_an_optimizer_that_evens_out_gets_there(decades, expected):
     (finding,) = VanishingGradient().judge(of_layers([1e-3] * 9, (0, 10, 20, 30, 40, 50, 60), decades=decades))
@@ -307,15 +322,17 @@ def test_where_layers_normalise_the_scale_of_the_weights_is_not_the_cause(every,
 @pytest.mark.parametrize(
     ("first", "ratios", "optimizers", "cause"),
     [
-        (1.4, [1.0, 0.1, 0.1], 1.0, "learning_rate_too_large"),
-        (1.6, [1.0, 0.1, 0.1], 1.0, "weight_scale"),  # a good part of it was lost from the start
-        (1.4, [0.9, 0.9, 0.9], 1.0, "weight_scale"),  # no step left nothing of the weights
-        (1.4, [0.1, 0.1, 1.0], 1.0, "weight_scale"),  # the newest step came after what is judged
-        (1.4, [1.0, 0.1, 0.1], 2.0, "weight_scale"),
+        (1.4, [0.1, 0.01, 0.01], 1.0, "learning_rate_too_large"),
+        (1.6, [0.1, 0.01, 0.01], 1.0, "weight_scale"),  # a good part of it was lost from the start
+        (1.4, [0.09, 0.09, 0.09], 1.0, "weight_scale"),  # no step was far too large for the weights
+        (1.4, [0.01, 0.01, 1.0], 1.0, "weight_scale"),  # the newest step came after what is judged
+        (1.4, [0.1, 0.01, 0.01], 2.0, "weight_scale"),
         (1.4, None, 1.0, "weight_scale"),
     ],
 )
-def test_steps_as_large_as_the_weights_are_the_cause_of_what_was_not_there_before(first, ratios, optimizers, cause):
+def test_steps_far_too_large_for_the_weights_are_the_cause_of_what_was_not_there_before(
+    first, ratios, optimizers, cause
+):
     history = measured(stack(9), "delta_norm", profile(first), profile(9), profile(9))
     history.layer_axis.merge([f"fc{i}" for i in range(9)])
     values = [{"update_ratio": [ratio] * 9, "weight_norm": [1.0] * 9} for ratio in ratios or ()]

@@ -28,6 +28,8 @@ def run(*rows, points=None, layers=None, lr=0.1, loss=2.3, steps=None, floor=-14
         "dead": "dead_fraction",
         "missing": "grad_missing_fraction",
         "moved": "update_norm",
+        "table": "embedding_rms",
+        "spectral": "spectral_norm",
     }
     history = History()
     history.layer_axis.merge(layers or [point.module for point in points if point.is_layer])
@@ -159,6 +161,27 @@ def test_before_such_a_relu_all_that_give_zeros_are_to_blame(change, found):
         **change,
     }
     assert zero_weights(run(*[row] * 3, points=points)).layers == found
+
+
+# two tables of which the rows are multiplied, and a bias that learns
+TABLES = {"zero": [1, 1, nan], "out": [0, 0, 0.1], "delta": [0, 0, 0.3], "norm": [0, 0, 0.1], "table": [0, 0, nan]}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, ("fc0", "fc1")),
+        ({"table": [0, nan, nan]}, ()),  # heads of losses that come later
+        ({"table": [0, 0.1, nan]}, ()),
+        ({"zero": [1, nan, nan]}, ()),
+        ({"delta": [0.1, 0.1, 0.3]}, ()),
+        ({"out": [0, 0.1, 0.1]}, ()),
+        ({"spectral": [1, 1, nan]}, ()),  # matrices that something is multiplied by
+    ],
+)
+def test_two_tables_of_zeros_that_are_multiplied_are_found_whatever_else_learns(change, found):
+    assert zero_weights(run(*[{**TABLES, **change}] * 2)) == NONE
+    assert zero_weights(run(*[{**TABLES, **change}] * 3)).layers == found
 
 
 TOWERS = {"zero": [nan, 1, 1], "out": [1, 0, 0], "delta": [0, 0, 0], "norm": [0, 0, 0]}

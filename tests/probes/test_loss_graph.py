@@ -181,7 +181,8 @@ def test_the_scores_of_classes_tell_their_deviation(func, scores, args, kwargs, 
     probe.see(func, func(given, *args, **kwargs), (given, *args), kwargs)
     probe.share(transfer)
     expected = float(_classes_last(last(given)).square().mean().sqrt())
-    assert told(transfer.fetch()) == {"score_deviation": pytest.approx(expected)}
+    classes = last(given).shape[-1]
+    assert told(transfer.fetch()) == {"score_deviation": pytest.approx(expected), "score_classes": classes}
 
 
 def test_masked_classes_have_no_score_and_other_softmaxes_are_no_loss():
@@ -190,7 +191,7 @@ def test_masked_classes_have_no_score_and_other_softmaxes_are_no_loss():
     probe.see(F.cross_entropy, None, (scores, torch.tensor([0, 1])), {})
     probe.see(torch.log_softmax, None, (scores.detach(), 1), {})  # a target
     probe.share(transfer)
-    assert told(transfer.fetch()) == {"score_deviation": pytest.approx(math.sqrt(2 / 5))}
+    assert told(transfer.fetch()) == {"score_deviation": pytest.approx(math.sqrt(2 / 5)), "score_classes": 2.5}
 
 
 def test_losses_that_are_left_out_of_some_steps_change_nothing_that_ranks_agree_on():

@@ -940,3 +940,27 @@ def test_weights_do_not_grow_where_larger_ones_let_less_through(activation):
     last = list(treated.after.values())[-2]
     assert 0.5 < last.spread < 2
     assert last.gain > 0.1
+
+
+class Waves(nn.Module):
+    """Sines of a frequency, with usual weights."""
+
+    def __init__(self, frequency):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2 if i == 0 else 64, 64) for i in range(4)])
+        self.last = nn.Linear(64, 1)
+        self.frequency = frequency
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.sin(self.frequency * layer(x))
+        return self.last(x)
+
+
+@pytest.mark.parametrize("frequency", [20, 60])
+def test_behind_a_frequency_all_but_the_first_layer_are_drawn(frequency):
+    net = _made(lambda: Waves(frequency))
+    treated = _treated(net, _batch(256, 2))
+    assert list(treated.changed) == ["layers.1", "layers.2", "layers.3"]
+    assert treated.spans[0] > 2.5
+    assert all(treated.after[name].gain == pytest.approx(1, abs=0.2) for name in treated.changed)

@@ -560,11 +560,11 @@ def test_tables_that_a_finding_names_get_rows_of_length_one_and_the_optimizer_st
     optimizer = torch.optim.Adam(net.parameters())
     net(x).square().sum().backward()
     optimizer.step()
-    right, wide = net.right.weight.clone(), net.wide.weight.clone()
+    wide = net.wide.weight.clone()
     done = reinitialise(_training(net, _copying(net, x), optimizer, _bare()), _of_tables("left"))
-    assert done.layers == ("left",)
+    assert done.layers == ("left", "right")  # rows of as many entries, that would drown these
     assert net.left.weight.std().item() == pytest.approx(1 / 8, rel=0.05)
-    assert torch.equal(net.right.weight, right)
+    assert net.right.weight.std().item() == pytest.approx(1 / 8, rel=0.05)
     assert torch.equal(net.wide.weight, wide)
     assert not optimizer.state  # of the other tables it knows gradients that were as much too large
 
@@ -640,3 +640,38 @@ def test_attention_that_is_hidden_from_what_measures_gains_is_drawn_with_the_oth
     assert done is not None
     assert {"self_attn", "self_attn.out_proj"} <= {*done.layers}
     assert net.self_attn.in_proj_weight.std() < 0.5
+
+
+class _Euler(nn.Module):
+    """Steps of one network, each of which adds to the state far more than its share."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.read = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+        self.wide, self.narrow = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        state = self.enter(x)
+        for _ in range(30):
+            state = state + self.narrow(nn.functional.softplus(self.wide(state)))
+        return self.read(state)
+
+
+@pytest.mark.parametrize(("grown", "only_far"), [(True, False), (True, True), (False, False)])
+def test_outputs_that_the_same_layers_made_large_step_by_step_get_smaller_steps(grown, only_far):
+    net, names = _Euler(), ["enter", "wide", "narrow", "read"]
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    spread = float(net(_batch()).detach().std(0).mean())
+    history = History()
+    history.add_points([Point(name, name, "") for name in names])
+    evidence = {"output_growth": 60.0} if grown else {}
+    found = replace(_finding(*names, cause="weight_scale"), kind=FindingKind.EXPLODING_GRADIENT, evidence=evidence)
+    done = reinitialise(_training(net, _copying(net), history=history), found, only_far=only_far)
+    is_shrunk = grown and not only_far
+    assert (done is not None and done.layers == ("wide", "narrow")) == is_shrunk
+    if grown:
+        assert all(torch.equal(net.get_parameter(name), before[name]) for name in ("enter.weight", "read.weight"))
+    if is_shrunk:
+        assert net.wide.weight.detach().norm() < 0.6 * before["wide.weight"].norm()
+        assert float(net(_batch()).detach().std(0).mean()) < 0.5 * spread

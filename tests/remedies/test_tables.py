@@ -41,6 +41,28 @@ def test_of_ones_own_what_is_multiplied_with_is_left():
     assert torch.equal(own.offset, offset)
 
 
+def _transformer(width, place=1.0):
+    """Tokens, a bare position that is added, and another embedding."""
+    net = nn.ModuleDict({"tokens": nn.Embedding(400, 64), "kind": nn.Embedding(300, width)})
+    torch.manual_seed(0)
+    net.place = nn.Parameter(place * torch.randn(1, 200, 64))
+    return net
+
+
+def test_tables_that_are_added_to_those_drawn_are_drawn_with_them():
+    net = _transformer(64)
+    assert [*draw_tables(net, ["tokens"], (), seed=0)] == ["tokens", "", "kind"]
+    tables = (net["tokens"].weight, net["kind"].weight, net.place)
+    assert [_length(table) for table in tables] == pytest.approx([1, 1, 1], rel=0.03)
+    assert not torch.equal(net["tokens"].weight[:200], net.place[0])
+
+
+def test_beside_tables_that_are_drawn_those_of_another_width_small_ones_and_matrices_are_left():
+    assert [*draw_tables(_transformer(32, place=0.4), ["tokens"], (), seed=0)] == ["tokens"]
+    assert [*draw_tables(_transformer(32), ["tokens"], {("", "place")}, seed=0)] == ["tokens"]
+    assert draw_tables(_transformer(64), [], (), seed=0) == {}
+
+
 def test_a_seed_gives_the_same_rows():
     nets = [Own(), Own(), Own()]
     for net, seed in zip(nets, (1, 1, 2), strict=True):

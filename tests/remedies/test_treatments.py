@@ -551,3 +551,44 @@ def test_under_weights_that_have_learnt_their_inputs_these_stay_as_they_are():
     run, _, _, done = _columns(0.001, _MIXED, has_past=True)
     assert (done.layers[0], done.note) == ("0", "")
     assert run.held.scaling.layers == ()
+
+
+# -- steps that were too large for weights that grow the gradient
+
+
+def _deep(std, decades, *, rehearses):
+    """A deep network whose weights are of a size, and a gradient that grew with depth in the first sample."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(12) for part in (nn.Linear(16, 16), nn.SELU())]
+    net = nn.Sequential(*layers, nn.Linear(16, 2))
+    for part in net[::2]:
+        nn.init.normal_(part.weight, 0, std / 4)
+    x = torch.randn(64, 16)
+
+    @contextmanager
+    def rehearse():
+        twin = copy.deepcopy(net)
+        yield twin, lambda: twin(x)
+
+    run = Run(model=net, rehearse=rehearse if rehearses else None)
+    if not math.isnan(decades):
+        run.go(2.0, decades=-decades)
+    return treat("reinit", _patient(run, finding(FindingKind.NONFINITE_GRADIENT, "learning_rate_too_large")))
+
+
+@pytest.mark.parametrize(
+    ("std", "decades", "rehearses", "drawn"),
+    [
+        (1.6, 1.1, True, True),
+        (1.6, 0.9, True, False),  # and none of the layers is far off
+        (1.6, -1.1, True, False),
+        (1.6, math.nan, True, False),
+        (1.6, 1.1, False, False),
+        (1.0, 1.1, True, False),  # all of them are well
+    ],
+)
+def test_weights_that_grow_the_gradient_together_are_drawn_where_steps_were_too_large_for_them(
+    std, decades, rehearses, drawn
+):
+    done = _deep(std, decades, rehearses=rehearses)
+    assert (done is not None) == drawn
