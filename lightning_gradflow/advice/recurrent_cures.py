@@ -40,6 +40,16 @@ def _initialised(site: Site) -> list[str]:
         '        if "bias_ih" in key and isinstance(layer, (nn.LSTM, nn.LSTMCell, nn.GRU, nn.GRUCell)):',
         "            # the forget gate of an LSTM, the update gate of a GRU",
         f"            parameter.data[layer.hidden_size : 2 * layer.hidden_size] = {_open(site)}",
+        *_of_own_cells(site),
+    ]
+
+
+def _of_own_cells(site: Site) -> list[str]:
+    if site.gated.intersection(site.named):
+        return []
+    return [
+        "# in a cell of your own the bias of the gate that keeps the state has to be set as well:",
+        f"# {_open(site)} where the gate multiplies the old state, -{_open(site)} where 1 - gate does",
     ]
 
 

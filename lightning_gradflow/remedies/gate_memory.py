@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,23 @@ _MAX_DECADES = 0.5  # a factor of three, for which a gradient may grow
 
 Block = tuple[nn.Parameter, slice]
 """A bias, and the part of it that belongs to one gate."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The gate that keeps the state.
+
+    Args:
+        bias: that was set.
+        part: of it.
+        sign: 1 where the gate multiplies the old state, -1 where one less it does.
+        changed: all biases that were written into; those of the other gates are 0.
+    """
+
+    bias: nn.Parameter
+    part: slice
+    sign: int
+    changed: tuple[nn.Parameter, ...]
 
 
 def gate_blocks(
@@ -53,7 +71,7 @@ def gate_blocks(
 
 def keep_state(
     blocks: Sequence[Sequence[Block]], span: Callable[[], float], steps: float, generator: torch.Generator
-) -> list[nn.Parameter]:
+) -> Kept | None:
     r"""Sets the bias of one gate so that what it keeps lasts, as `reinitialise_recurrence` does where it knows which.
 
     Which gate keeps what there is, is a convention, and so is the sign: the 1 - z of one formula is the z of another.
@@ -68,7 +86,7 @@ def keep_state(
         generator: on the CPU.
 
     Returns:
-        The biases that were changed.
+        What was set; None where all is as it was.
 
     References:
         Tallec and Ollivier 2018, Can recurrent neural networks warp time?
@@ -76,9 +94,9 @@ def keep_state(
     Example:
         >>> forget = nn.Parameter(torch.zeros(8))  # keeps the state where it is 1 - z
         >>> span = lambda: 10 * torch.sigmoid(-forget.mean()).log10().item()
-        >>> changed = keep_state([[(forget, slice(None))]], span, 50, torch.Generator().manual_seed(0))
-        >>> len(changed), bool((forget <= -1).all())
-        (1, True)
+        >>> kept = keep_state([[(forget, slice(None))]], span, 50, torch.Generator().manual_seed(0))
+        >>> kept.sign, bool((forget <= -1).all())
+        (-1, True)
     """
     biases = list({id(bias): bias for block in blocks for bias, _ in block}.values())
     old = [whole(bias).detach().clone() for bias in biases]
@@ -86,23 +104,24 @@ def keep_state(
     for bias in biases:
         assign(bias, torch.zeros(bias.shape))
     best = -math.inf
-    chosen: tuple[nn.Parameter, slice, Tensor] | None = None
+    chosen: tuple[nn.Parameter, slice, Tensor, int] | None = None
     for block in blocks:
         bias, part = block[0]
         size = len(range(len(bias))[part])
         kept = torch.empty(size).uniform_(math.e, max(math.e, steps - 1.0), generator=generator).log()
-        for values in (kept, -kept):
-            _write(bias, part, values)
+        for sign in (1, -1):
+            _write(bias, part, sign * kept)
             now = span()
             if best < now <= _MAX_DECADES:
-                best, chosen = now, (bias, part, values)
+                best, chosen = now, (bias, part, kept, sign)
         _write(bias, part, torch.zeros_like(kept))
     if chosen is not None and best >= before + _MIN_WON and abs(best) <= _MAX_LEFT * abs(before):
-        _write(*chosen)
-        return biases
+        bias, part, kept, sign = chosen
+        _write(bias, part, sign * kept)
+        return Kept(bias, part, sign, tuple(biases))
     for bias, values in zip(biases, old, strict=True):
         assign(bias, values)
-    return []
+    return None
 
 
 def _write(bias: nn.Parameter, part: slice, values: Tensor) -> None:

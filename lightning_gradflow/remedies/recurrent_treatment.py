@@ -20,7 +20,7 @@ from lightning_gradflow.probes.layers import ROOT
 from lightning_gradflow.probes.shards import whole
 from lightning_gradflow.remedies.bare_uses import Use
 from lightning_gradflow.remedies.fresh import looks_fresh
-from lightning_gradflow.remedies.gate_memory import gate_blocks, keep_state
+from lightning_gradflow.remedies.gate_memory import Kept, gate_blocks, keep_state
 from lightning_gradflow.remedies.loops import Loop, loops_among
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.recurrent import reinitialise_loop, reinitialise_recurrence
@@ -48,12 +48,14 @@ class Treatment:
         before: `time_decades`, the decades that a gradient gains (above 0) or loses (below 0) on its way from the last
             time step to the first, and `time_steps`, of the worst of the layers; empty where it can't be measured.
         after: the same with the new weights.
+        note: what else was done.
     """
 
     layers: tuple[str, ...]
     changed: tuple[nn.Parameter, ...]
     before: dict[str, float]
     after: dict[str, float]
+    note: str = ""
 
 
 def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None = None) -> Treatment | None:
@@ -95,7 +97,8 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
     steps = {name: _steps(history, name, modules[name]) for name in names}
     gain = input_gain = 1.0
     after: dict[str, float] = {}
-    kept: list[nn.Parameter] | None = None
+    kept: Kept | None = None
+    is_asked = False
     for _ in range(_ROUNDS):
         layers, changed = _drawn(modules, names, loops, gates, steps, training.seed, gain, input_gain)
         if not changed and finding.kind is FindingKind.EXPLODING_GRADIENT:
@@ -104,7 +107,8 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
             found = _measured(training, watch, names)
             sequences = {name: watch.sequence(name) for name in layers} if watch is not None else {}
         is_levelled = _levelled(training, modules, sequences)
-        if kept is None:
+        if not is_asked:
+            is_asked = True
             kept = _state_kept(training, modules, names, loops, found)
         if not (changed or kept):
             return None
@@ -124,11 +128,13 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
             gain, input_gain = 1.0, input_gain / 2
         else:
             break
-    changed = (*changed, *(kept or ()))
-    forget(training.optimizers, changed)
+    gated = kept.changed if kept is not None else ()
+    forget(training.optimizers, (*changed, *gated))
     owners = {name: use.owner or ROOT for name, use in uses.items()}
-    layers += tuple(name or ROOT for name, m in modules.items() if {*m.parameters(recurse=False)} & {*(kept or ())})
-    return Treatment(tuple(dict.fromkeys(owners.get(name, name) for name in layers)), changed, before, after)
+    layers += tuple(name or ROOT for name, m in modules.items() if {*m.parameters(recurse=False)} & {*gated})
+    named = tuple(dict.fromkeys(owners.get(name, name) for name in layers))
+    note = _note(modules, kept) if kept is not None else ""
+    return Treatment(named, (*changed, *gated), before, after, note)
 
 
 def _state_kept(
@@ -137,8 +143,8 @@ def _state_kept(
     names: Sequence[str],
     loops: Mapping[str, Loop],
     found: Mapping[str, float],
-) -> list[nn.Parameter]:
-    """Sets the bias of the gate that keeps the state, where that is one of the loop; the biases that were changed."""
+) -> Kept | None:
+    """Sets the bias of the gate that keeps the state, where that is one of the loop."""
     called = [name for name in names if isinstance(modules[name], Looped)]
 
     def span() -> float:
@@ -147,8 +153,22 @@ def _state_kept(
 
     blocks = gate_blocks(modules, called, loops) if found.get("time_decades", 0.0) < _MIN_DECADES else []
     if not blocks:
-        return []
+        return None
     return keep_state(blocks, span, found["time_steps"], torch.Generator().manual_seed(training.seed))
+
+
+def _note(modules: Mapping[str, nn.Module], kept: Kept) -> str:
+    """Which bias was set to what, as code."""
+    keys = (
+        f"{name}.{key}" if name else key
+        for name, module in modules.items()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter is kept.bias
+    )
+    where = next(keys, "the bias of a gate")
+    part = f"[{kept.part.start}:{kept.part.stop}]" if kept.part.stop is not None else ""
+    sign = "-" if kept.sign < 0 else ""
+    return f"{where}{part} = {sign}log(uniform(e, time steps)), the gate that keeps the state"
 
 
 def _shrunk(training: Training, modules: Mapping[str, nn.Module], before: dict[str, float]) -> Treatment | None:

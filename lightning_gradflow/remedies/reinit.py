@@ -53,6 +53,7 @@ class Reinit:
         after: the same with the new weights.
         centres: layers whose inputs lie far from 0, with the mean and the spread of these inputs.
         targets: where the targets of an output layer lie, that was made for them.
+        note: what else was done.
     """
 
     layers: tuple[str, ...]
@@ -60,6 +61,7 @@ class Reinit:
     after: Mapping[str, float] = field(default_factory=dict)
     centres: Mapping[str, Centre] = field(default_factory=dict)
     targets: TargetScale | None = None
+    note: str = ""
 
 
 def reinitialise(
@@ -137,7 +139,8 @@ def _through_time(training: Training, finding: Finding) -> Reinit | None:
         treated = treat(whole, finding, uses)
     if treated is None:
         return None
-    return Reinit(treated.layers, treated.before, treated.after, _centres(training, treated.layers))
+    centres = _centres(training, treated.layers)
+    return Reinit(treated.layers, treated.before, treated.after, centres, note=treated.note)
 
 
 def _without_zeros(training: Training, finding: Finding) -> Reinit | None:

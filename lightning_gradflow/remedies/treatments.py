@@ -57,7 +57,7 @@ def _reinit(patient: Patient) -> Treatment | None:
         patient.held.scale_outputs(done.targets)
     _clip_new(patient, done.layers)
     before, after = slow_down_anew(patient)
-    note = f"the scale of the inputs folded into {', '.join(folded)}" if folded else ""
+    note = f"the scale of the inputs folded into {', '.join(folded)}" if folded else done.note
     return Treatment(done.layers, {**done.before, **before}, {**done.after, **after}, note)
 
 

@@ -76,6 +76,8 @@ def test_the_forget_gate_is_found_in_any_order(order, kind):
     assert (parts["f"] >= 1).all()
     assert parts["f"].max() <= math.log(39)
     assert not any(parts[gate].any() for gate in "igo")
+    start = SIZE * order.index("f")
+    assert f"bias[{start}:{start + SIZE}] = log" in treatment.note
     assert (ROOT in treatment.layers) == bool(kind.get("bare"))
 
 
@@ -98,6 +100,8 @@ def test_a_gate_by_itself_gets_the_sign_that_keeps(keeps_by_z):
     weights = [layer.weight.detach().clone() for layer in (model.gate, model.reset)]
     treatment, optimizer = _treated_gru(model)
     sign = 1 if keeps_by_z else -1
+    which = "gate.bias = log" if keeps_by_z else "gate.bias = -log"
+    assert treatment.note.startswith(which)
     assert (sign * model.gate.bias >= 1).all()
     assert not model.reset.bias.any()
     assert {"gate", "reset"} < {*treatment.layers}
@@ -161,9 +165,10 @@ def test_what_wins_too_little_is_put_back():
     old = bias.detach().clone()
     generator = torch.Generator().manual_seed(0)
     for span in (lambda: -3.0, lambda: -0.4 + 0.1 * float(bias.mean() > 0.6), lambda: 2.0 * float(bias.mean() > 0.6)):
-        assert keep_state([[(bias, slice(None))]], span, 50, generator) == []
+        assert keep_state([[(bias, slice(None))]], span, 50, generator) is None
         assert torch.equal(bias, old)
-    assert keep_state([[(bias, slice(None))]], _decades(bias), 50, generator) == [bias]
+    kept = keep_state([[(bias, slice(None))]], _decades(bias), 50, generator)
+    assert (kept.bias, kept.sign, kept.changed) == (bias, 1, (bias,))
 
 
 def test_biases_that_are_added_to_each_other_are_zero_but_for_one():
@@ -173,8 +178,9 @@ def test_biases_that_are_added_to_each_other_are_zero_but_for_one():
     def span():
         return 20 * torch.sigmoid((one + two).detach()[4:].mean()).log10().item() - 5 * float(two.any())
 
-    changed = keep_state(blocks, span, 50, torch.Generator().manual_seed(0))
-    assert set(changed) == {one, two}
+    kept = keep_state(blocks, span, 50, torch.Generator().manual_seed(0))
+    assert (kept.bias, kept.part) == (one, slice(4, 8))
+    assert set(kept.changed) == {one, two}
     assert not one[:4].any()
     assert (one[4:] >= 1).all()
     assert not two.any()
