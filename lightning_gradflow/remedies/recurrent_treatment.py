@@ -93,6 +93,7 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
         called = {name: m for name in names if isinstance(m := modules[name], Looped)}
         loops = loops_among(called, history, watch, behind)
         again = [name for name in called if watch is not None and watch.profile(name) is not None]
+        called = {name: layer for name, layer in called.items() if watch is None or watch.calls(name) > 1}
     gates = _loud_gates(called, loops)
     steps = {name: _steps(history, name, modules[name]) for name in names}
     gain = input_gain = 1.0
@@ -109,7 +110,7 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
         is_levelled = _levelled(training, modules, sequences)
         if not is_asked:
             is_asked = True
-            kept = _state_kept(training, modules, names, loops, found)
+            kept = _state_kept(training, modules, called, loops, found)
         if not (changed or kept):
             return None
         if is_levelled or kept:
@@ -140,16 +141,15 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
 def _state_kept(
     training: Training,
     modules: Mapping[str, nn.Module],
-    names: Sequence[str],
+    called: Mapping[str, Looped],
     loops: Mapping[str, Loop],
     found: Mapping[str, float],
 ) -> Kept | None:
     """Sets the bias of the gate that keeps the state, where that is one of the loop."""
-    called = [name for name in names if isinstance(modules[name], Looped)]
 
     def span() -> float:
-        with _watched(training, names) as watch:
-            return _measured(training, watch, names).get("time_decades", -math.inf)
+        with _watched(training, list(called)) as watch:
+            return _measured(training, watch, list(called)).get("time_decades", -math.inf)
 
     blocks = gate_blocks(modules, called, loops) if found.get("time_decades", 0.0) < _MIN_DECADES else []
     if not blocks:

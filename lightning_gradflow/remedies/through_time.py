@@ -95,6 +95,14 @@ class TimeWatch:
         history.append(Row(0, calls={name: norms.cpu().double().numpy()}))
         return time_profile(history, point)
 
+    def calls(self, name: str) -> int:
+        """How often a layer was called.
+
+        Args:
+            name: one of the layers.
+        """
+        return len(self._calls[name].outputs) if name in self._calls else 0
+
     def sequence(self, name: str) -> Tensor | PackedSequence | None:
         """What went into one of torch's recurrences at its first call, without a graph.
 

@@ -148,6 +148,30 @@ def test_where_there_is_a_gate_and_nothing_to_draw_its_bias_is_set():
     assert torch.equal(model.gate.weight, weight)
 
 
+class Pushed(Leaky):
+    """The same with a layer that is called once, and added to the gate at every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.push = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x):
+        h, push = x.new_zeros(x.shape[1], SIZE), self.push(x[0])
+        for now in x:
+            z = (push + self.gate(torch.cat([now, h], 1))).sigmoid()
+            h = (1 - z) * h + z * now
+        return self.read(h)
+
+
+def test_a_layer_that_is_called_once_is_no_gate():
+    model = _seeded(Pushed)
+    bias = model.push.bias.detach().clone()
+    history = _history(["push", "gate"], [("gate/sigmoid", "sigmoid")], gates=("gate/sigmoid",))
+    treatment = treat(_training(model, history), _finding("push", "gate"))
+    assert treatment.layers == ("gate",)
+    assert torch.equal(model.push.bias, bias)
+
+
 def test_a_state_that_lasts_keeps_its_gates():
     model = _seeded(Leaky)
     nn.init.constant_(model.gate.bias, -8.0)
