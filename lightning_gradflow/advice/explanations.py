@@ -209,7 +209,6 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "they are all but the same: their deviation is {input_deviation} and their mean {input_mean} (rms)",
         _FEATURES,
         "the first outputs were {output_rms} (rms), and the targets differ by {target_deviation}",
-        "{saturated_fraction} of the outputs of the activation behind it are at the bounds",
     ),
     (FindingKind.LOSS_PLATEAU, "weight_scale"): (
         "The weights that {layers} started from are too large",

@@ -17,10 +17,8 @@ from lightning_gradflow.detectors.inputs import (
 )
 from lightning_gradflow.detectors.known import input_point, known_rows, layer_mask, newest_known
 from lightning_gradflow.detectors.progress import has_learnt
-from lightning_gradflow.detectors.saturation import SaturatedActivation
 from lightning_gradflow.detectors.standstill import (
     keeps_residual,
-    learns_little,
     present_loss,
     steps_at_full_rate,
     steps_needed,
@@ -72,10 +70,6 @@ class UnscaledInputs:
     - the gradient at the output is at least half of the first one: a constant leaves as much, whatever the labels;
     - there was time to learn, and the loss has not fallen by 2 % since the middle of the run.
 
-    Where a bounded activation follows they may hold most of its outputs at the bounds (see `SaturatedActivation`). It
-    is a finding where they have done so from the start, and the run has learnt but little (see `learns_little`), by
-    the units that happen to be open.
-
     In a regression they may leave the weights as they are, and make outputs far beyond the targets: the run is spent on
     the way back from there. It is a finding if the inputs are unscaled, and have been so from the start; the first
     outputs and their error had ten times the deviation of the targets (`compared_rms`, `residual_rms`,
@@ -119,8 +113,7 @@ class UnscaledInputs:
         """The finding of the newest row, if there is one."""
         if not history.rows or history.scalar("optimizers")[-1] > 1:
             return []
-        looks = (self._alike, self._overgrown, self._at_bounds, self._far_off)
-        return next((found for look in looks if (found := look(history))), [])
+        return self._alike(history) or self._overgrown(history) or self._far_off(history)
 
     def _alike(self, history: History) -> list[Finding]:
         """Inputs that differ too little."""
@@ -149,16 +142,6 @@ class UnscaledInputs:
         if not _weights_grew(history) or not keeps_residual(history) or still_falls(history):
             return []
         return [self._finding(history, feature_evidence(history))]
-
-    def _at_bounds(self, history: History) -> list[Finding]:
-        """Inputs that hold the first activation at its bounds: all that is learnt is by the few units that are open."""
-        if not learns_little(history) or not large_from_start(history):
-            return []
-        saturated = [found for found in SaturatedActivation().judge(history) if found.cause == "unscaled_inputs"]
-        if not saturated:
-            return []
-        evidence = {"saturated_fraction": saturated[0].evidence["saturated_fraction"]}
-        return [self._finding(history, feature_evidence(history) | evidence)]
 
     def _far_off(self, history: History) -> list[Finding]:
         """Inputs so large that the outputs of a regression start far beyond the targets, and are no better since."""

@@ -33,7 +33,7 @@ from lightning_gradflow.history import History
 _BOUNDED_DECAY = 6.0  # decades: what is left of usual gradients is then below Adam's eps of 1e-8
 _PATIENCE = 50  # steps: of the runs that heal most do so in fewer
 _FEW_LOST = 0.25  # of the layers: with fewer lost, most networks learn as they do in fp32
-_LARGE_STEP = 0.1  # share of the weights that one step changes: a hundred times what is usual
+_LARGE_STEP = 0.1  # share of the weights that one step changes: ten times what is usual at the start
 _MANY_LOST = 0.5  # of the layers: what has lost so many for 50 steps, and learnt nothing, hardly ever recovers
 
 

@@ -46,8 +46,8 @@ def zero_weights(history: History) -> ZeroWeights:
     That another loss may start later, or a branch be used later, is no fault. So they are told of only where
 
     - a gradient comes to one, and another one before it gives zeros and gets none;
-    - two are embeddings that give zeros and get none: their rows are multiplied, as users with items. Heads of losses
-      that start later look the same, and are none;
+    - two are embeddings that give zeros and get none, as those of users and items whose rows are multiplied, and the
+      run stands still;
     - a gradient comes to one that has two such weights, or holds another such layer, and the run stands still;
     - one gives zeros to a ReLU of which all units are dead, behind which there is a gradient: the slope at 0 is 0.
       Where a gradient gets past it to other layers, as in a residual branch, the run must stand still; where none
@@ -75,9 +75,10 @@ def zero_weights(history: History) -> ZeroWeights:
     blocked = [name for name in held if name in points.last and points.is_blocked(points.last[name])]
     outer = {name for name in held if name in points.last and points.gets(points.last[name])}
     pairs = _pairs(points, blocked, outer)
-    # two weights of a layer may belong to inputs that come later, and no product
-    products = _products(held, points) if stands_still(history) else set()
-    found = pairs | products | _tables(history, blocked) | _before_dead(history, blocked, points)
+    # two weights of a layer, or two tables, may belong to what comes later, and no product
+    is_still = stands_still(history)
+    products, tables = (_products(held, points), _tables(history, blocked)) if is_still else (set(), set())
+    found = pairs | products | tables | _before_dead(history, blocked, points)
     if not found and (_nothing_moves(history, held) or (_are_most(history, held) and stands_still(history))):
         found = set(held)
     return ZeroWeights(tuple(name for name in held if name in found), frozenset((pairs & outer) - products))

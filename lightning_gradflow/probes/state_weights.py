@@ -57,7 +57,7 @@ def state_weights(module: nn.Module, turns: int) -> Iterator[tuple[str, Tensor]]
     elif turns < _MIN_TURNS:
         found = {}
     elif isinstance(module, nn.Linear):
-        found = {_name(key, i): p for key, w in own.items() for i, p in enumerate(_state_blocks(w))}
+        found = {_name(key, i): p for key, w in own.items() if w.ndim == 2 for i, p in enumerate(_state_blocks(w))}
     elif isinstance(module, _CONVOLUTIONS):
         found = {key: p.flatten(2).sum(dim=2) for key, p in own.items() if module.groups == 1}
     elif not is_of_torch(module):
@@ -80,7 +80,8 @@ def _name(key: str, index: int) -> str:
 def _state_blocks(weight: Tensor) -> tuple[Tensor, ...]:
     """What maps a state, in a layer that maps inputs as well, and may make several gates.
 
-    Where it makes several and maps nothing but a state, it looks as a layer does through which a few inputs come in.
+    Three gates whose size four divides as well are taken for four. What makes several and maps nothing but a state
+    looks as a layer does through which a few inputs come in, and is left out.
     """
     outputs, inputs = weight.shape
     gates = 1 if inputs >= outputs else next((count for count in (4, 3) if outputs % count == 0), 0)

@@ -16,6 +16,7 @@ from lightning_gradflow.remedies.through_time import Looped
 
 _MIN_WON = 1.0  # decades
 _MAX_LEFT = 0.5  # of what was lost
+_AROUND = 0.5  # of 1
 _MAX_DECADES = 0.5  # a factor of three, for which a gradient may grow
 
 Block = tuple[nn.Parameter, slice]
@@ -49,7 +50,7 @@ def gate_blocks(
 
     Args:
         modules: of the model, by name.
-        called: layers that are called once a time step.
+        called: layers that are called once a time step, and get their own output back: what reads a state is no gate.
         loops: those of them that get their own output back, and make the content, or all of it.
     """
     theirs = {name for loop in loops.values() for name in (loop.again, *loop.ways_in)}
@@ -59,7 +60,8 @@ def gate_blocks(
         layer = modules[loop.again]
         size = len(layer.weight) if loop.gates > 1 and isinstance(layer, Looped) else 0
         around = modules.get(loop.again.rpartition(".")[0])
-        bare = around.parameters(recurse=False) if around is not None else ()
+        beside = around.parameters(recurse=False) if around is not None else ()
+        bare = [parameter for parameter in beside if is_writable(parameter) and not _is_gain(parameter)]
         added = (getattr(modules[name], "bias", None) for name in (loop.again, *loop.ways_in))
         fitting = [bias for bias in (*added, *bare) if is_writable(bias) and bias.shape == (size,)]
         biases = list({id(bias): bias for bias in fitting}.values())
@@ -122,6 +124,11 @@ def keep_state(
     for bias, values in zip(biases, old, strict=True):
         assign(bias, values)
     return None
+
+
+def _is_gain(parameter: nn.Parameter) -> bool:
+    """Whether it lies around 1, as what multiplies does that is drawn so as to change nothing."""
+    return bool(((whole(parameter).detach() - 1).abs() < _AROUND).all())
 
 
 def _write(bias: nn.Parameter, part: slice, values: Tensor) -> None:

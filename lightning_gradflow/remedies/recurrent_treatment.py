@@ -94,6 +94,7 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
         loops = loops_among(called, history, watch, behind)
         again = [name for name in called if watch is not None and watch.profile(name) is not None]
         called = {name: layer for name, layer in called.items() if watch is None or watch.calls(name) > 1}
+        within = [name for name in called if watch is not None and watch.returns(name)]
     gates = _loud_gates(called, loops)
     steps = {name: _steps(history, name, modules[name]) for name in names}
     gain = input_gain = 1.0
@@ -110,7 +111,7 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
         is_levelled = _levelled(training, modules, sequences)
         if not is_asked:
             is_asked = True
-            kept = _state_kept(training, modules, called, loops, found)
+            kept = _state_kept(training, modules, called, within, loops, found)
         if not (changed or kept):
             return None
         if is_levelled or kept:
@@ -142,6 +143,7 @@ def _state_kept(
     training: Training,
     modules: Mapping[str, nn.Module],
     called: Mapping[str, Looped],
+    within: Sequence[str],
     loops: Mapping[str, Loop],
     found: Mapping[str, float],
 ) -> Kept | None:
@@ -151,7 +153,7 @@ def _state_kept(
         with _watched(training, list(called)) as watch:
             return _measured(training, watch, list(called)).get("time_decades", -math.inf)
 
-    blocks = gate_blocks(modules, called, loops) if found.get("time_decades", 0.0) < _MIN_DECADES else []
+    blocks = gate_blocks(modules, within, loops) if found.get("time_decades", 0.0) < _MIN_DECADES else []
     if not blocks:
         return None
     return keep_state(blocks, span, found["time_steps"], torch.Generator().manual_seed(training.seed))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from lightning_gradflow.remedies.training import RehearsalError, Training
 from lightning_gradflow.remedies.unusual import draw_unusual
 from lightning_gradflow.remedies.weights import parameters_of
 
+_RECURRENCES = (nn.RNNBase, nn.RNNCellBase)
 _SATURATED = 0.5  # of an activation's outputs, at its bounds; of a gate that is what it is for
 _SMALLER = 0.5  # times what outputs were that were too large, for weights that cure it
 
@@ -72,7 +73,7 @@ def reinitialise(
     Where the bias of gates has the sign that stops the signal it gets the other one, and nothing else is done (see
     `turn_signs`). Recurrences are treated as `recurrent_treatment.treat` says, where the finding is about them.
     Everything else is made critical on a batch of the run (see `make_critical`). Where that leaves outputs too large,
-    layers that are called again and again are treated as recurrences are. Tables that a finding is about are drawn with
+    layers of the user's own loops are treated as recurrences are. Tables that a finding is about are drawn with
     rows of length 1 (see `draw_tables`), and the optimizers forget all that they know. Else recurrences and embeddings
     that no usual initialisation gives are drawn by the book then, unless `only_far` is set (see `draw_unusual`). Where
     no batch can be had, the layers that the finding names are drawn by the initialisation that suits the activations
@@ -111,7 +112,7 @@ def reinitialise(
             # size a normalisation takes away again
             is_output = finding.kind is FindingKind.SATURATED_ACTIVATION and "reach" in finding.evidence
             if done is None and "output_growth" in finding.evidence and not only_far:
-                return _through_time(training, finding)
+                return _through_time(training, replace(finding, layers=_of_own_loops(training, finding.layers)))
             if done is not None or not (is_output or "weight_size" in finding.evidence):
                 return done
     return None if only_far else _by_the_book(training, finding)
@@ -132,6 +133,12 @@ def fit_targets(training: Training) -> Reinit | None:
     forget(training.optimizers, training.model.parameters())
     numbers = {"target_mean": float(done.scale.mean.mean()), "target_deviation": done.scale.deviation}
     return Reinit(tuple(name or ROOT for name in fresh), after=numbers, targets=done.scale)
+
+
+def _of_own_loops(training: Training, layers: Sequence[str]) -> tuple[str, ...]:
+    """Those that are none of torch's recurrences: what blows up of these has been drawn, and the others are well."""
+    theirs = {name or ROOT for name, part in training.model.named_modules() if isinstance(part, _RECURRENCES)}
+    return tuple(name for name in layers if name not in theirs)
 
 
 def _through_time(training: Training, finding: Finding) -> Reinit | None:

@@ -54,7 +54,7 @@ def slow_down(patient: Patient) -> tuple[Numbers, Numbers] | None:
     # the rate of several groups is not known, and neither is a cap on it
     if not patient.has_past and factor > LARGEST_FACTOR and not cap < LARGEST_FACTOR * before["lr"]:
         return None  # to start once more as before would end as before
-    if _is_for_clipping(patient, min(factor, cap / now)):
+    if _is_for_clipping(patient, min(factor, cap / now if now > 0 else factor)):
         held.start_clipping(replace(patient.training, history=History()), max_ratio=GATED_RATIO)
         held.rollbacks += 1
         return {}, {MAX_RATIO: GATED_RATIO}
@@ -106,7 +106,7 @@ def _is_for_clipping(patient: Patient, slower: float) -> bool:
         clipped = reached(train(1.0, STEPS, scaling, GATED_RATIO))
     except RehearsalError:
         return False
-    return clipped <= slow + AT_ALL * abs(slow) < math.inf
+    return clipped < math.inf and clipped <= slow + AT_ALL * abs(slow)
 
 
 def _rate_facts(held: Held, rate: float) -> Numbers:

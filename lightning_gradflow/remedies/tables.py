@@ -29,7 +29,8 @@ def draw_tables(
     has the size of a row is no more than what others add to it. This is LeCun's rule, with the width as the fan-in.
 
     Beside rows of length 1 those of other tables that are added to them, such as the positions of a transformer, would
-    be all that is seen: tables whose rows have as many entries are drawn with them.
+    be all that is seen. What is added to what is not looked at: large tables whose rows have as many entries are drawn
+    with them.
 
     Args:
         module: whose parameters are changed.

@@ -160,6 +160,17 @@ class TimeWatch:
         found = [torch.autograd.grad(sums[i], before, retain_graph=True, allow_unused=True)[0] for i in range(width)]
         return torch.tensor([g is not None and bool(g.any()) for g in found])
 
+    def returns(self, name: str) -> bool:
+        """Whether what a layer gives at a time step comes back to it at the next; what only reads a state gets none.
+
+        Args:
+            name: one of the layers.
+        """
+        calls = self._calls.get(name)
+        if calls is None or min(len(calls.inputs), len(calls.outputs)) < 2 or not isinstance(calls.module, Looped):
+            return False
+        return comes_from(calls.inputs[1], calls.outputs[0])
+
     def feeds(self, name: str, other: str) -> bool:
         """Whether what a layer gives at a time step goes into another one at the next, but not into itself.
 

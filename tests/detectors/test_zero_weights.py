@@ -163,25 +163,39 @@ def test_before_such_a_relu_all_that_give_zeros_are_to_blame(change, found):
     assert zero_weights(run(*[row] * 3, points=points)).layers == found
 
 
-# two tables of which the rows are multiplied, and a bias that learns
-TABLES = {"zero": [1, 1, nan], "out": [0, 0, 0.1], "delta": [0, 0, 0.3], "norm": [0, 0, 0.1], "table": [0, 0, nan]}
+# two tables of which the rows are multiplied, and three layers that learn
+TABLES = {
+    "zero": [1, 1, nan, nan, nan],
+    "out": [0, 0, 0.1, 0.1, 0.1],
+    "delta": [0, 0, 0.3, 0.3, 0.3],
+    "norm": [0, 0, 0.1, 0.1, 0.1],
+    "table": [0, 0, nan, nan, nan],
+}
 
 
 @pytest.mark.parametrize(
     ("change", "found"),
     [
         ({}, ("fc0", "fc1")),
-        ({"table": [0, nan, nan]}, ()),  # heads of losses that come later
-        ({"table": [0, 0.1, nan]}, ()),
-        ({"zero": [1, nan, nan]}, ()),
-        ({"delta": [0.1, 0.1, 0.3]}, ()),
-        ({"out": [0, 0.1, 0.1]}, ()),
-        ({"spectral": [1, 1, nan]}, ()),  # matrices that something is multiplied by
+        ({"table": [0, nan, nan, nan, nan]}, ()),  # heads of losses that come later
+        ({"table": [0, 0.1, nan, nan, nan]}, ()),
+        ({"zero": [1, nan, nan, nan, nan]}, ()),
+        ({"delta": [0.1, 0.1, 0.3, 0.3, 0.3]}, ()),
+        ({"out": [0, 0.1, 0.1, 0.1, 0.1]}, ()),
+        ({"spectral": [1, 1, nan, nan, nan]}, ()),  # matrices that something is multiplied by
     ],
 )
-def test_two_tables_of_zeros_that_are_multiplied_are_found_whatever_else_learns(change, found):
-    assert zero_weights(run(*[{**TABLES, **change}] * 2)) == NONE
-    assert zero_weights(run(*[{**TABLES, **change}] * 3)).layers == found
+def test_two_tables_of_zeros_that_are_multiplied_are_found_where_the_run_stands_still(change, found):
+    rows = [{**TABLES, **change}] * 3
+    assert zero_weights(run(*rows, points=stack(5))) == NONE
+    history = run(*rows, points=stack(5), steps=[0, 30, 60])
+    assert zero_weights(history).layers == found
+    learns = History()
+    learns.layer_axis.merge(history.layers)
+    learns.add_points(history.points)
+    for row, loss in zip(history.rows, (2.3, 1.2, 0.5), strict=True):  # by something else: these come later
+        learns.append(Row(row.step, row.values, row.scalars, losses=np.full(20, loss)))
+    assert zero_weights(learns) == NONE
 
 
 TOWERS = {"zero": [nan, 1, 1], "out": [1, 0, 0], "delta": [0, 0, 0], "norm": [0, 0, 0]}

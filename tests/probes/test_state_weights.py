@@ -27,9 +27,17 @@ def _shapes(module, turns=STEPS):
     return {key: tuple(weight.shape) for key, weight in state_weights(module, turns)}
 
 
+def _with_codes():
+    """A linear layer of the user's own, with a parameter that is no matrix."""
+    layer = nn.Linear(SIZE, SIZE)
+    layer.register_parameter("codes", nn.Parameter(torch.zeros(2, 3, 4)))
+    return layer
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
+        (_with_codes(), {"weight": (SIZE, SIZE)}),
         (nn.Linear(SIZE, SIZE), {"weight": (SIZE, SIZE)}),
         (nn.Linear(SIZE, 4 * SIZE), {}),
         (

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_gradflow.history import History, Point, Row
 from lightning_gradflow.probes.layers import ROOT
 from lightning_gradflow.remedies.gate_memory import gate_blocks, keep_state
+from lightning_gradflow.remedies.loops import Loop
 from lightning_gradflow.remedies.recurrent_treatment import treat
 from tests.remedies.test_recurrent_treatment import SIZE, STEPS, _finding, _history, _seeded, _training
 
@@ -172,6 +173,28 @@ def test_a_layer_that_is_called_once_is_no_gate():
     assert torch.equal(model.push.bias, bias)
 
 
+class Reads(Leaky):
+    """The same, read at every time step."""
+
+    def forward(self, x):
+        h, found = x.new_zeros(x.shape[1], SIZE), []
+        for now in x:
+            z = self.gate(torch.cat([now, h], 1)).sigmoid()
+            h = (1 - z) * h + z * now
+            found.append(self.read(h))
+        return torch.stack(found)
+
+
+def test_what_reads_the_state_at_every_step_is_no_gate_and_keeps_its_bias():
+    model = _seeded(Reads)
+    nn.init.constant_(model.read.bias, 5.0)
+    history = _history(["gate", "read"], [("gate/sigmoid", "sigmoid")], gates=("gate/sigmoid",))
+    treatment = treat(_training(model, history), _finding("gate", "read"))
+    assert treatment.changed == (model.gate.bias,)
+    assert (model.gate.bias <= -1).all()
+    assert (model.read.bias == 5.0).all()
+
+
 def test_a_state_that_lasts_keeps_its_gates():
     model = _seeded(Leaky)
     nn.init.constant_(model.gate.bias, -8.0)
@@ -208,6 +231,14 @@ def test_biases_that_are_added_to_each_other_are_zero_but_for_one():
     assert not one[:4].any()
     assert (one[4:] >= 1).all()
     assert not two.any()
+
+
+def test_gains_beside_gates_are_no_biases():
+    model = _seeded(lambda: Lstm(bare=True))
+    model.gain = nn.Parameter(torch.ones(4 * SIZE))
+    loop = Loop("again", "", ("enter",), gates=4)
+    blocks = gate_blocks(dict(model.named_modules()), ["enter", "again"], {"again": loop})
+    assert [[bias is model.bias for bias, _ in block] for block in blocks] == [[True]] * 4
 
 
 def test_frozen_biases_are_no_gates():

@@ -675,3 +675,27 @@ def test_outputs_that_the_same_layers_made_large_step_by_step_get_smaller_steps(
     if is_shrunk:
         assert net.wide.weight.detach().norm() < 0.6 * before["wide.weight"].norm()
         assert float(net(_batch()).detach().std(0).mean()) < 0.5 * spread
+
+
+class _Multiplied(nn.Module):
+    """A recurrence that is well, and a factor behind it that is no weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.read = nn.LSTM(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, x):
+        return self.read(30 * self.rnn(x[:, None].expand(-1, 20, -1).transpose(0, 1))[0][-1])
+
+
+def test_outputs_that_are_too_large_are_no_reason_to_draw_a_recurrence_that_is_well():
+    net = _Multiplied()
+    before = net.rnn.weight_hh_l0.detach().clone()
+    history = History()
+    history.add_points([Point(name, name, "") for name in ("rnn", "read")])
+    evidence = {"output_growth": 60.0}
+    found = _finding("rnn", "read", cause="weight_scale")
+    found = replace(found, kind=FindingKind.EXPLODING_GRADIENT, evidence=evidence)
+    assert reinitialise(_training(net, _copying(net), history=history), found) is None
+    assert torch.equal(net.rnn.weight_hh_l0, before)

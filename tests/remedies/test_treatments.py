@@ -232,6 +232,18 @@ def test_any_other_is_slowed(run):
     assert "max_update_ratio" not in done.after
 
 
+def test_a_gated_recurrence_is_clipped_where_the_smaller_rate_diverges():
+    run = _recurrent(clipped=1.2, slow=math.nan)
+    assert treat("rollback", replace(_patient(run), allow=REMEDIES)).after == {"max_update_ratio": 0.03}
+
+
+def test_a_run_whose_schedule_starts_at_a_rate_of_zero_is_slowed_as_any_other():
+    run = _sampled([2.0])
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    assert treat("rollback", _patient(run)) is not None
+    assert run.held.rate.factor < 1
+
+
 def test_without_leave_to_clip_a_gated_recurrence_is_slowed():
     run = _recurrent(clipped=1.2)
     treat("rollback", replace(_patient(run), allow=("rollback",)))
