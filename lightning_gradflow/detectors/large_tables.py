@@ -11,14 +11,13 @@ from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.known import columns_of_layers, first_values, newest_values
 from lightning_gradflow.detectors.large_weights import most_are_large
 from lightning_gradflow.detectors.made_by_size import Seen, made_by_size, scores_from_the_start
-from lightning_gradflow.detectors.standstill import YOUNG, from_the_start, is_judged, stands_still, still_falls
+from lightning_gradflow.detectors.standstill import HALVED, YOUNG, from_the_start, is_judged, stands_still, still_falls
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
 
 _LEARNT = 0.2  # of the starting loss: what is behind the sick layers learns a little by itself
 _HANDED_ON = 3.0  # rms of what differs between samples: a normalisation behind it makes it 1
 _DROWNED = 0.02  # of the largest table
-_HALVED = 0.5  # of the loss: one that halves from the third to the last quarter of the run gets there
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class LargeTables:
             return [from_the_start(history, "weight_scale", *scores)]
         if not is_judged(history, young=YOUNG):
             return []
-        if not still_falls(history, _HALVED):
+        if not still_falls(history, HALVED):
             making_up = made_by_size(history)
             if making_up[0]:
                 return [from_the_start(history, "weight_scale", *making_up)]

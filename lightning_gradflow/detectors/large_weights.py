@@ -9,13 +9,19 @@ import numpy as np
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.known import first_values, layer_mask, newest_values
 from lightning_gradflow.detectors.made_by_size import WIDE, scores_from_the_start
-from lightning_gradflow.detectors.standstill import YOUNG, from_the_start, is_judged, keeps_residual, still_falls
+from lightning_gradflow.detectors.standstill import (
+    HALVED,
+    YOUNG,
+    from_the_start,
+    is_judged,
+    keeps_residual,
+    still_falls,
+)
 from lightning_gradflow.detectors.update_sizes import ratios_of
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import Floats, History, Ints
 
 _EDGE = 1.3  # times the largest singular value of a square matrix of independent entries: one of 1 to 16 has 1.25
-_HALVED = 0.5  # of the loss: one that halves from the third to the last quarter of the run gets there
 _FEWEST = 2  # layers
 _AT_BOUNDS = 0.5  # of the first outputs of a recurrence
 
@@ -76,7 +82,7 @@ class LargeWeights:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        stands = is_judged(history, young=YOUNG) and not still_falls(history, _HALVED)
+        stands = is_judged(history, young=YOUNG) and not still_falls(history, HALVED)
         if not stands and not (scores_from_the_start(history)[0] and most_are_large(history, self.max_size)):
             return []
         sizes = _sizes(history)

@@ -17,6 +17,9 @@ YOUNG = 4.0
 PATIENCE = 50
 """Steps: by then a network that is well has learnt something."""
 
+HALVED = 0.5
+"""Of the loss: one that halves from the third to the last quarter of the run gets there."""
+
 LONGEST = 300
 """Steps: from there on a loss that stands still is a plateau, whatever the cause."""
 
@@ -26,7 +29,6 @@ _YOUNG = 2.0  # times the patience: what sets in later has another reason
 _FALLEN = 0.02  # of the loss, over the second half of the run so far
 _CLEAR = 2.0  # z score of such a fall
 _RESIDUAL = 0.5  # of the first gradient at the output: a constant leaves 0.6 of it or more
-_HALVED = 0.5  # of the loss: one that halves from the third to the last quarter of the run gets there
 _PRESENT = 20  # losses: one alone is that of a batch
 
 
@@ -164,7 +166,7 @@ def learns_little(history: History) -> bool:
     tell. Half of the first gradient at the output is left (see `keeps_residual`), and the loss has not halved from the
     third to the last quarter of the run. It is asked for four times as long as learning something takes.
     """
-    return is_judged(history, young=YOUNG) and keeps_residual(history) and not still_falls(history, _HALVED)
+    return is_judged(history, young=YOUNG) and keeps_residual(history) and not still_falls(history, HALVED)
 
 
 def starts_with_embedding(history: History) -> bool:

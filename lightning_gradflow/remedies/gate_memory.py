@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradflow.probes.shards import whole
-from lightning_gradflow.remedies.loops import Loop
+from lightning_gradflow.remedies.loops import Loop, parts_of
 from lightning_gradflow.remedies.textbook import assign, is_writable
 from lightning_gradflow.remedies.through_time import Looped
 
@@ -53,7 +53,7 @@ def gate_blocks(
         called: layers that are called once a time step, and get their own output back: what reads a state is no gate.
         loops: those of them that get their own output back, and make the content, or all of it.
     """
-    theirs = {name for loop in loops.values() for name in (loop.again, *loop.ways_in)}
+    theirs = parts_of(loops)
     own = [getattr(modules[name], "bias", None) for name in called if name not in theirs]
     found: list[list[Block]] = [[(bias, slice(None))] for bias in own if is_writable(bias)]
     for loop in loops.values():

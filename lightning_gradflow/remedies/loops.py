@@ -88,6 +88,16 @@ def loops_among(
     return found
 
 
+def parts_of(loops: Mapping[str, Loop]) -> set[str]:
+    """The layers that make the content of loops, or all of it, and those that bring the input in.
+
+    Example:
+        >>> sorted(parts_of({"again": Loop("again", "tanh", ("enter",))}))
+        ['again', 'enter']
+    """
+    return {name for loop in loops.values() for name in (loop.again, *loop.ways_in)}
+
+
 def _gates(layer: Looped, state: Tensor | None) -> int:
     """How many times the state its output is, if it may be as many gates; else 0."""
     size = int(state.sum()) if state is not None else layer.weight.shape[1]

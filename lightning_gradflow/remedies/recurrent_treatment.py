@@ -21,7 +21,7 @@ from lightning_gradflow.probes.shards import whole
 from lightning_gradflow.remedies.bare_uses import Use
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.gate_memory import Kept, gate_blocks, keep_state
-from lightning_gradflow.remedies.loops import Loop, loops_among
+from lightning_gradflow.remedies.loops import Loop, loops_among, parts_of
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.recurrent import reinitialise_loop, reinitialise_recurrence
 from lightning_gradflow.remedies.stacked import level
@@ -100,8 +100,7 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
     gain = input_gain = 1.0
     after: dict[str, float] = {}
     kept: Kept | None = None
-    is_asked = False
-    for _ in range(_ROUNDS):
+    for turn in range(_ROUNDS):
         layers, changed = _drawn(modules, names, loops, gates, steps, training.seed, gain, input_gain)
         if not changed and finding.kind is FindingKind.EXPLODING_GRADIENT:
             return _shrunk(training, {name: modules[name] for name in again}, before)
@@ -109,8 +108,7 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
             found = _measured(training, watch, names)
             sequences = {name: watch.sequence(name) for name in layers} if watch is not None else {}
         is_levelled = _levelled(training, modules, sequences)
-        if not is_asked:
-            is_asked = True
+        if turn == 0:
             kept = _state_kept(training, modules, called, within, loops, found)
         if not (changed or kept):
             return None
@@ -248,7 +246,7 @@ def _drawn(
 
 def _loud_gates(called: Mapping[str, Looped], loops: Mapping[str, Loop]) -> set[str]:
     """Gates beside a content whose weights are far too large: they hold them open or shut at random."""
-    theirs = {name for loop in loops.values() for name in (loop.again, *loop.ways_in)}
+    theirs = parts_of(loops)
     others = {name: layer.weight for name, layer in called.items() if loops and name not in theirs}
     return {name for name, weight in others.items() if is_writable(weight) and is_too_large(whole(weight))}
 

@@ -147,11 +147,9 @@ class TimeWatch:
             name: one of the layers.
         """
         calls = self._calls.get(name)
-        if calls is None or not isinstance(calls.module, Looped) or len(calls.outputs) < 2:
+        if calls is None or not isinstance(calls.module, Looped) or not self.returns(name):
             return None
         now, before = calls.inputs[1], calls.outputs[0]
-        if not comes_from(now, before):
-            return None
         axis = unit_axis(calls.module)
         width = now.shape[axis]
         if width == len(calls.module.weight) or width > _MAX_COLUMNS:
@@ -181,7 +179,7 @@ class TimeWatch:
         one, two = self._calls.get(name), self._calls.get(other)
         if one is None or two is None or min(len(one.outputs), len(two.outputs)) < 2:
             return False
-        return not comes_from(one.inputs[1], one.outputs[0]) and comes_from(two.inputs[1], one.outputs[0])
+        return not self.returns(name) and comes_from(two.inputs[1], one.outputs[0])
 
 
 def comes_from(tensor: Tensor, source: Tensor) -> bool:

@@ -80,8 +80,7 @@ def is_too_large(weight: Tensor) -> bool:
         >>> is_too_large(torch.randn(8, 64, generator=torch.Generator().manual_seed(0))), is_too_large(torch.eye(8))
         (True, False)
     """
-    size = float(weight.detach().double().square().mean().sqrt()) * math.sqrt(weight[0].numel())
-    return size > _LARGE and looks_fresh(weight)
+    return _rms(weight) * math.sqrt(weight[0].numel()) > _LARGE and looks_fresh(weight)
 
 
 def _blown_up(module: nn.Module, run: Callable[[], None], seed: int) -> dict[str, int]:
@@ -98,9 +97,13 @@ def _is_usual(part: nn.RNNBase | nn.RNNCellBase | nn.Embedding, weight: Tensor) 
     """Initialisations differ in what they go by: inputs or units of the state, one token or the width of embeddings."""
     if not isinstance(part, nn.Embedding) and _is_constant(weight):  # a table of gains starts with ones
         return False
-    size = float(weight.detach().double().square().mean().sqrt())
+    size = _rms(weight)
     fans = (1, weight.shape[1]) if isinstance(part, nn.Embedding) else (weight.shape[1], part.hidden_size)
     return size * math.sqrt(max(fans)) >= _SMALL and size * math.sqrt(min(fans)) <= _LARGE
+
+
+def _rms(weight: Tensor) -> float:
+    return float(weight.detach().double().square().mean().sqrt())
 
 
 @torch.no_grad()
