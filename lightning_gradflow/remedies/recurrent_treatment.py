@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,43 +17,22 @@ from lightning_gradflow.history import History
 from lightning_gradflow.probes.layers import ROOT
 from lightning_gradflow.probes.shards import whole
 from lightning_gradflow.remedies.bare_uses import Use
-from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.gate_memory import Kept, gate_blocks, keep_state
 from lightning_gradflow.remedies.loops import Loop, loops_among, parts_of
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.recurrent import reinitialise_loop, reinitialise_recurrence
+from lightning_gradflow.remedies.shared_step import shrink
 from lightning_gradflow.remedies.stacked import level
 from lightning_gradflow.remedies.textbook import assign, initialise, is_writable
-from lightning_gradflow.remedies.through_time import Looped, TimeWatch
+from lightning_gradflow.remedies.through_time import Looped
+from lightning_gradflow.remedies.time_span import Treatment, measured, watched
 from lightning_gradflow.remedies.training import Training
 from lightning_gradflow.remedies.unusual import is_too_large
 
-_MEASURES = ("time_decades", "time_steps")
 _ROUNDS = 8  # of drawing and measuring: a few for the gain, and inputs down to a hundredth
 _MIN_DECADES = -0.3  # half of the gradient comes through
-_MAX_DECADES = 0.5  # a factor of three
 _MIN_DRIVEN_DECADES = -1.0  # and a tenth is enough to learn from, where more costs the input its weight
 _MAX_GAIN = 1.15  # beyond it units drive each other to their bounds, whatever comes in
-
-
-@dataclass(frozen=True)
-class Treatment:
-    """What was drawn anew, and what it did to the gradient through time.
-
-    Args:
-        layers: the layers, in order of execution.
-        changed: their parameters.
-        before: `time_decades`, the decades that a gradient gains (above 0) or loses (below 0) on its way from the last
-            time step to the first, and `time_steps`, of the worst of the layers; empty where it can't be measured.
-        after: the same with the new weights.
-        note: what else was done.
-    """
-
-    layers: tuple[str, ...]
-    changed: tuple[nn.Parameter, ...]
-    before: dict[str, float]
-    after: dict[str, float]
-    note: str = ""
 
 
 def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None = None) -> Treatment | None:
@@ -88,8 +65,8 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
     uses = _in_loops(bare or {}, finding.layers)
     names = [name for name in dict.fromkeys([*names, *uses]) if name in modules]
     behind = {name: (use.op, _is_gate(history, use)) for name, use in uses.items()}
-    with _watched(training, names) as watch:
-        before = _measured(training, watch, names)
+    with watched(training, names) as watch:
+        before = measured(training, watch, names)
         called = {name: m for name in names if isinstance(m := modules[name], Looped)}
         loops = loops_among(called, history, watch, behind)
         again = [name for name in called if watch is not None and watch.profile(name) is not None]
@@ -103,9 +80,9 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
     for turn in range(_ROUNDS):
         layers, changed = _drawn(modules, names, loops, gates, steps, training.seed, gain, input_gain)
         if not changed and finding.kind is FindingKind.EXPLODING_GRADIENT:
-            return _shrunk(training, {name: modules[name] for name in again}, before)
-        with _watched(training, names) as watch:
-            found = _measured(training, watch, names)
+            return shrink(training, {name: modules[name] for name in again}, before)
+        with watched(training, names) as watch:
+            found = measured(training, watch, names)
             sequences = {name: watch.sequence(name) for name in layers} if watch is not None else {}
         is_levelled = _levelled(training, modules, sequences)
         if turn == 0:
@@ -113,8 +90,8 @@ def treat(training: Training, finding: Finding, bare: Mapping[str, Use] | None =
         if not (changed or kept):
             return None
         if is_levelled or kept:
-            with _watched(training, names) as watch:
-                found = _measured(training, watch, names)
+            with watched(training, names) as watch:
+                found = measured(training, watch, names)
         if found == after:  # there is nothing that a gain has a say in
             break
         after = found
@@ -148,8 +125,8 @@ def _state_kept(
     """Sets the bias of the gate that keeps the state, where that is one of the loop."""
 
     def span() -> float:
-        with _watched(training, list(called)) as watch:
-            return _measured(training, watch, list(called)).get("time_decades", -math.inf)
+        with watched(training, list(called)) as watch:
+            return measured(training, watch, list(called)).get("time_decades", -math.inf)
 
     blocks = gate_blocks(modules, within, loops) if found.get("time_decades", 0.0) < _MIN_DECADES else []
     if not blocks:
@@ -169,31 +146,6 @@ def _note(modules: Mapping[str, nn.Module], kept: Kept) -> str:
     part = f"[{kept.part.start}:{kept.part.stop}]" if kept.part.stop is not None else ""
     sign = "-" if kept.sign < 0 else ""
     return f"{where}{part} = {sign}log(uniform(e, time steps)), the gate that keeps the state"
-
-
-def _shrunk(training: Training, modules: Mapping[str, nn.Module], before: dict[str, float]) -> Treatment | None:
-    """Halves the weights of layers in a loop, none of which maps its state, until no gradient explodes in it.
-
-    So do residual steps that share their weights: each of T steps has to add about 1 / T.
-    """
-    every = {name: m.weight for name, m in modules.items() if isinstance(m, Looped)}
-    weights = {name: weight for name, weight in every.items() if is_writable(weight) and looks_fresh(whole(weight))}
-    old = {name: weight.detach().clone() for name, weight in weights.items()}
-    after = before
-    for _ in range(_ROUNDS if weights else 0):
-        if not after.get("time_decades", 0.0) > _MAX_DECADES:
-            break
-        for weight in weights.values():
-            assign(weight, 0.5 * weight.detach())
-        with _watched(training, list(weights)) as watch:
-            after = _measured(training, watch, list(weights))
-    if after == before or not after or after["time_decades"] > _MAX_DECADES:
-        for name, weight in weights.items():
-            assign(weight, old[name])
-        return None
-    changed = tuple(weights.values())
-    forget(training.optimizers, changed)
-    return Treatment(tuple(weights), changed, before, after)
 
 
 def _in_loops(bare: Mapping[str, Use], layers: Sequence[str]) -> dict[str, Use]:
@@ -267,28 +219,6 @@ def _levelled(
     stacks = [(modules[name], x) for name, x in sequences.items() if x is not None]
     levelled = [level(stack, x, training.averaged) for stack, x in stacks if isinstance(stack, nn.RNNBase)]
     return any(levelled)
-
-
-@contextmanager
-def _watched(training: Training, names: Sequence[str]) -> Iterator[TimeWatch | None]:
-    """One forward pass with the present weights; the graph of it is good for as long as the context is open."""
-    if training.rehearse is None:
-        yield None
-    else:
-        with training.rehearse() as (model, run):
-            yield TimeWatch(model, names, run, training.seed)
-
-
-def _measured(training: Training, watch: TimeWatch | None, names: Sequence[str]) -> dict[str, float]:
-    """The profile of the layer that loses or gains most, as a mean over the ranks."""
-    if watch is None:
-        return {}
-    profiles = [profile for profile in map(watch.profile, names) if profile is not None]
-    worst = max(profiles, key=lambda profile: abs(profile.span), default=None)
-    own = [math.nan, math.nan] if worst is None else [worst.span, float(worst.steps)]
-    device = next(training.model.parameters()).device
-    shared = training.averaged(torch.tensor(own, device=device)).tolist()
-    return {name: x for name, x in zip(_MEASURES, shared, strict=True) if math.isfinite(x)}
 
 
 def _steps(history: History, layer: str, module: nn.Module) -> int | None:

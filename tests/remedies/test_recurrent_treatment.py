@@ -2,19 +2,14 @@
 
 import contextlib
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History, Point, Row
-from lightning_gradflow.probes.shards import whole
 from lightning_gradflow.remedies.recurrent_treatment import treat
 from lightning_gradflow.remedies.through_time import TimeWatch, comes_from
 from lightning_gradflow.remedies.training import Training
@@ -328,80 +323,3 @@ def test_what_came_from_a_tensor_is_known_by_the_graph():
     assert comes_from(torch.cat([x, x]).sum(), x)
     assert not comes_from(torch.ones(3, requires_grad=True).exp(), x)
     assert not comes_from(x.detach(), x)
-
-
-class Steps(nn.Module):
-    """Residual steps that share their weights."""
-
-    def __init__(self, scale=1.0):
-        super().__init__()
-        self.wide, self.narrow = nn.Linear(SIZE, 2 * SIZE), nn.Linear(2 * SIZE, SIZE)
-        for layer in (self.wide, self.narrow):
-            nn.init.orthogonal_(layer.weight, scale)
-
-    def forward(self, x):
-        x = x[0]
-        for _ in range(STEPS):
-            x = x + self.narrow(nn.functional.gelu(self.wide(x)))
-        return x
-
-
-def _treat_steps(kind, change=lambda net: None):
-    model = _seeded(Steps)
-    change(model)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    finding = Finding(kind, Severity.WARNING, 0, ("wide", "narrow"), "recurrence")
-    return model, before, treat(_training(model, _history(["wide", "narrow"])), finding)
-
-
-def test_weights_of_steps_without_a_map_of_the_state_are_halved_until_nothing_explodes():
-    model, before, treatment = _treat_steps(FindingKind.EXPLODING_GRADIENT)
-    assert treatment.layers == ("wide", "narrow")
-    assert treatment.before["time_decades"] > 3
-    assert -0.5 < treatment.after["time_decades"] <= 0.5
-    factor = model.wide.weight[0, 0] / before["wide.weight"][0, 0]
-    assert factor < 1
-    for name in ("wide", "narrow"):
-        assert torch.allclose(getattr(model, name).weight, before[f"{name}.weight"] * factor)
-        assert torch.equal(getattr(model, name).bias, before[f"{name}.bias"])
-
-
-def test_and_left_where_something_else_is_wrong_or_they_look_trained():
-    def learnt(net):
-        with torch.no_grad():
-            for layer in (net.wide, net.narrow):
-                layer.weight += 5 * torch.outer(layer.weight[:, 0], layer.weight[0])
-
-    for kind, change in ((FindingKind.VANISHING_GRADIENT, lambda net: None), (FindingKind.EXPLODING_GRADIENT, learnt)):
-        model, before, treatment = _treat_steps(kind, change)
-        assert treatment is None
-        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-def test_steps_that_are_spread_over_ranks_are_made_smaller_where_they_look_as_drawn():
-    """A small matrix that was trained is compared with its own entries in random order."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        net, drawn = _seeded(Steps), _seeded(Steps)
-        with torch.no_grad():
-            net.wide.weight += 5 * torch.outer(net.wide.weight[:, 0], net.wide.weight[0])
-        trained = net.wide.weight.detach().clone()
-        twin = copy.deepcopy(net)
-        fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
-        training = _training(twin, _history(["wide", "narrow"]))
-        finding = Finding(FindingKind.EXPLODING_GRADIENT, Severity.WARNING, 0, ("wide", "narrow"), "recurrence")
-
-        @contextlib.contextmanager
-        def rehearse():
-            with torch.no_grad():
-                for mine, its in zip(twin.parameters(), net.parameters(), strict=True):
-                    mine.copy_(whole(its))
-            with training.rehearse() as rehearsed:
-                yield rehearsed
-
-        treatment = treat(replace(training, model=net, rehearse=rehearse), finding)
-        assert treatment.layers == ("narrow",)
-        assert torch.equal(whole(net.wide.weight), trained)
-        assert float(whole(net.narrow.weight).detach().norm()) < 0.6 * float(drawn.narrow.weight.detach().norm())
-    finally:
-        dist.destroy_process_group()
