@@ -64,6 +64,12 @@ METRICS: dict[str, Metric] = {
     ),
     "gain_rms": Metric("layers", "norm", "rms of a norm layer's gains; at first, and as long as it is below 0.1"),
     "gain_mean": Metric("layers", "norm", "magnitude of their mean"),
+    "initial_size": Metric(
+        "layers",
+        "norm",
+        "rms of the entries of a layer's largest matrix, times the root of how many each unit sums over, before the "
+        "first step: 1 keeps the size of a signal",
+    ),
     "embedding_rms": Metric(
         "layers", "norm", "rms of an embedding's table, or of a module's own matrices the largest; in the first sample"
     ),

@@ -84,6 +84,10 @@ SEEN_SO: dict[tuple[FindingKind, str], Text] = {
         "{unchanged_fraction} of what a step is to gain is lost",
     ),
     (FindingKind.DEAD_UNITS, "symmetry"): ("All units of a layer are copies of one another, in {layers}",),
+    (FindingKind.UPDATE_RATIO, "weight_scale"): (
+        "The weights of {layers} are far too small",
+        "a step changes them by {update_ratio} times their norm (median)",
+    ),
     (FindingKind.UPDATE_RATIO, "weight_decay"): (
         "The weights of {layers} are all but gone",
         "they have {weight_growth} times the norm they started with",
@@ -192,9 +196,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "The inputs are so large that the steps after them pushed them there",
         _FEATURES,
     ),
-    (FindingKind.DEAD_UNITS, "symmetry"): (
-        "No step can make them differ, for they have the same weights and get the same gradient",
-    ),
+    (FindingKind.DEAD_UNITS, "symmetry"): ("They start from the same weights, and steps hardly make them differ",),
     (FindingKind.SATURATED_ACTIVATION, "unscaled_inputs"): (
         "The inputs are too large for the weights, and next to nothing stands between them and it",
         _FEATURES,
@@ -219,6 +221,10 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "each makes what little two inputs differ by {layer_gain} times as large, and the outputs are noise",
         "all steps of the run together change them by {reach} times their norm at most",
         "at the pace of most steps so far the whole run changes them by {usual_reach} times their norm at most",
+    ),
+    (FindingKind.UPDATE_RATIO, "weight_scale"): (
+        "They were drawn so, and steps that are made for usual weights write over them",
+        "they were {weight_size} times as large as what keeps the size of a signal (median)",
     ),
     (FindingKind.LOSS_PLATEAU, "recurrence"): (
         "The state of {layers} keeps nothing: the recurrent weights it started from are far too large",

@@ -131,6 +131,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.NO_GRADIENT, "unused"): (use_or_freeze,),
     (FindingKind.NO_GRADIENT, "not_optimized"): (hold, freeze_left_out),
     (FindingKind.NO_GRADIENT, "unknown"): (use_or_freeze,),
+    (FindingKind.UPDATE_RATIO, "weight_scale"): (initialise,),
     (FindingKind.UPDATE_RATIO, "weight_decay"): (lower_decay,),
     (FindingKind.UPDATE_RATIO, "overwritten"): (watch_weights,),
     (FindingKind.UPDATE_RATIO, "rounding"): (keep_float32, master_weights, raise_rate),

@@ -10,6 +10,7 @@ from lightning_gradflow.detectors.nonfinite import NonfiniteGradient
 from lightning_gradflow.detectors.not_optimized import NotOptimized
 from lightning_gradflow.detectors.recurrence import RecurrentGradient
 from lightning_gradflow.detectors.rounding import RoundedSteps
+from lightning_gradflow.detectors.small_weights import SmallWeights
 from lightning_gradflow.detectors.update_ratio import UpdateRatio
 from lightning_gradflow.detectors.vanishing import VanishingGradient
 
@@ -67,6 +68,7 @@ class GradNormLogger(Monitor):
             NoGradient(),
             NotOptimized(),
             RoundedSteps(),
+            SmallWeights(),
             UpdateRatio(max_ratio=max_update_ratio),
         ]
 

@@ -252,6 +252,8 @@ class Sampler:
         if optimizers and not self.gradients_only:
             held = (p for each in optimizers for group in each.param_groups for p in group["params"])
             self._gradients.note_unheld(self._unheld.measure(held))
+        if not self.gradients_only:
+            self._spectra.before_step()
         self._gradients.measure(self._read.index(id(optimizer)), parameters, multiplier)
 
     @paused_collector()

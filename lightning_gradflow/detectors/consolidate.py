@@ -87,6 +87,10 @@ _FOLLOWS: tuple[tuple[_Some, _Some], ...] = (
     (_Some((_SATURATED,), ("weight_scale",)), _Some((_EXPLODING,), ("weight_scale",))),
     (_Some((_VANISHING,), ("dead_units",)), _Some((_DEAD,))),
     (_Some((_DEAD,), (_LARGE, "unknown")), _Some((_VANISHING,), ("weight_scale", "depth", "underflow"))),
+    (_Some((_UPDATES,), ("weight_scale",)), _Some((_VANISHING, _EXPLODING), ("weight_scale", "depth"))),
+    (_Some((_UPDATES,), ("weight_scale",)), _Some((_NO_GRADIENT, _NONFINITE))),
+    (_Some((_DEAD,), (_LARGE, "unknown")), _Some((_UPDATES,), ("weight_scale",))),
+    (_Some((_PLATEAU,), ("no_signal_in_data", "unknown", _LARGE)), _Some((_UPDATES,), ("weight_scale",))),
     # of weights that are gone comes all else
     (_Some((_VANISHING, _DEAD, _SATURATED, _PLATEAU)), _Some((_UPDATES,), ("weight_decay",))),
     # somebody else changed the weights: whatever is found beside it says more

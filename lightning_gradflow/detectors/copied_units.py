@@ -8,15 +8,22 @@ from lightning_gradflow.detectors.known import holders, known_rows
 from lightning_gradflow.history import History
 
 _ALIKE = 1e-3  # of their size: far above rounding, and a thousandth of what units that are drawn differ by
+_PULLED_ALIKE = 0.1  # of the gradients': biases that are drawn make so little of a difference
+_NEARLY = 0.1  # of the weights', behind the first step
+_FEWEST = 2  # layers
 _SAMPLES = 3  # in a row: of a matrix nothing else tells that it has units
 
 
 def copied_layers(history: History) -> tuple[str, ...]:
-    """The hidden layers whose units have the same weights and get the same gradient, in order of execution.
+    """The hidden layers whose units have the same weights and get all but the same gradient, in order of execution.
 
-    No step can make them differ then: to whatever comes in, such a layer answers with one number. The last layer is
-    left out, whose units learn what the targets tell, and so is one of which only the weights are alike: those behind
-    it, drawn at random, or dropout make the gradients differ. Where the gradient is zero it is not known.
+    Hardly any step makes them differ then: to whatever comes in, such a layer answers with one number, or with one and
+    what biases that were drawn make of it, which is a tenth of the gradient or less. The last layer is left out, whose
+    units learn what the targets tell, and so is one of which only the weights are alike: those behind it, drawn at
+    random, or dropout make the gradients differ. Where the gradient is zero it is not known.
+
+    Where all hidden layers have such weights in the first sample, two or more, nothing else is asked: what the first
+    step has made of them is all that they differ by.
 
     A module of the user's own counts, behind the others, where a matrix of it has been so in three samples, along any
     axis: what comes from units that are copies has that axis as well.
@@ -51,6 +58,11 @@ def _of_layers(history: History) -> list[str]:
     outer = holders(called)
     inner = [name for name in called if name not in outer]
     places = {name: i for i, name in enumerate(history.layers)}
+    hidden = [places[name] for name in inner[:-1] if name in places]
     with np.errstate(invalid="ignore"):
-        alike = (weights < _ALIKE) & (gradients < _ALIKE)
-    return [name for name in inner[:-1] if name in places and alike[places[name]]]
+        alike = (weights < _ALIKE) & (gradients < _PULLED_ALIKE)
+        nearly = weights < _NEARLY
+    known = [i for i in hidden if np.isfinite(weights[i]) and np.isfinite(gradients[i])]
+    if len(history) == 1 and len(known) >= _FEWEST and nearly[known].all():
+        return [history.layers[i] for i in known]
+    return [history.layers[i] for i in hidden if alike[i]]

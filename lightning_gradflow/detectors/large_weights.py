@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.known import first_values, layer_mask, newest_values
-from lightning_gradflow.detectors.made_by_size import WIDE, scores_from_the_start
+from lightning_gradflow.detectors.made_by_size import WIDE, starts_far_off
 from lightning_gradflow.detectors.standstill import (
     HALVED,
     YOUNG,
     from_the_start,
     is_judged,
     keeps_residual,
+    present_loss,
     still_falls,
 )
-from lightning_gradflow.detectors.update_sizes import ratios_of
+from lightning_gradflow.detectors.update_sizes import entries_of, ratios_of
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import Floats, History, Ints
 
 _EDGE = 1.3  # times the largest singular value of a square matrix of independent entries: one of 1 to 16 has 1.25
 _FEWEST = 2  # layers
+_WAY_BACK = 4.0  # times their norm that the run can change weights by: a quarter of it or more is the way back
+_BETTER = 0.8  # of the loss of equal scores
 _AT_BOUNDS = 0.5  # of the first outputs of a recurrence
 
 
@@ -44,7 +48,12 @@ class LargeWeights:
     - the loss has not halved from the third to the last quarter of the run.
 
     Neither time nor the loss needs to be waited for where tables among them say it from the start (see
-    `scores_from_the_start`).
+    `scores_from_the_start`), or most layers say it, by this size or by that for the number that a unit sums over,
+    whatever they look like; all planned steps change less than four times their norm; and the first outputs were far
+    from anything that is asked for: three times as far as a constant would have been, and as large; or scores with a
+    deviation above 2, of which the loss was half above that of equal ones.
+
+    A cross-entropy that is below 80 % of what equal scores give says that more was learnt than that.
 
     Fewer layers are enough where little was learnt: half of the first gradient at the network's output is left
     (see `keeps_residual`), and at the pace of most of their steps none of them moves by as much as its weights. Queries
@@ -82,20 +91,30 @@ class LargeWeights:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        stands = is_judged(history, young=YOUNG) and not still_falls(history, HALVED)
-        if not stands and not (scores_from_the_start(history)[0] and most_are_large(history, self.max_size)):
+        if _is_past_chance(history):
             return []
-        sizes = _sizes(history)
-        large = _large(history, self.max_size)
+        stands = is_judged(history, young=YOUNG) and not still_falls(history, HALVED)
+        if not stands and not starts_far_off(history):
+            return []
+        if stands:
+            sizes = _mean_sizes(history)
+            large = _large(history, sizes, self.max_size)
+        else:
+            sizes = _sizes(history)
+            large = np.flatnonzero(sizes > self.max_size)  # what has been trained starts from no such outputs
+        most = _are_most(large, sizes)
+        if not (stands or most):
+            return []
         is_loud = _first_outputs(history) > WIDE
-        if most_are_large(history, self.max_size):
+        if most:
             evidence = {"reach": _reach(history, large)}
+            is_loud = is_loud or not stands
         elif large.size and keeps_residual(history):
             evidence = {"usual_reach": _usual_reach(history, large)}
             is_loud = is_loud or _start_at_bounds(history, large)
         else:
             return []
-        if not (is_loud and all(reach < 1 for reach in evidence.values())):
+        if not (is_loud and all(reach < (1 if stands else _WAY_BACK) for reach in evidence.values())):
             return []
         layers = tuple(history.layers[i] for i in large)
         evidence = {"weight_size": float(np.median(sizes[large])), **evidence}
@@ -109,13 +128,26 @@ def most_are_large(history: History, max_size: float = 4.0) -> bool:
         history: where to read.
         max_size: times the usual size, in (0, inf).
     """
-    large = _large(history, max_size)
-    return len(large) >= _FEWEST and 2 * len(large) > int((~np.isnan(_sizes(history))).sum())
+    sizes = _sizes(history)
+    return _are_most(_large(history, sizes, max_size), sizes)
 
 
-def _large(history: History, max_size: float) -> Ints:
-    """The layers with such weights."""
-    return np.flatnonzero(np.nan_to_num(_drawn(history, _sizes(history))) > max_size)
+def _are_most(large: Ints, sizes: Floats) -> bool:
+    return len(large) >= _FEWEST and 2 * len(large) > int((~np.isnan(sizes)).sum())
+
+
+def _large(history: History, sizes: Floats, max_size: float) -> Ints:
+    """The layers with such weights that look as they were drawn."""
+    with np.errstate(invalid="ignore"):
+        fresh = newest_values(history, "spectral_norm") <= 2 * _EDGE * _mean_sizes(history)
+        return np.flatnonzero(fresh & (sizes > max_size))
+
+
+def _is_past_chance(history: History) -> bool:
+    """Whether a cross-entropy is clearly below what equal scores give: it is not only the size that came down."""
+    classes = history.scalar("score_classes")
+    known = classes[classes > 1]
+    return bool(known.size) and present_loss(history) < _BETTER * math.log(known[0])
 
 
 def _reach(history: History, layers: Ints) -> float:
@@ -155,14 +187,14 @@ def _first_outputs(history: History) -> float:
 
 
 def _sizes(history: History) -> Floats:
+    """(L,) how large weights are, beside the number that a unit sums over or the mean of both fans."""
+    with np.errstate(all="ignore"):
+        grown = newest_values(history, "weight_norm") / first_values(history, "weight_norm")
+        return np.fmax(_mean_sizes(history), first_values(history, "initial_size") * grown)
+
+
+def _mean_sizes(history: History) -> Floats:
     """(L,) root mean square of the weights, times the square root of the mean fan; NaN without a matrix."""
     with np.errstate(all="ignore"):
-        entries = np.square(first_values(history, "grad_norm") / first_values(history, "grad_rms"))
-        sizes = newest_values(history, "weight_norm") / np.sqrt(entries) * entries**0.25
+        sizes = newest_values(history, "weight_norm") / entries_of(history) ** 0.25
     return np.where(np.isfinite(newest_values(history, "spectral_norm")) & np.isfinite(sizes), sizes, np.nan)
-
-
-def _drawn(history: History, sizes: Floats) -> Floats:
-    """(L,) the same of those alone that look as they were drawn."""
-    with np.errstate(invalid="ignore"):
-        return np.where(newest_values(history, "spectral_norm") <= 2 * _EDGE * sizes, sizes, np.nan)

@@ -15,6 +15,7 @@ from lightning_gradflow.history import Floats, History
 WIDE = 3.0
 """Deviation of scores, or rms of outputs: networks that learn start with less."""
 
+_SPREAD = 2.0  # the same where the weights say so too
 _MADE_UP = 0.5  # of a small change of the tables, in the loss: healthy runs start with up to 0.3
 _STAYS = 0.75  # of the first share: the more is learnt, the less is made up by the size
 _PART = 0.1  # of the largest share
@@ -75,9 +76,7 @@ def scores_from_the_start(history: History) -> Seen:
         >>> scores_from_the_start(history)[0]
         ('embedding',)
     """
-    if not history.rows or history.scalar("optimizers")[-1] > 1 or not _far_off(history):
-        return (), {}
-    if not _FEWEST <= steps_at_full_rate(history) <= YOUNG * steps_needed(history):
+    if not is_young(history) or not _far_off(history):
         return (), {}
     shares = _shares(history)
     worst = _worst(shares[0]) if shares.size else []
@@ -103,16 +102,44 @@ def scores_from_the_start(history: History) -> Seen:
     return (), {}
 
 
+def starts_far_off(history: History) -> bool:
+    """Whether a young run started from outputs so large that it is spent on the way back from there.
+
+    They say so by themselves: the scores, or what was compared with targets, were far from anything that is asked for.
+    Or tables are to blame, for which `scores_from_the_start` has conditions of its own.
+
+    Args:
+        history: where to read.
+    """
+    if not is_young(history):
+        return False
+    names = ("compared_rms", "residual_rms", "target_deviation")
+    output, error, deviation = (_first(history.scalar(name)) for name in names)
+    is_beyond = min(output, error) > WIDE * deviation
+    return is_beyond or _far_off(history, _SPREAD) or bool(scores_from_the_start(history)[0])
+
+
+def is_young(history: History) -> bool:
+    """Whether the learning rate of a run was at its full height for eight steps, and not for long.
+
+    Args:
+        history: where to read; False for several optimizers, whose losses play against each other.
+    """
+    if not history.rows or history.scalar("optimizers")[-1] > 1:
+        return False
+    return _FEWEST <= steps_at_full_rate(history) <= YOUNG * steps_needed(history)
+
+
 def _known(history: History, middle: Callable[[Floats], float], layers: list[int]) -> list[float]:
     """A number of the update ratios of each of these layers."""
     columns = ratios_of(history)[:, layers].T
     return [float(middle(known)) for column in columns if (known := column[np.isfinite(column)]).size]
 
 
-def _far_off(history: History) -> bool:
+def _far_off(history: History, wide: float = WIDE) -> bool:
     """Whether the first scores were wide, and their loss was far above that of scores that are all the same."""
     classes = _first(history.scalar("score_classes"))
-    is_wide = _first(history.scalar("score_deviation")) > WIDE
+    is_wide = _first(history.scalar("score_deviation")) > wide
     return is_wide and classes > 1 and _first(history.losses) > _FAR_OFF * math.log(classes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lightning_gradflow.detectors.known import first_values
+from lightning_gradflow.detectors.known import first_values, newest_values
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Floats, History
 
@@ -43,6 +43,16 @@ def largest_of(history: History) -> Floats:
     return history.facts.of_rows(
         key, len(ratios), lambda start: np.asarray(np.fmax.reduce(ratios[start:], axis=1, initial=np.nan))
     )
+
+
+def entries_of(history: History) -> Floats:
+    """(L,) how many numbers each layer's parameters have; NaN where its gradient was never above 0."""
+    with np.errstate(all="ignore"):
+        first, newest = (
+            np.square(values(history, "grad_norm") / values(history, "grad_rms"))
+            for values in (first_values, newest_values)
+        )
+    return np.where(np.isfinite(first), first, newest)  # a gradient may be zero at first
 
 
 def finding_of(history: History, cause: str, badness: Floats, evidence: dict[str, float]) -> Finding:

@@ -19,6 +19,7 @@ from lightning_gradflow.probes.shards import is_sharded
 from lightning_gradflow.probes.state_weights import gates_of, stack_gain, state_weights
 from lightning_gradflow.probes.tables import EMBEDDINGS, table_cosine, table_rms
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
+from lightning_gradflow.probes.weight_size import weight_size
 from lightning_gradflow.probes.zero_weights import zero_weights
 
 _KEY = "spectra"
@@ -50,8 +51,9 @@ class SpectralProbe:
     In the first sample it is also seen whether the units of a layer, or of a matrix that is no layer's, are copies of
     one another, and get the same gradient, without which they don't stay copies; and whether weights are zero, and get
     a zero gradient; and how large the gains of norm layers are, and their mean. Where they are, or gains are below
-    0.1, they are looked at in the later samples too. Of an embedding, and of matrices that are no layer's, the first
-    sample has the size, and the cosine with the gradient; the later samples too, as long as it has been above 0.
+    0.1, they are looked at in the later samples too. How large the entries of a layer's largest matrix were is read
+    before the first step. Of an embedding, and of matrices that are no layer's, the first sample has the size, and the
+    cosine with the gradient; the later samples too, as long as it has been above 0.
 
     Args:
         layers: whose weights are read.
@@ -78,8 +80,24 @@ class SpectralProbe:
         self._zero: set[str] = set()  # layers with weights that were zero, and got no gradient, so far
         self._pulled: set[str] = set()  # tables whose gradient has pointed along them, so far
         self._small_gains: set[str] = set()  # norm layers with small gains, so far
+        self._sizes: dict[str, Tensor] = {}  # of the weights before the first step
         self._has_begun, self._is_first = False, True
         self._measured: list[list[tuple[str, str]]] = []  # layer, metric; a list for each device
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """In the first sample of a run, reads how large the weights are that the optimizer is about to change."""
+        if self._sizes or self._has_begun or self._vectors or not self._are_alike():
+            return
+        self._sizes = {
+            layer: size for layer in self._layers.names if (size := _size(self._layers.module(layer))) is not None
+        }
+
+    def _are_alike(self) -> bool:
+        """Whether all ranks hold the same: beside sharded parameters nobody sees to it that the others are."""
+        return self._transfer.is_alone or not any(
+            is_sharded(p) for name in self._layers.names for p in self._layers.module(name).parameters(recurse=False)
+        )
 
     @torch.no_grad()
     def measure(self, turns: Mapping[str, int] | None = None) -> None:
@@ -91,16 +109,15 @@ class SpectralProbe:
         turns = turns or {}
         self._measured, self._is_first = [], not (self._vectors or self._has_begun)
         self._has_begun = True
-        names = self._layers.names
-        # beside sharded parameters nobody sees to it that the others are the same on all ranks
-        alike = self._transfer.is_alone or not any(
-            is_sharded(p) for name in names for p in self._layers.module(name).parameters(recurse=False)
-        )
-        if not alike:
+        if not self._are_alike():
             return
-        found = [
+        found: list[tuple[str, str, Tensor | _Matrix]] = [
+            (layer, "initial_size", size) for layer, size in self._sizes.items()
+        ]
+        self._sizes = {}
+        found += [
             (layer, metric, value)
-            for layer in names
+            for layer in self._layers.names
             for metric, value in self._of_layer(layer, self._layers.module(layer), turns.get(layer, 1))
         ]
         norms = self._norms([value for _, _, value in found if isinstance(value, _Matrix)])
@@ -272,6 +289,14 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
     if isinstance(parameter, nn.UninitializedParameter) or is_sharded(parameter):
         return False
     return parameter.ndim >= 2 and parameter.numel() > 0 and parameter.is_floating_point() and not parameter.is_meta
+
+
+def _size(module: nn.Module) -> Tensor | None:
+    """Of the largest matrix of a layer; see `weight_size`."""
+    weights = [p for p in module.parameters(recurse=False) if _is_matrix(p)]
+    if not weights or isinstance(module, EMBEDDINGS):
+        return None
+    return weight_size(module, max(weights, key=Tensor.numel))
 
 
 def _direction(vector: Tensor, otherwise: Tensor) -> Tensor:

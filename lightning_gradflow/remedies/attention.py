@@ -12,16 +12,19 @@ from torch import nn
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.sick_layers import FAR
 from lightning_gradflow.remedies.textbook import initialise
+from lightning_gradflow.remedies.unusual import is_constant
+
+_SMALL = 0.04  # times 1 / sqrt(fan_in), as where small weights are found
 
 
 @torch.no_grad()
 def draw_attention(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Parameter]]:
-    """Draws each `MultiheadAttention` anew whose weights are far larger than any usual initialisation gives.
+    """Draws each `MultiheadAttention` anew whose weights no usual initialisation gives.
 
     Its weights are multiplied with in one function, so that no gain can be measured of them. The logits grow with the
     square of them, and a softmax of large logits takes one position each and lets no gradient through. All of it is
     drawn by the book (Glorot, by block) where a weight is above `1 / sqrt(fan_in)` by more than a factor of 4, the root
-    mean square of its entries.
+    mean square of its entries; where one is below that by a factor of 25, and not zero; or where its rows are copies.
 
     Args:
         module: the model, or a copy of it.
@@ -47,8 +50,8 @@ def draw_attention(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Parame
         if not isinstance(part, nn.MultiheadAttention):
             continue
         weights = [p for p in part.parameters() if p.dim() == 2 and p.requires_grad]
-        is_own = all(owners[p] == 1 and looks_fresh(p) for p in weights)
-        if not is_own or all(_size(p) <= FAR for p in weights):
+        is_own = all(owners[p] == 1 and (is_constant(p) or looks_fresh(p)) for p in weights)
+        if not is_own or all(_is_usual(p) for p in weights):
             continue
         for key, one in ((name, part), (f"{name}.out_proj".lstrip("."), part.out_proj)):
             if initialise(one, "glorot", generator):
@@ -56,5 +59,6 @@ def draw_attention(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Parame
     return drawn
 
 
-def _size(weight: nn.Parameter) -> float:
-    return float(weight.detach().double().square().mean().sqrt()) * math.sqrt(weight.shape[1])
+def _is_usual(weight: nn.Parameter) -> bool:
+    size = float(weight.detach().double().square().mean().sqrt()) * math.sqrt(weight.shape[1])
+    return size == 0 or (_SMALL <= size <= FAR and not is_constant(weight))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gradflow.probes.weight_size import TRANSPOSED
 from lightning_gradflow.remedies.bare_map import BareMap
-from lightning_gradflow.remedies.gains import TRANSPOSED, Gains, Link, by_unit
-from lightning_gradflow.remedies.sick_layers import MAX_OFF, Choice, decades, looks_drawn
+from lightning_gradflow.remedies.gains import Gains, Link, by_unit
+from lightning_gradflow.remedies.sick_layers import MAX_OFF, Choice, decades, looks_drawn, size_of
 from lightning_gradflow.remedies.weights import parameters_of, set_weight
 
 _MIN_ROUNDS = 5
@@ -90,11 +92,12 @@ def make_critical(
     settles, and layer by layer in order of execution, its bias, where it has one, is shifted so that each unit's output
     has mean 0 on the batch, and its weight is scaled so that the norm of a random gradient is the same at the next
     layer's input and at its own; that of the first layer, to whose input no gradient goes, and of the last, so that its
-    output has variance 1, and of one through which larger weights let less, as where the largest of what a bounded
-    activation gives is taken. Where what the next layer takes comes from other layers too, as at the end of a residual
-    branch, the gain is `1 / sqrt(number of such layers)`, so that all of them together keep the size. Before a last
-    layer that has to stay as it is, such as one tied to an embedding, and whose weights are too large by more than a
-    factor of 4, it is that much less. Glorot's, He's and the orthogonal initialisation come out where their assumptions
+    output has variance 1, if that takes no larger weights than the median layer has, and of one through which larger
+    weights let less, as where the largest of what a bounded activation gives is taken. Where what the next layer takes
+    comes from other layers too, as at the end of a residual branch, the gain is `1 / sqrt(number of such layers)`, so
+    that all of them together keep the size. Before a last layer that has to stay as it is, such as one tied to an
+    embedding, and whose weights are too large by more than a factor of 4, it is that much less. Glorot's, He's and the
+    orthogonal initialisation come out where their assumptions
     hold. A padded convolution is made blind to the mean of its inputs, where that is larger than what varies.
 
     A layer is drawn anew if it has entries that are not finite, or if its weights look as they were drawn and
@@ -170,15 +173,16 @@ def make_critical(
     for name in broken:
         _draw(modules[name], generator, keeps_bias=name in gates)
     if broken:  # nothing can be measured behind a layer that gives NaN
-        links = gains.measure(_Adjustment(frozenset(broken), {}, {}, frozenset(gates)))
+        links = gains.measure(_Adjustment(frozenset(broken), _last(links), {}, {}, frozenset(gates)))
     sick = choice.sick(links, broken, max_off, max_spread)
     aims = choice.aims(links)
     for name in sick:
         _draw(modules[name], generator, keeps_bias=name in gates)
+    last = _last(links)
     known: Mapping[str, Link] = {}
     past_peak: set[str] = set()
     for _ in range(max(_MIN_ROUNDS, len(sick)) if sick else 0):
-        found = gains.measure(_Adjustment(frozenset(sick), aims, known, frozenset(gates)))
+        found = gains.measure(_Adjustment(frozenset(sick), last, aims, known, frozenset(gates)))
         both = [name for name in sick if name in known and name in found]  # experts may be called, or not
         past_peak |= {name for name in both if _is_past_peak(known[name], found[name], aims[name])}
         known = {name: link for name, link in found.items() if name not in past_peak}
@@ -187,6 +191,10 @@ def make_critical(
     changed = {name: parameters_of(modules[name]) for name in sick}
     look = _Look(frozenset(sick) | (choice.may & {links[name].follower for name in sick}))
     return Treated(changed, before, gains.measure(look) if sick else before, look.centres)
+
+
+def _last(links: Mapping[str, Link]) -> frozenset[str]:
+    return frozenset(name for name, link in links.items() if link.is_last)
 
 
 def _off(links: Mapping[str, Link], names: Sequence[str], aims: Mapping[str, float]) -> float:
@@ -228,15 +236,18 @@ class _Adjustment:
 
     Args:
         names: of these layers.
+        last: names of layers whose output no other takes.
         aims: the gain that each is to have.
         known: what the pass before has measured; nothing before the first, and of what is to have variance 1.
         gates: those of these layers that keep their bias.
     """
 
     names: frozenset[str]
+    last: frozenset[str]
     aims: Mapping[str, float]
     known: Mapping[str, Link]
     gates: frozenset[str]
+    sizes: dict[str, float] = field(default_factory=dict)
 
     @torch.no_grad()
     def __call__(self, name: str, layer: nn.Module, source: Tensor, output: Tensor) -> bool:
@@ -251,10 +262,18 @@ class _Adjustment:
         factor = self._factor(name, float((values - mean).square().mean().sqrt()))
         weight = layer.weight
         assert isinstance(weight, Tensor)
+        if name in self.last:
+            factor = min(factor, self._largest() / size_of(layer))
         set_weight(layer, weight * factor)
+        self.sizes[name] = size_of(layer)
         if isinstance(layer.bias, nn.Parameter) and layer.bias.requires_grad and name not in self.gates:
             layer.bias.copy_((layer.bias.double() - mean.to(layer.bias.device)) * factor)
         return True
+
+    def _largest(self) -> float:
+        """How large the weights of a last layer may be: as those before it are, of the layers that were drawn."""
+        inner = [size for name, size in self.sizes.items() if name not in self.last]
+        return max(statistics.median(inner), 1.0) if inner else 1.0
 
     def _factor(self, name: str, spread: float) -> float:
         link = self.known.get(name)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from lightning_gradflow.probes.shards import is_transformed
+from lightning_gradflow.probes.weight_size import TRANSPOSED
 from lightning_gradflow.remedies.bare_map import BareMap
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 """The layers whose gain can be measured and set."""
 
@@ -61,6 +61,11 @@ class Link:
     def is_known(self) -> bool:
         """Whether the gain was measured."""
         return not math.isnan(self.gain)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no layer takes its output, which is made of what others give."""
+        return not self.follower and not self.is_first
 
     @property
     def growth(self) -> float:

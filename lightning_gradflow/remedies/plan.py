@@ -48,6 +48,7 @@ PLAN: dict[tuple[FindingKind, str], tuple[str, ...]] = {
     (FindingKind.LOSS_PLATEAU, "saturation"): ("scale_inputs", "reinit"),
     (FindingKind.LOSS_PLATEAU, "dead_units"): ("reinit", "recycle"),
     (FindingKind.UPDATE_RATIO, "learning_rate_too_large"): ("reinit", "rollback"),
+    (FindingKind.UPDATE_RATIO, "weight_scale"): ("reinit",),
     (FindingKind.UPDATE_RATIO, "overwritten"): ("rollback",),
     (FindingKind.UPDATE_RATIO, "unscaled_inputs"): ("scale_inputs", "clip", "rollback"),
 }
@@ -78,6 +79,7 @@ BY_BIRTH = frozenset(
         (FindingKind.DEAD_UNITS, "initialisation"),
         (FindingKind.DEAD_UNITS, "symmetry"),
         TOO_LARGE,
+        (FindingKind.UPDATE_RATIO, "weight_scale"),
         (FindingKind.LOSS_PLATEAU, "recurrence"),
         OFF_TARGET,
         UNTOUCHED,

@@ -10,8 +10,9 @@ from itertools import accumulate, combinations
 
 from torch import Tensor, nn
 
+from lightning_gradflow.probes.weight_size import TRANSPOSED, weight_size
 from lightning_gradflow.remedies.fresh import looks_fresh
-from lightning_gradflow.remedies.gains import TRANSPOSED, Link
+from lightning_gradflow.remedies.gains import Link
 from lightning_gradflow.remedies.weights import is_settable, originals_of, parameters_of
 
 MAX_OFF = 1.25
@@ -99,7 +100,7 @@ class Choice:
             }
             drawn = {name for name in growing | ends if name in self.may and looks_drawn(self._modules[name])}
             return [name for name in links if name in loud or (growing and name in drawn)]
-        over = sum(math.log10(_size(self._modules[name]) / _UNUSUAL) for name in loud)
+        over = sum(math.log10(size_of(self._modules[name]) / _UNUSUAL) for name in loud)
         return loud if over > math.log10(_MAX_STRETCH) else []
 
     def aims(self, links: Mapping[str, Link]) -> dict[str, float]:
@@ -114,7 +115,7 @@ class Choice:
         """How much too large the weights are of a last layer that may not be drawn, as one that is tied; else 1."""
         if follower not in links or links[follower].is_known or follower in self.may:
             return 1.0
-        size = _size(self._modules[follower])
+        size = size_of(self._modules[follower])
         return size if FAR < size < math.inf else 1.0
 
 
@@ -175,7 +176,7 @@ class _Limits:
 def _is_sick(layer: nn.Module, link: Link, aim: float, stretch: float, limits: _Limits) -> bool:
     if link.is_normalised or not looks_drawn(layer):
         return False
-    size = _size(layer)
+    size = size_of(layer)
     if not link.is_known:  # zero is a usual choice for an output layer
         is_large = size > MAX_SPREAD and link.spread > limits.max_spread
         return size > 0 and (is_large or _is_off(size, 1.0, _MAX_STRETCH))
@@ -195,7 +196,7 @@ def _is_quiet(layer: nn.Module, link: Link, max_off: float) -> bool:
 
     Where something multiplies its output by far, as the frequency of a sine does, that is not the size that counts.
     """
-    is_plain = link.is_first and not link.is_normalised and link.gain <= _MAX_STRETCH * _size(layer)
+    is_plain = link.is_first and not link.is_normalised and link.gain <= _MAX_STRETCH * size_of(layer)
     return is_plain and _is_off(link.spread, 1.0, max_off) and looks_drawn(layer)
 
 
@@ -204,7 +205,7 @@ def _is_loud(layer: nn.Module, link: Link) -> bool:
 
     What follows may hide it, as the norm behind the sum of many branches that are all too large does.
     """
-    return not link.is_normalised and _size(layer) > _UNUSUAL and looks_drawn(layer)
+    return not link.is_normalised and size_of(layer) > _UNUSUAL and looks_drawn(layer)
 
 
 def _is_hidden(layer: nn.Module, link: Link) -> bool:
@@ -212,7 +213,7 @@ def _is_hidden(layer: nn.Module, link: Link) -> bool:
 
     The signal does not tell, but a step does: beside weights that are too small each one turns the layer over.
     """
-    return link.is_known and link.is_chain and _is_off(_size(layer), 1.0, _MAX_STRETCH) and looks_drawn(layer)
+    return link.is_known and link.is_chain and _is_off(size_of(layer), 1.0, _MAX_STRETCH) and looks_drawn(layer)
 
 
 def looks_drawn(layer: nn.Module) -> bool:
@@ -222,18 +223,11 @@ def looks_drawn(layer: nn.Module) -> bool:
     return looks_fresh(weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight)
 
 
-def _size(layer: nn.Module) -> float:
-    """Of the weights, where 1 is what keeps the size of a signal."""
+def size_of(layer: nn.Module) -> float:
+    """Of the weights of a layer; see `weight_size`."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return float(weight.detach().double().square().mean().sqrt()) * math.sqrt(_fan_in(layer, weight))
-
-
-def _fan_in(layer: nn.Module, weight: Tensor) -> float:
-    """Numbers that each output is a sum over, on average."""
-    if not isinstance(layer, TRANSPOSED):
-        return weight[0].numel()
-    return weight[:, 0].numel() / layer.groups / math.prod(layer.stride)
+    return float(weight_size(layer, weight))
 
 
 def _is_off(value: float, aim: float, factor: float) -> bool:

@@ -95,7 +95,7 @@ def _blown_up(module: nn.Module, run: Callable[[], None], seed: int) -> dict[str
 
 def _is_usual(part: nn.RNNBase | nn.RNNCellBase | nn.Embedding, weight: Tensor) -> bool:
     """Initialisations differ in what they go by: inputs or units of the state, one token or the width of embeddings."""
-    if not isinstance(part, nn.Embedding) and _is_constant(weight):  # a table of gains starts with ones
+    if not isinstance(part, nn.Embedding) and is_constant(weight):  # a table of gains starts with ones
         return False
     size = _rms(weight)
     fans = (1, weight.shape[1]) if isinstance(part, nn.Embedding) else (weight.shape[1], part.hidden_size)
@@ -107,11 +107,11 @@ def _rms(weight: Tensor) -> float:
 
 
 @torch.no_grad()
-def _is_constant(weight: Tensor) -> bool:
+def is_constant(weight: Tensor) -> bool:
     """Whether the rows of a matrix are the same but for a hundredth of it: all of its units look at the same sum.
 
     Example:
-        >>> _is_constant(torch.full((8, 4), 0.01)), _is_constant(torch.eye(4)), _is_constant(torch.zeros(4, 4))
+        >>> is_constant(torch.full((8, 4), 0.01)), is_constant(torch.eye(4)), is_constant(torch.zeros(4, 4))
         (True, False, False)
     """
     rows = weight.detach().flatten(1).double()

@@ -20,7 +20,9 @@ VOCABULARY = {
     "loss_mismatch": "unscaled_targets softmax_twice bounded_scores sigmoid_twice no_log_softmax broadcast unknown",
     "mixed_samples": "batch_first unknown",
     "no_gradient": "detached initialisation unused not_optimized",
-    "update_ratio": "rounding learning_rate_too_small learning_rate_too_large unscaled_inputs overwritten weight_decay",
+    "update_ratio": (
+        "rounding learning_rate_too_small learning_rate_too_large unscaled_inputs weight_scale overwritten weight_decay"
+    ),
 }
 PAIRS = [(FindingKind(kind), cause) for kind, causes in VOCABULARY.items() for cause in causes.split()]
 EVIDENCE = {

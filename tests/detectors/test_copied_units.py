@@ -33,7 +33,10 @@ def run(weights, gradients, names=("fc0", "fc1", "fc2")):
         ([0, 1.2, 0], [1e-7, 0, 1.3], ("fc0",)),
         ([9e-4, 1.2, 1.2], [9e-4, 1.1, 1.3], ("fc0",)),
         ([1.1e-3, 1.2, 1.2], [0, 1.1, 1.3], ()),
-        ([0, 0, 0], [1.1e-3, 0.7, 1.3], ()),  # what is behind it makes its units differ
+        ([0, 1.2, 0], [0.099, 0.7, 1.3], ("fc0",)),  # biases make a little of a difference
+        ([0, 1.2, 0], [0.101, 0.7, 1.3], ()),  # what is behind it makes its units differ
+        ([0.099, 0.09, 1.2], [0.7, 0.8, 1.3], ("fc0", "fc1")),  # and where all were copies that is no help
+        ([0.099, 0.101, 1.2], [0.7, 0.8, 1.3], ()),
         ([0, 0, 0], [inf, inf, 1.3], ()),  # no gradient, no finding
         ([nan, nan, nan], [nan, nan, nan], ()),
     ],
@@ -42,6 +45,14 @@ def test_weights_and_gradients_have_to_be_alike(weights, gradients, expected):
     history = run(weights, gradients)
     assert copied_layers(history) == expected
     assert verdict(DeadUnits().judge(history)) == ([("critical", "symmetry", expected)] if expected else [])
+
+
+def test_of_all_layers_it_is_asked_in_the_first_sample_and_of_several():
+    history = run([0, 0, 1.2], [0.7, 0.8, 1.3])
+    assert copied_layers(history) == ("fc0", "fc1")
+    history.append(Row(1, dict(history.rows[0].values)))
+    assert copied_layers(history) == ()
+    assert copied_layers(run([0.09, nan, 1.2], [0.7, nan, 1.3])) == ()
 
 
 def test_a_module_that_holds_the_others_does_not_stand_behind_them():

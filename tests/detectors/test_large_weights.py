@@ -31,6 +31,8 @@ def run(
     saturated=nan,
     gate=nan,
     first_step=1.0,
+    initial=nan,
+    unmoved=0,
     **scalars,
 ):
     """Square matrices with weights of this size; of `normal` layers it is 1."""
@@ -46,11 +48,15 @@ def run(
         "grad_rms": np.full(len(names), 3.0 / SIDE),
         "update_ratio": np.full(len(names), ratio),
         "output_rms": np.array([1.0] * (len(points) - 1) + [output]),
+        "initial_size": np.full(len(names), initial),
     }
     last = -1
     for step in range(0, len(losses), 10):
         said = {"planned_steps": planned, **scalars}
         now = {**values, "update_ratio": values["update_ratio"] * (1.0 if step else first_step)}
+        if step == 0:
+            now["grad_norm"] = np.where(np.arange(len(names)) < unmoved, 0.0, 3.0)
+            now["grad_rms"] = now["grad_norm"] / SIDE
         if left is not None:
             now["delta_norm"] = np.full(len(points), left if step else 1.0)
         if not math.isnan(saturated):
@@ -85,6 +91,41 @@ FOUND = [("warning", "weight_scale", ("fc0", "fc1", "fc2", "fc3"))]
 def test_each_condition_from_both_sides(sick, well):
     assert told(**sick) == FOUND
     assert told(**well) == []
+
+
+EARLY = DOWN[:11]
+FAR = {"compared_rms": 9.0, "residual_rms": 9.0, "target_deviation": 2.9}
+SCORES = {"score_deviation": 2.1, "score_classes": 8.0, "output": 0.5}  # 1.5 times the logarithm of 8 is 3.1
+
+
+@pytest.mark.parametrize(
+    ("sick", "well"),
+    [
+        (FAR, {**FAR, "target_deviation": 3.1}),
+        (FAR, {**FAR, "residual_rms": 8.6}),  # the targets are as large, as those that are not standardised
+        (FAR, {**FAR, "compared_rms": 8.6}),
+        (FAR, {}),
+        (FAR, {**FAR, "normal": 2}),
+        (FAR, {**FAR, "ratio": 1.01e-2}),
+        ({**FAR, "ratio": 9.9e-3}, {**FAR, "losses": DOWN[:1]}),
+        (SCORES, {**SCORES, "score_deviation": 1.9}),
+        (SCORES, {**SCORES, "score_classes": 600.0}),
+        ({**FAR, "size": 3.9, "initial": 4.1}, {**FAR, "size": 3.9, "initial": 3.9}),
+        (
+            {**FAR, "unmoved": 4, "edge": 1.31},
+            {**FAR, "unmoved": 4, "planned": nan},
+        ),  # the gradient may be zero at first
+    ],
+)
+def test_what_the_first_outputs_say_needs_no_time(sick, well):
+    assert told(**{"losses": EARLY, **sick}) == FOUND
+    assert told(**{"losses": EARLY, **well}) == []
+
+
+@pytest.mark.parametrize(("down_to", "is_found"), [(1.7, True), (1.6, False)])  # equal scores of 8 classes: 2.08
+def test_what_is_past_chance_has_learnt_more_than_its_size(down_to, is_found):
+    losses = np.append(np.linspace(9.0, down_to, 41), np.full(60, down_to))
+    assert bool(told(losses=losses, **{**SCORES, "score_deviation": 3.1})) is is_found
 
 
 @pytest.mark.parametrize(("normal", "is_found"), [(1, True), (2, False)])
@@ -209,7 +250,7 @@ def test_weights_drawn_with_one_are_found_and_drawn_anew():
 
 @pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")
 def test_what_was_drawn_as_badly_is_drawn_with_the_layers_that_a_norm_hides():
-    flow = _fit(Run(nn.Linear, (2.0, 1.0, 0.7)), "apply")
+    flow = _fit(Run(nn.Linear, (2.0, 1.0, 0.37)), "apply")
     assert [f.layers for f in flow.findings if f.severity.is_alarm] == [("net.0", "net.3")]
     assert [(a.kind, a.layers, a.outcome) for a in flow.actions] == [("reinit", ("net.0", "net.3", "net.6"), "kept")]
 

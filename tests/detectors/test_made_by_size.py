@@ -112,7 +112,7 @@ def test_layers_that_are_as_large_as_the_tables_are_named_then():
     assert not LargeWeights().judge(small)
     assert not LargeTables().judge(large)
     assert verdict(LargeWeights().judge(large)) == [("warning", "weight_scale", ("fc", "out"))]
-    assert not LargeWeights().judge(run(size=8.0, deviation=2.9))
+    assert not LargeWeights().judge(run(size=8.0, deviation=1.9))
 
 
 def test_nothing_is_said_without_samples():

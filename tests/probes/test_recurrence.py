@@ -326,6 +326,40 @@ def test_a_probe_goes_on_where_its_state_was_taken():
     assert found[0] == found[1]
 
 
+def test_the_size_of_weights_is_read_once_and_before_the_first_step():
+    net = nn.Sequential(
+        nn.Embedding(10, 4), nn.Linear(4, 8), nn.LSTM(8, 6), nn.LayerNorm(6), nn.ConvTranspose1d(6, 4, 2)
+    )
+    usual = {name: p.detach().clone() for name, p in net.named_parameters()}
+    transfer = Transfer()
+    probe = SpectralProbe(LayerMap(net), transfer)
+    for samples in range(2):
+        probe.before_step()
+        for parameter in net.parameters():
+            parameter.data += 1
+        probe.before_step()  # of another optimizer
+        probe.measure()
+        found = probe.collect(transfer.fetch())
+        sizes = {name: values["initial_size"] for name, values in found.items() if "initial_size" in values}
+        assert sizes.keys() == (set() if samples else {"1", "2", "4"})
+        if not samples:
+            naive = {"1": ("1.weight", 4), "2": ("2.weight_ih_l0", 8), "4": ("4.weight", 6 * 2)}
+            for name, (weight, inputs) in naive.items():
+                rms = float(usual[weight].double().square().mean().sqrt())
+                assert sizes[name] == pytest.approx(rms * inputs**0.5, rel=1e-6)
+
+
+def test_a_run_that_goes_on_has_no_initial_size():
+    transfer = Transfer()
+    first, second = (SpectralProbe(LayerMap(nn.Linear(4, 4)), transfer) for _ in range(2))
+    first.measure()
+    transfer.fetch()
+    second.load_state_dict(first.state_dict())
+    second.before_step()
+    second.measure()
+    assert "initial_size" not in second.collect(transfer.fetch())["(root)"]
+
+
 def test_embeddings_and_vectors_have_no_spectrum():
     assert _spectra(nn.ModuleList([nn.LayerNorm(4)]), samples=1) == {"0": {"gain_mean": 1.0, "gain_rms": 1.0}}
     table = nn.Embedding(10, 4)

@@ -63,7 +63,7 @@ def test_so_it_is_where_keys_and_values_have_sizes_of_their_own():
     assert draw_attention(_attention(2.0, ["k_proj_weight"], kdim=16, vdim=8), 0)
 
 
-@pytest.mark.parametrize("std", [None, 0.02, 0.002, 0.5])
+@pytest.mark.parametrize("std", [None, 0.02, 0.01, 0.5])
 def test_usual_weights_are_left_to_the_bit(std):
     _assert_left(_attention(std))
 
@@ -106,3 +106,30 @@ def test_the_global_random_state_is_not_touched():
     attention, before = _attention(1.0), torch.get_rng_state()
     draw_attention(attention, 0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+UNUSUAL = {
+    "copies": lambda weight: nn.init.constant_(weight, 0.05),
+    "small": lambda weight: nn.init.normal_(weight, std=0.039 / math.sqrt(DIM)),
+}
+USUAL = {
+    "small on purpose": lambda weight: nn.init.normal_(weight, std=0.05 / math.sqrt(DIM)),
+    "zeros": nn.init.zeros_,
+    "diagonal": lambda weight: weight.data.copy_(torch.eye(len(weight), DIM)),
+}
+
+
+@pytest.mark.parametrize("which", ["in_proj_weight", "out_proj.weight"])
+@pytest.mark.parametrize("draw", UNUSUAL)
+def test_weights_that_are_copies_or_far_too_small_are_drawn(draw, which):
+    attention = _attention()
+    UNUSUAL[draw](attention.get_parameter(which))
+    assert [*draw_attention(attention, 0)] == ["", "out_proj"]
+    assert 0.5 / math.sqrt(DIM) < attention.get_parameter(which).std() < 2 / math.sqrt(DIM)
+
+
+@pytest.mark.parametrize("draw", USUAL)
+def test_weights_that_are_small_or_regular_on_purpose_stay(draw):
+    attention = _attention()
+    USUAL[draw](attention.out_proj.weight)
+    _assert_left(attention)

@@ -1,0 +1,136 @@
+"""Weights that were drawn too small for the steps of the run: each condition from both sides, and in real runs."""
+
+import math
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradflow import GradFlow
+from lightning_gradflow.detectors.small_weights import SmallWeights
+from lightning_gradflow.history import History, Row
+from tests.detectors.runs import verdict
+
+nan = math.nan
+SIDE = 64  # of the matrices
+FLAT, DOWN = np.full(70, 2.3), np.geomspace(2.3, 0.2, 70)
+FOUND = [("warning", "weight_scale", ("fc1", "fc0", "fc2"))]
+
+
+def run(sizes=(0.01, 0.005, 0.03, 1.0), ratios=(0.3, 0.2, 0.01), steps=(0, 1, 2), losses=FLAT):
+    """Square layers whose weights start with these sizes, and by which share the step of each sample changes them."""
+    history, last = History(), -1
+    history.layer_axis.merge([f"fc{i}" for i in range(len(sizes))])
+    for step, ratio in zip(steps, [*ratios, *[ratios[-1]] * len(steps)], strict=False):
+        values = {"update_norm": ratio * np.array(sizes) * math.sqrt(SIDE), "grad_norm": np.full(len(sizes), 3.0)}
+        values["grad_rms"] = values["grad_norm"] / SIDE
+        values["initial_size"] = np.array(sizes if step == 0 else [nan] * len(sizes))
+        history.append(Row(step, values, losses=losses[last + 1 : step + 1]))
+        last = step
+    return history
+
+
+def told(**changes):
+    return verdict(SmallWeights().judge(run(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("sick", "well"),
+    [
+        ({}, {"sizes": (0.01, 0.005, 1.0, 1.0)}),
+        ({}, {"sizes": (0.01, 0.005, 0.041, 1.0)}),
+        ({"ratios": (0.101,)}, {"ratios": (0.099,)}),
+        ({"ratios": (0.0, 0.0, 0.101)}, {"ratios": (0.0, 0.0, 0.0, 0.101), "steps": (0, 1, 2, 4)}),
+        ({"ratios": (nan, 0.101)}, {"ratios": (nan,)}),
+        ({"ratios": (0.0,), "steps": (0, 16)}, {"ratios": (0.0,), "steps": (0, 15)}),
+        ({"ratios": (0.0,), "steps": (0, 16)}, {"ratios": (0.0,), "steps": (0, 16), "losses": DOWN}),
+        ({"steps": (0, 64)}, {"steps": (0, 65)}),
+    ],
+)
+def test_each_condition_from_both_sides(sick, well):
+    assert told(**sick) == FOUND
+    assert told(**well) == []
+
+
+def test_layers_of_zeros_do_not_count_and_one_alone_says_nothing():
+    assert told(sizes=(0.01, 0.005, 0.0, 0.0)) == [("warning", "weight_scale", ("fc1", "fc0"))]
+    assert told(sizes=(0.01,)) == told(sizes=(0.01, 0.0, 0.0)) == []
+
+
+def test_the_numbers_behind_it_are_told():
+    (finding,) = SmallWeights().judge(run())
+    assert finding.evidence == {"weight_size": 0.01, "update_ratio": pytest.approx(0.3)}
+    (finding,) = SmallWeights().judge(run(ratios=(1e-3,), steps=(0, 16)))
+    assert finding.evidence == {"weight_size": 0.01}
+
+
+def test_nothing_is_said_without_samples_and_limits_are_checked():
+    assert SmallWeights().judge(History()) == []
+    assert SmallWeights(min_size=0.001).judge(run()) == []
+    with pytest.raises(ValueError, match=r"min_size must be in \[0, 1\), got 1"):
+        SmallWeights(min_size=1.0)
+
+
+class Mixer(nn.Module):
+    """Residual branches with a norm in front: the gradient comes through, however small the weights are."""
+
+    def __init__(self, factor):
+        super().__init__()
+        torch.manual_seed(1)
+        self.into, self.out = nn.Linear(32, 48), nn.Linear(48, 8)
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48)) for _ in range(4)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data *= factor
+
+    def forward(self, x):
+        x = self.into(x)
+        for branch in self.branches:
+            x = x + branch(x)
+        return self.out(x)
+
+
+class Run(L.LightningModule):
+    def __init__(self, factor):
+        super().__init__()
+        self.net = Mixer(factor)
+
+    def training_step(self, batch, _):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+def _fit(factor, mitigate="suggest"):
+    module = Run(factor)
+    torch.manual_seed(0)
+    x = torch.randn(1024, 32)
+    y = (nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 8))(x) * 10).argmax(1)
+    flow = GradFlow(report=False, console=False, mitigate=mitigate)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=64, shuffle=True)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    L.Trainer(max_steps=150, max_epochs=-1, accelerator="cpu", callbacks=[flow], **quiet).fit(module, loader)
+    return flow
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")
+def test_small_weights_behind_residuals_are_told_at_once_and_drawn_anew():
+    flow = _fit(0.02)
+    (finding,) = [f for f in flow.findings if f.severity.is_alarm]
+    assert (str(finding.kind), finding.cause, finding.step) == ("update_ratio", "weight_scale", 0)
+    assert len(finding.layers) == 10
+    assert any("nn.init." in suggestion.code for suggestion in finding.suggestions)
+    cured = _fit(0.02, "apply")
+    assert [(a.kind, a.step, len(a.layers), a.outcome) for a in cured.actions] == [("reinit", 0, 10, "kept")]
+    sick, well, usual = (float(np.median(one.history.losses[-30:])) for one in (flow, cured, _fit(1.0)))
+    assert well < sick
+    assert well < 1.1 * usual
+
+
+def test_usual_weights_are_left_alone():
+    assert not _fit(1.0).findings
