@@ -25,7 +25,7 @@ from lightning_gradflow.history import Floats, History, Ints
 
 _EDGE = 1.3  # times the largest singular value of a square matrix of independent entries: one of 1 to 16 has 1.25
 _FEWEST = 2  # layers
-_WAY_BACK = 4.0  # times their norm that the run can change weights by: a quarter of it or more is the way back
+_BACK = 4.0  # times their norm that the run can change weights by: a quarter of it or more is the way back
 _BETTER = 0.8  # of the loss of equal scores
 _AT_BOUNDS = 0.5  # of the first outputs of a recurrence
 
@@ -93,32 +93,36 @@ class LargeWeights:
         """The finding of the newest row, if there is one."""
         if _is_past_chance(history):
             return []
-        stands = is_judged(history, young=YOUNG) and not still_falls(history, HALVED)
-        if not stands and not starts_far_off(history):
-            return []
-        if stands:
-            sizes = _mean_sizes(history)
-            large = _large(history, sizes, self.max_size)
-        else:
-            sizes = _sizes(history)
-            large = np.flatnonzero(sizes > self.max_size)  # what has been trained starts from no such outputs
-        most = _are_most(large, sizes)
-        if not (stands or most):
-            return []
+        if is_judged(history, young=YOUNG) and not still_falls(history, HALVED):
+            return self._where_it_stands(history)
+        return self._at_once(history) if starts_far_off(history) else []
+
+    def _at_once(self, history: History) -> list[Finding]:
+        """Most layers are too large, and the first outputs say what comes of it."""
+        sizes = _sizes(history)
+        large = np.flatnonzero(sizes > self.max_size)  # what has been trained starts from no such outputs
+        evidence = {"reach": _reach(history, large)}
+        return _found(history, sizes, large, evidence) if _are_most(large, sizes) and evidence["reach"] < _BACK else []
+
+    def _where_it_stands(self, history: History) -> list[Finding]:
+        """The run had time to learn something, and has not."""
+        sizes = _mean_sizes(history)
+        large = _large(history, sizes, self.max_size)
         is_loud = _first_outputs(history) > WIDE
-        if most:
+        if _are_most(large, sizes):
             evidence = {"reach": _reach(history, large)}
-            is_loud = is_loud or not stands
         elif large.size and keeps_residual(history):
             evidence = {"usual_reach": _usual_reach(history, large)}
             is_loud = is_loud or _start_at_bounds(history, large)
         else:
             return []
-        if not (is_loud and all(reach < (1 if stands else _WAY_BACK) for reach in evidence.values())):
-            return []
-        layers = tuple(history.layers[i] for i in large)
-        evidence = {"weight_size": float(np.median(sizes[large])), **evidence}
-        return [from_the_start(history, "weight_scale", layers, evidence)]
+        return _found(history, sizes, large, evidence) if is_loud and max(evidence.values()) < 1 else []
+
+
+def _found(history: History, sizes: Floats, large: Ints, evidence: dict[str, float]) -> list[Finding]:
+    layers = tuple(history.layers[i] for i in large)
+    evidence = {"weight_size": float(np.median(sizes[large])), **evidence}
+    return [from_the_start(history, "weight_scale", layers, evidence)]
 
 
 def most_are_large(history: History, max_size: float = 4.0) -> bool:
