@@ -70,6 +70,7 @@ METRICS: dict[str, Metric] = {
         "rms of the entries of a layer's largest matrix, times the root of how many each unit sums over, before the "
         "first step: 1 keeps the size of a signal",
     ),
+    "initial_norm": Metric("layers", "norm", "Frobenius norm of the same matrix before the first step"),
     "embedding_rms": Metric(
         "layers", "norm", "rms of an embedding's table, or of a module's own matrices the largest; in the first sample"
     ),

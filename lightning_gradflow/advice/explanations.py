@@ -83,7 +83,7 @@ SEEN_SO: dict[tuple[FindingKind, str], Text] = {
         "The weights of {layers} stay as they are, although the optimizer steps",
         "{unchanged_fraction} of what a step is to gain is lost",
     ),
-    (FindingKind.DEAD_UNITS, "symmetry"): ("All units of a layer are copies of one another, in {layers}",),
+    (FindingKind.DEAD_UNITS, "symmetry"): ("All units of a layer are copies of one another, or nearly, in {layers}",),
     (FindingKind.UPDATE_RATIO, "weight_scale"): (
         "The weights of {layers} are far too small",
         "a step changes them by {update_ratio} times their norm (median)",
@@ -223,7 +223,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "at the pace of most steps so far the whole run changes them by {usual_reach} times their norm at most",
     ),
     (FindingKind.UPDATE_RATIO, "weight_scale"): (
-        "They were drawn so, and steps that are made for usual weights write over them",
+        "They were drawn so, and the learning rate is made for usual ones",
         "they were {weight_size} times as large as what keeps the size of a signal (median)",
     ),
     (FindingKind.LOSS_PLATEAU, "recurrence"): (

@@ -63,6 +63,8 @@ def _of_layers(history: History) -> list[str]:
         alike = (weights < _ALIKE) & (gradients < _PULLED_ALIKE)
         nearly = weights < _NEARLY
     known = [i for i in hidden if np.isfinite(weights[i]) and np.isfinite(gradients[i])]
-    if len(history) == 1 and len(known) >= _FEWEST and nearly[known].all():
+    # a step that a gradient scaler has skipped tells of no gradient
+    is_first = len(known) >= _FEWEST and not np.isfinite(history["unit_grad_spread"][:-1, known]).any()
+    if is_first and nearly[known].all():
         return [history.layers[i] for i in known]
     return [history.layers[i] for i in hidden if alike[i]]

@@ -101,8 +101,10 @@ class LargeWeights:
         """Most layers are too large, and the first outputs say what comes of it."""
         sizes = _sizes(history)
         large = np.flatnonzero(sizes > self.max_size)  # what has been trained starts from no such outputs
-        evidence = {"reach": _reach(history, large)}
-        return _found(history, sizes, large, evidence) if _are_most(large, sizes) and evidence["reach"] < _BACK else []
+        if not _are_most(large, sizes):
+            return []
+        reach = _reach(history, large)
+        return _found(history, sizes, large, {"reach": reach}) if reach < _BACK else []
 
     def _where_it_stands(self, history: History) -> list[Finding]:
         """The run had time to learn something, and has not."""

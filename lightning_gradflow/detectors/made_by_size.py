@@ -115,7 +115,7 @@ def starts_far_off(history: History) -> bool:
         return False
     names = ("compared_rms", "residual_rms", "target_deviation")
     output, error, deviation = (_first(history.scalar(name)) for name in names)
-    is_beyond = min(output, error) > WIDE * deviation
+    is_beyond = deviation > 0 and output > WIDE * deviation and error > WIDE * deviation
     return is_beyond or _far_off(history, _SPREAD) or bool(scores_from_the_start(history)[0])
 
 

@@ -13,12 +13,13 @@ _SOME = 16  # that are compared: which numbers belong to a unit is not known
 _ROWS = 4  # that are compared: units that are drawn are never alike, so that more would tell nothing new
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-_MADE_OF_UNITS = (nn.Linear, *_CONVOLUTIONS, nn.RNNBase, nn.RNNCellBase)
+MADE_OF_UNITS = (nn.Linear, *_CONVOLUTIONS, nn.RNNBase, nn.RNNCellBase)
+"""Layers of which one knows where the weights of a unit are."""
 
 
 def has_units(module: nn.Module) -> bool:
     """Whether it is a layer of which one knows where the weights of a unit are, and that has several."""
-    return isinstance(module, _MADE_OF_UNITS) and _count(module) > 1
+    return isinstance(module, MADE_OF_UNITS) and _count(module) > 1
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_gradflow.history import Floats
 from lightning_gradflow.metrics import measured
-from lightning_gradflow.probes.copied_units import has_units, matrix_spread, unit_spread
+from lightning_gradflow.probes.copied_units import MADE_OF_UNITS, has_units, matrix_spread, unit_spread
 from lightning_gradflow.probes.layers import LayerMap
 from lightning_gradflow.probes.norm_gains import norm_gains
 from lightning_gradflow.probes.shards import is_sharded
@@ -80,18 +80,18 @@ class SpectralProbe:
         self._zero: set[str] = set()  # layers with weights that were zero, and got no gradient, so far
         self._pulled: set[str] = set()  # tables whose gradient has pointed along them, so far
         self._small_gains: set[str] = set()  # norm layers with small gains, so far
-        self._sizes: dict[str, Tensor] = {}  # of the weights before the first step
+        self._sizes: list[tuple[str, str, Tensor]] = []  # of the weights before the first step
         self._has_begun, self._is_first = False, True
         self._measured: list[list[tuple[str, str]]] = []  # layer, metric; a list for each device
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """In the first sample of a run, reads how large the weights are that the optimizer is about to change."""
+        """In the first sample of a run, reads how large the weights of layers are that are about to be changed."""
         if self._sizes or self._has_begun or self._vectors or not self._are_alike():
             return
-        self._sizes = {
-            layer: size for layer in self._layers.names if (size := _size(self._layers.module(layer))) is not None
-        }
+        self._sizes = [
+            (layer, *of_matrix) for layer in self._layers.names for of_matrix in _sizes(self._layers.module(layer))
+        ]
 
     def _are_alike(self) -> bool:
         """Whether all ranks hold the same: beside sharded parameters nobody sees to it that the others are."""
@@ -111,10 +111,8 @@ class SpectralProbe:
         self._has_begun = True
         if not self._are_alike():
             return
-        found: list[tuple[str, str, Tensor | _Matrix]] = [
-            (layer, "initial_size", size) for layer, size in self._sizes.items()
-        ]
-        self._sizes = {}
+        found: list[tuple[str, str, Tensor | _Matrix]] = [*self._sizes]
+        self._sizes = []
         found += [
             (layer, metric, value)
             for layer in self._layers.names
@@ -291,12 +289,13 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and parameter.numel() > 0 and parameter.is_floating_point() and not parameter.is_meta
 
 
-def _size(module: nn.Module) -> Tensor | None:
-    """Of the largest matrix of a layer; see `weight_size`."""
+def _sizes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Of the largest matrix of a layer that is made of units; see `weight_size`."""
     weights = [p for p in module.parameters(recurse=False) if _is_matrix(p)]
-    if not weights or isinstance(module, EMBEDDINGS):
-        return None
-    return weight_size(module, max(weights, key=Tensor.numel))
+    if weights and isinstance(module, MADE_OF_UNITS):
+        weight = max(weights, key=Tensor.numel)
+        yield "initial_size", weight_size(module, weight)
+        yield "initial_norm", torch.linalg.vector_norm(weight, dtype=wide_dtype(weight.device))
 
 
 def _direction(vector: Tensor, otherwise: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ def draw_attention(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Parame
     Its weights are multiplied with in one function, so that no gain can be measured of them. The logits grow with the
     square of them, and a softmax of large logits takes one position each and lets no gradient through. All of it is
     drawn by the book (Glorot, by block) where a weight is above `1 / sqrt(fan_in)` by more than a factor of 4, the root
-    mean square of its entries; where one is below that by a factor of 25, and not zero; or where its rows are copies.
+    mean square of its entries; where one of the inputs is below that by a factor of 25, and not zero; or where its rows
+    are copies.
 
     Args:
         module: the model, or a copy of it.
@@ -51,7 +52,7 @@ def draw_attention(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Parame
             continue
         weights = [p for p in part.parameters() if p.dim() == 2 and p.requires_grad]
         is_own = all(owners[p] == 1 and (is_constant(p) or looks_fresh(p)) for p in weights)
-        if not is_own or all(_is_usual(p) for p in weights):
+        if not is_own or all(_is_usual(p, may_be_small=p is part.out_proj.weight) for p in weights):
             continue
         for key, one in ((name, part), (f"{name}.out_proj".lstrip("."), part.out_proj)):
             if initialise(one, "glorot", generator):
@@ -59,6 +60,7 @@ def draw_attention(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Parame
     return drawn
 
 
-def _is_usual(weight: nn.Parameter) -> bool:
+def _is_usual(weight: nn.Parameter, *, may_be_small: bool) -> bool:
+    """Whether some initialisation gives such a weight; that of the output may be made for many residual branches."""
     size = float(weight.detach().double().square().mean().sqrt()) * math.sqrt(weight.shape[1])
-    return size == 0 or (_SMALL <= size <= FAR and not is_constant(weight))
+    return size == 0 or (size <= FAR and (may_be_small or size >= _SMALL) and not is_constant(weight))

@@ -91,14 +91,15 @@ def make_critical(
     Each such layer gets an orthogonal weight, one for each group of a convolution. Then, in forward passes until it
     settles, and layer by layer in order of execution, its bias, where it has one, is shifted so that each unit's output
     has mean 0 on the batch, and its weight is scaled so that the norm of a random gradient is the same at the next
-    layer's input and at its own; that of the first layer, to whose input no gradient goes, and of the last, so that its
-    output has variance 1, if that takes no larger weights than the median layer has, and of one through which larger
-    weights let less, as where the largest of what a bounded activation gives is taken. Where what the next layer takes
-    comes from other layers too, as at the end of a residual branch, the gain is `1 / sqrt(number of such layers)`, so
-    that all of them together keep the size. Before a last layer that has to stay as it is, such as one tied to an
-    embedding, and whose weights are too large by more than a factor of 4, it is that much less. Glorot's, He's and the
-    orthogonal initialisation come out where their assumptions
-    hold. A padded convolution is made blind to the mean of its inputs, where that is larger than what varies.
+    layer's input and at its own; that of the first layer, to whose input no gradient goes, so that its output has
+    variance 1; and so is that of the last, unless that takes larger weights than those of the layers drawn before it,
+    in the median, and larger ones than `1 / sqrt(fan_in)`; and that of one through which larger weights let less, as
+    where the largest of what a bounded activation gives is taken. Where what the next layer takes comes from other
+    layers too, as at the end of a residual branch, the gain is `1 / sqrt(number of such layers)`, so that all of them
+    together keep the size. Before a last layer that has to stay as it is, such as one tied to an embedding, and whose
+    weights are too large by more than a factor of 4, it is that much less. Glorot's, He's and the orthogonal
+    initialisation come out where their assumptions hold. A padded convolution is made blind to the mean of its inputs,
+    where that is larger than what varies.
 
     A layer is drawn anew if it has entries that are not finite, or if its weights look as they were drawn and
 
@@ -262,8 +263,8 @@ class _Adjustment:
         factor = self._factor(name, float((values - mean).square().mean().sqrt()))
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        if name in self.last:
-            factor = min(factor, self._largest() / size_of(layer))
+        if name in self.last and (size := size_of(layer)) > 0:
+            factor = min(factor, self._largest() / size)
         set_weight(layer, weight * factor)
         self.sizes[name] = size_of(layer)
         if isinstance(layer.bias, nn.Parameter) and layer.bias.requires_grad and name not in self.gates:
@@ -271,7 +272,7 @@ class _Adjustment:
         return True
 
     def _largest(self) -> float:
-        """How large the weights of a last layer may be: as those before it are, of the layers that were drawn."""
+        """How large weights of a last layer may be: as those drawn before it, in the median, or what keeps a size."""
         inner = [size for name, size in self.sizes.items() if name not in self.last]
         return max(statistics.median(inner), 1.0) if inner else 1.0
 

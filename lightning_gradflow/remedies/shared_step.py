@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import nn
@@ -14,7 +15,7 @@ from lightning_gradflow.remedies.through_time import Looped
 from lightning_gradflow.remedies.time_span import Treatment, measured, watched
 from lightning_gradflow.remedies.training import Training
 
-_ROUNDS = 8  # of halving and measuring: down to a four-hundredth
+_ROUNDS = 8  # of halving and measuring: down to 1 / 256
 _MAX_DECADES = 0.5  # a factor of three
 
 
@@ -42,7 +43,7 @@ def shrink(training: Training, modules: Mapping[str, nn.Module], before: dict[st
             assign(weight, 0.5 * weight.detach())
         with watched(training, list(weights)) as watch:
             after = measured(training, watch, list(weights))
-    if after == before or not after or after["time_decades"] > _MAX_DECADES:
+    if after == before or not after.get("time_decades", math.inf) <= _MAX_DECADES:
         for name, weight in weights.items():
             assign(weight, old[name])
         return None

@@ -53,6 +53,10 @@ def test_of_all_layers_it_is_asked_in_the_first_sample_and_of_several():
     history.append(Row(1, dict(history.rows[0].values)))
     assert copied_layers(history) == ()
     assert copied_layers(run([0.09, nan, 1.2], [0.7, nan, 1.3])) == ()
+    history = run([0, 0, 1.2], [inf, inf, inf])  # a step that a gradient scaler has skipped
+    assert copied_layers(history) == ()
+    history.append(Row(1, dict(run([0.09, 0.08, 1.2], [0.7, 0.8, 1.3]).rows[0].values)))
+    assert copied_layers(history) == ("fc0", "fc1")
 
 
 def test_a_module_that_holds_the_others_does_not_stand_behind_them():
@@ -143,7 +147,7 @@ def test_a_net_of_constants_is_found_and_its_units_made_to_differ():
 @pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")  # of what stands behind the dropout
 @pytest.mark.parametrize(
     "net",
-    [lambda: _net(), lambda: _constant(_net(), [0]), lambda: _constant(_net(dropout=0.5), [0, 3, 5])],
+    [lambda: _net(), lambda: _constant(_net(), [0]), lambda: _constant(_net(dropout=0.5), [0, 5])],
     ids=["drawn", "one layer of constants before others that are drawn", "dropout"],
 )
 def test_units_that_will_differ_are_left_alone(net):

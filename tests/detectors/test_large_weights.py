@@ -105,6 +105,10 @@ SCORES = {"score_deviation": 2.1, "score_classes": 8.0, "output": 0.5}  # 1.5 ti
         (FAR, {**FAR, "residual_rms": 8.6}),  # the targets are as large, as those that are not standardised
         (FAR, {**FAR, "compared_rms": 8.6}),
         (FAR, {}),
+        (FAR, {**FAR, "target_deviation": 0.0}),  # a residual that is compared with zeros
+        (FAR, {**FAR, "target_deviation": nan}),
+        (FAR, {**FAR, "residual_rms": nan}),
+        (FAR, {**FAR, "compared_rms": nan}),
         (FAR, {**FAR, "normal": 2}),
         (FAR, {**FAR, "ratio": 1.01e-2}),
         ({**FAR, "ratio": 9.9e-3}, {**FAR, "losses": DOWN[:1]}),

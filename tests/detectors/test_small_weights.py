@@ -10,24 +10,36 @@ from torch import nn
 
 from lightning_gradflow import GradFlow
 from lightning_gradflow.detectors.small_weights import SmallWeights
-from lightning_gradflow.history import History, Row
+from lightning_gradflow.history import History, Point, Row
 from tests.detectors.runs import verdict
 
 nan = math.nan
-SIDE = 64  # of the matrices
 FLAT, DOWN = np.full(70, 2.3), np.geomspace(2.3, 0.2, 70)
 FOUND = [("warning", "weight_scale", ("fc1", "fc0", "fc2"))]
+SHAPES = ((8, 512), (512, 32), (64, 64), (32, 32))
 
 
-def run(sizes=(0.01, 0.005, 0.03, 1.0), ratios=(0.3, 0.2, 0.01), steps=(0, 1, 2), losses=FLAT):
-    """Square layers whose weights start with these sizes, and by which share the step of each sample changes them."""
-    history, last = History(), -1
-    history.layer_axis.merge([f"fc{i}" for i in range(len(sizes))])
+def run(
+    sizes=(0.01, 0.005, 0.03, 1.0),
+    ratios=(0.3, 0.2, 0.01),
+    steps=(0, 1, 2),
+    losses=FLAT,
+    gains=(0.05, 0.9, 0.9),
+    frozen=(),
+    **scalars,
+):
+    """Layers whose weights start with these sizes; by which share each step changes them, and what they let through."""
+    history, last, count = History(), -1, len(sizes)
+    names = [f"fc{i}" for i in range(count)]
+    history.layer_axis.merge(names)
+    history.add_points([Point(name, name) for name in names])
+    norms = np.array(sizes) * np.sqrt([rows for rows, _ in SHAPES[:count]])
+    moved = np.where(np.isin(names, frozen), nan, norms)
+    deltas = np.cumprod([1.0, *(1 / np.array(gains[: count - 1]))])
     for step, ratio in zip(steps, [*ratios, *[ratios[-1]] * len(steps)], strict=False):
-        values = {"update_norm": ratio * np.array(sizes) * math.sqrt(SIDE), "grad_norm": np.full(len(sizes), 3.0)}
-        values["grad_rms"] = values["grad_norm"] / SIDE
-        values["initial_size"] = np.array(sizes if step == 0 else [nan] * len(sizes))
-        history.append(Row(step, values, losses=losses[last + 1 : step + 1]))
+        values = {"update_norm": ratio * moved, "delta_norm": deltas}
+        values |= {"initial_size": np.array(sizes), "initial_norm": norms} if step == 0 else {}
+        history.append(Row(step, values, scalars, losses=losses[last + 1 : step + 1]))
         last = step
     return history
 
@@ -43,10 +55,14 @@ def told(**changes):
         ({}, {"sizes": (0.01, 0.005, 0.041, 1.0)}),
         ({"ratios": (0.101,)}, {"ratios": (0.099,)}),
         ({"ratios": (0.0, 0.0, 0.101)}, {"ratios": (0.0, 0.0, 0.0, 0.101), "steps": (0, 1, 2, 4)}),
-        ({"ratios": (nan, 0.101)}, {"ratios": (nan,)}),
-        ({"ratios": (0.0,), "steps": (0, 16)}, {"ratios": (0.0,), "steps": (0, 15)}),
-        ({"ratios": (0.0,), "steps": (0, 16)}, {"ratios": (0.0,), "steps": (0, 16), "losses": DOWN}),
-        ({"steps": (0, 64)}, {"steps": (0, 65)}),
+        ({"ratios": (nan, 0.101)}, {"ratios": (nan, 0.099)}),
+        ({"gains": (0.9, 0.099, 0.9)}, {"gains": (0.9, 0.101, 0.9)}),
+        ({"gains": (0.9, 0.099, 0.9)}, {"gains": (0.9, 0.9, 0.05)}),  # it is a layer of usual size that holds it back
+        ({"steps": (0, 64), "losses": DOWN}, {"steps": (0, 65), "losses": DOWN}),
+        ({"optimizers": 1.0}, {"optimizers": 2.0}),
+        ({"ratios": (0.0,), "steps": (0, 50)}, {"ratios": (0.0,), "steps": (0, 49)}),
+        ({"ratios": (0.0,), "steps": (0, 50)}, {"ratios": (0.0,), "steps": (0, 50), "losses": DOWN}),
+        ({"ratios": (0.0,), "steps": (0, 50), "lr": 1.0}, {"ratios": (0.0,), "steps": (0, 50), "planned_steps": 300.0}),
     ],
 )
 def test_each_condition_from_both_sides(sick, well):
@@ -54,15 +70,17 @@ def test_each_condition_from_both_sides(sick, well):
     assert told(**well) == []
 
 
-def test_layers_of_zeros_do_not_count_and_one_alone_says_nothing():
+def test_layers_of_zeros_and_frozen_ones_do_not_count_and_one_alone_says_nothing():
     assert told(sizes=(0.01, 0.005, 0.0, 0.0)) == [("warning", "weight_scale", ("fc1", "fc0"))]
     assert told(sizes=(0.01,)) == told(sizes=(0.01, 0.0, 0.0)) == []
+    assert told(frozen=("fc2",), sizes=(0.01, 0.005, 0.03)) == [("warning", "weight_scale", ("fc1", "fc0"))]
+    assert told(frozen=("fc0", "fc1", "fc2")) == []
 
 
 def test_the_numbers_behind_it_are_told():
     (finding,) = SmallWeights().judge(run())
     assert finding.evidence == {"weight_size": 0.01, "update_ratio": pytest.approx(0.3)}
-    (finding,) = SmallWeights().judge(run(ratios=(1e-3,), steps=(0, 16)))
+    (finding,) = SmallWeights().judge(run(ratios=(1e-3,), steps=(0, 50)))
     assert finding.evidence == {"weight_size": 0.01}
 
 
@@ -134,3 +152,45 @@ def test_small_weights_behind_residuals_are_told_at_once_and_drawn_anew():
 
 def test_usual_weights_are_left_alone():
     assert not _fit(1.0).findings
+
+
+class Sines(nn.Module):
+    """Each layer multiplies what comes out by a large frequency, and has weights that are as much smaller."""
+
+    def __init__(self, frequency=60.0):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.ModuleList([nn.Linear(1, 64), nn.Linear(64, 64), nn.Linear(64, 64)])
+        self.out = nn.Linear(64, 1)
+        self.frequency = frequency
+        for layer in (*self.layers[1:], self.out):
+            nn.init.uniform_(layer.weight, -(bound := math.sqrt(6 / 64) / frequency), bound)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.sin(self.frequency * layer(x))
+        return self.out(x)
+
+
+@pytest.mark.parametrize("rate", [1e-4, 3e-4])
+def test_sine_networks_are_left_alone(rate):
+    x = torch.linspace(-1, 1, 512)[:, None]
+    y = torch.sin(20 * x) + 0.5 * torch.sin(7 * x)
+
+    class Fit(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Sines()
+
+        def training_step(self, batch, _):
+            return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), rate)
+
+    flow = GradFlow(report=False, console=False)
+    data = torch.utils.data.TensorDataset(x, y)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = L.Trainer(max_steps=60, max_epochs=-1, accelerator="cpu", callbacks=[flow], **quiet)
+    trainer.fit(Fit(), torch.utils.data.DataLoader(data, batch_size=128, shuffle=True))
+    assert not [finding for finding in flow.findings if finding.cause == "weight_scale"]

@@ -131,6 +131,7 @@ def test_what_is_shut_is_found_and_cured(case):
     # of a list the first matrix is drawn last: on its inputs it is not sick by far
     assert {action.kind for action in cured.actions} == {"reinit"}
     assert cured.actions[0].outcome == "kept"
+    assert len(cured.actions) <= 2  # the first matrix is still far larger than usual, and told of once more
     assert reached > without + 0.1
 
 

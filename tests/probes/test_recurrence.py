@@ -328,7 +328,7 @@ def test_a_probe_goes_on_where_its_state_was_taken():
 
 def test_the_size_of_weights_is_read_once_and_before_the_first_step():
     net = nn.Sequential(
-        nn.Embedding(10, 4), nn.Linear(4, 8), nn.LSTM(8, 6), nn.LayerNorm(6), nn.ConvTranspose1d(6, 4, 2)
+        nn.Embedding(10, 4), nn.Linear(4, 8), nn.LSTM(8, 6), nn.Bilinear(6, 6, 6), nn.ConvTranspose1d(6, 4, 2)
     )
     usual = {name: p.detach().clone() for name, p in net.named_parameters()}
     transfer = Transfer()
@@ -347,6 +347,7 @@ def test_the_size_of_weights_is_read_once_and_before_the_first_step():
             for name, (weight, inputs) in naive.items():
                 rms = float(usual[weight].double().square().mean().sqrt())
                 assert sizes[name] == pytest.approx(rms * inputs**0.5, rel=1e-6)
+                assert found[name]["initial_norm"] == pytest.approx(float(usual[weight].norm()), rel=1e-6)
 
 
 def test_a_run_that_goes_on_has_no_initial_size():

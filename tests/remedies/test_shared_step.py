@@ -84,6 +84,15 @@ def test_weights_come_back_where_it_is_not_they_that_make_it_explode():
     assert {*optimizers[0].state} == {*model.parameters()}
 
 
+def test_weights_come_back_where_what_came_of_it_can_not_be_measured():
+    def overflows(net):
+        net.keeps = 1e30
+
+    model, before, treatment = _treat_steps(FindingKind.EXPLODING_GRADIENT, overflows)
+    assert treatment is None
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_the_optimizer_forgets_what_it_knew_of_weights_that_were_halved():
     optimizers = []
     model, _, treatment = _treat_steps(
