@@ -67,6 +67,9 @@ OFF_TARGET = (FindingKind.LOSS_MISMATCH, "unscaled_targets")
 TOO_LARGE = (FindingKind.LOSS_PLATEAU, "weight_scale")
 """The same of one whose weights were too large for its steps from the start."""
 
+TOO_SMALL = (FindingKind.UPDATE_RATIO, "weight_scale")
+"""The same of one whose weights were too small."""
+
 NOT_FOR = frozenset(
     {"underflow", "rounding", "learning_rate_too_small", "weight_decay", "no_signal_in_data", "not_optimized"}
 )
@@ -79,7 +82,7 @@ BY_BIRTH = frozenset(
         (FindingKind.DEAD_UNITS, "initialisation"),
         (FindingKind.DEAD_UNITS, "symmetry"),
         TOO_LARGE,
-        (FindingKind.UPDATE_RATIO, "weight_scale"),
+        TOO_SMALL,
         (FindingKind.LOSS_PLATEAU, "recurrence"),
         OFF_TARGET,
         UNTOUCHED,

@@ -28,12 +28,12 @@ from lightning_gradflow.remedies.gate_signs import turn_signs
 from lightning_gradflow.remedies.norm_gains import reset_biases, reset_gains
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.output_scaling import TargetScale
-from lightning_gradflow.remedies.plan import TOO_LARGE
+from lightning_gradflow.remedies.plan import TOO_LARGE, TOO_SMALL
 from lightning_gradflow.remedies.recurrent_treatment import treat
 from lightning_gradflow.remedies.scores import calm_scores
 from lightning_gradflow.remedies.sick_layers import FAR, MAX_OFF, MAX_SPREAD
 from lightning_gradflow.remedies.symmetry import break_symmetry
-from lightning_gradflow.remedies.tables import draw_tables, tied_embeddings
+from lightning_gradflow.remedies.tables import draw_tables, has_short_rows, tied_embeddings
 from lightning_gradflow.remedies.textbook import gain_between, initialise, name_for
 from lightning_gradflow.remedies.training import RehearsalError, Training
 from lightning_gradflow.remedies.unusual import draw_unusual
@@ -102,6 +102,8 @@ def reinitialise(
         return _without_zeros(training, finding)
     if (finding.kind, finding.cause) == (FindingKind.LOSS_MISMATCH, "unscaled_targets"):
         return fit_targets(training) if fits_outputs else None
+    if (finding.kind, finding.cause) == TOO_SMALL and has_short_rows(training.model):
+        return None
     if training.rehearse is not None:
         try:
             done = _from_data(training, finding, only_far, fits_outputs)

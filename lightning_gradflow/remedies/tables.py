@@ -14,6 +14,7 @@ from lightning_gradflow.probes.tables import EMBEDDINGS, tables
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.textbook import assign
 
+_SHORT = 0.1  # of a row, where 1 is usual
 _MAX_PRODUCT = 2.0  # deviation of the product of two rows: those that were trained for targets of size 1 give less
 
 
@@ -85,6 +86,23 @@ def tied_embeddings(module: nn.Module) -> list[str]:
     owners = Counter(p for part in module.modules() for p in part.parameters(recurse=False))
     embeddings = ((name, part) for name, part in module.named_modules() if isinstance(part, EMBEDDINGS))
     return [name for name, part in embeddings if any(owners[p] > 1 for p in part.parameters(recurse=False))]
+
+
+def has_short_rows(module: nn.Module) -> bool:
+    """Whether the rows of a tied embedding are a tenth as long as usual, or less.
+
+    Beside others that are drawn anew, such as the positions of a transformer, they would not be seen; and what is right
+    for a table is not for the output layer that shares it.
+
+    Example:
+        >>> net = nn.ModuleList([nn.Embedding(50, 16), nn.Linear(16, 50)])
+        >>> net[1].weight = net[0].weight
+        >>> _ = nn.init.normal_(net[0].weight, std=1e-3)
+        >>> has_short_rows(net), has_short_rows(net[:1])
+        (True, False)
+    """
+    shared = (p for name in tied_embeddings(module) for p in module.get_submodule(name).parameters(recurse=False))
+    return any(float(p.detach().double().square().mean()) * p.shape[-1] < _SHORT**2 for p in shared)
 
 
 def _is_large(table: Tensor) -> bool:

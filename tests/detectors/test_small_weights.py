@@ -150,6 +150,35 @@ def test_small_weights_behind_residuals_are_told_at_once_and_drawn_anew():
     assert well < 1.1 * usual
 
 
+class Words(L.LightningModule):
+    """A small language model whose table is its output layer as well."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.table, self.net, self.out = nn.Embedding(32, 32), Mixer(factor), nn.Linear(32, 32)
+        self.net.out = nn.Linear(48, 32)
+        self.out.weight = self.table.weight
+        nn.init.normal_(self.table.weight, std=factor / math.sqrt(32))
+        self.net.out.weight.data *= factor
+
+    def training_step(self, batch, _):
+        return nn.functional.cross_entropy(self.out(self.net(self.table(batch[:, 0]))), batch[:, 1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")
+def test_beside_a_tied_table_that_is_as_small_nothing_is_drawn():
+    torch.manual_seed(0)
+    flow = GradFlow(report=False, console=False, mitigate="apply")
+    data = torch.utils.data.DataLoader(torch.randint(0, 32, (512, 1)).repeat(1, 2), batch_size=64, shuffle=True)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    L.Trainer(max_steps=20, max_epochs=-1, accelerator="cpu", callbacks=[flow], **quiet).fit(Words(0.02), data)
+    assert "weight_scale" in [finding.cause for finding in flow.findings if finding.severity.is_alarm]
+    assert not flow.actions
+
+
 def test_usual_weights_are_left_alone():
     assert not _fit(1.0).findings
 
