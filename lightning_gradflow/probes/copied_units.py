@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from lightning_gradflow.probes.tables import EMBEDDINGS, tables
 from lightning_gradflow.probes.transfer import wide_dtype
+from lightning_gradflow.probes.weight_size import TRANSPOSED
 
 FEWEST = 4  # entries along an axis: three channels of a grey image are alike, and well
 _SOME = 16  # that are compared: which numbers belong to a unit is not known
 _ROWS = 4  # that are compared: units that are drawn are never alike, so that more would tell nothing new
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 MADE_OF_UNITS = (nn.Linear, *_CONVOLUTIONS, nn.RNNBase, nn.RNNCellBase)
 """Layers of which one knows where the weights of a unit are."""
 
@@ -41,7 +41,7 @@ def unit_spread(module: nn.Module, tensor: Tensor) -> Tensor:
         >>> unit_spread(layer, torch.ones(8, 3)), bool(unit_spread(layer, torch.randn(8, 3)) > 0.1)
         (tensor(0., dtype=torch.float64), True)
     """
-    by_unit = tensor.detach().transpose(0, 1) if isinstance(module, _TRANSPOSED) else tensor.detach()
+    by_unit = tensor.detach().transpose(0, 1) if isinstance(module, TRANSPOSED) else tensor.detach()
     units = _count(module)
     rows = by_unit[: units : max(1, units // _ROWS)][:_ROWS].to(wide_dtype(tensor.device))
     spread: Tensor = torch.linalg.vector_norm(rows[1:] - rows[:1]) / torch.linalg.vector_norm(rows)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from lightning_gradflow.detectors.small_weights import SmallWeights
+from lightning_gradflow.probes.weight_size import weight_size
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.sick_layers import FAR
 from lightning_gradflow.remedies.textbook import initialise
 from lightning_gradflow.remedies.unusual import is_constant
-
-_SMALL = 0.04  # times 1 / sqrt(fan_in), as where small weights are found
 
 
 @torch.no_grad()
@@ -52,7 +51,7 @@ def draw_attention(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Parame
             continue
         weights = [p for p in part.parameters() if p.dim() == 2 and p.requires_grad]
         is_own = all(owners[p] == 1 and (is_constant(p) or looks_fresh(p)) for p in weights)
-        if not is_own or all(_is_usual(p, may_be_small=p is part.out_proj.weight) for p in weights):
+        if not is_own or all(_is_usual(part, p) for p in weights):
             continue
         for key, one in ((name, part), (f"{name}.out_proj".lstrip("."), part.out_proj)):
             if initialise(one, "glorot", generator):
@@ -60,7 +59,8 @@ def draw_attention(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Parame
     return drawn
 
 
-def _is_usual(weight: nn.Parameter, *, may_be_small: bool) -> bool:
+def _is_usual(attention: nn.MultiheadAttention, weight: nn.Parameter) -> bool:
     """Whether some initialisation gives such a weight; that of the output may be made for many residual branches."""
-    size = float(weight.detach().double().square().mean().sqrt()) * math.sqrt(weight.shape[1])
-    return size == 0 or (size <= FAR and (may_be_small or size >= _SMALL) and not is_constant(weight))
+    size = float(weight_size(attention, weight))
+    least = 0.0 if weight is attention.out_proj.weight else SmallWeights.min_size
+    return size == 0 or (least <= size <= FAR and not is_constant(weight))

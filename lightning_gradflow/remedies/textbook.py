@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lightning_gradflow.activations import BOUNDED, RECTIFIERS, SIGMOIDS
 from lightning_gradflow.probes.shards import is_sharded
+from lightning_gradflow.probes.weight_size import TRANSPOSED
 
 INITIALISATIONS = ("glorot", "he", "lecun", "orthogonal")
 """The names that `initialise` takes."""
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _WIDENING = {"sigmoid": 2.0, "hardsigmoid": 3.0}  # sigmoid(x) = (1 + tanh(x / 2)) / 2, hardsigmoid in the same way
 
@@ -211,7 +211,7 @@ def _parts(module: nn.Module, fresh: Tensor) -> list[_Part]:
     if not isinstance(module, _CONVOLUTIONS):
         return [_Part(fresh, fresh.shape[1], fresh.shape[0])]
     taps, stride = math.prod(module.kernel_size), math.prod(module.stride)
-    is_transposed = isinstance(module, _TRANSPOSED)
+    is_transposed = isinstance(module, TRANSPOSED)
     parts = []
     for group in fresh.chunk(module.groups):
         values = group.transpose(0, 1) if is_transposed else group
@@ -241,5 +241,5 @@ def _centring(module: nn.Module, fresh: Tensor) -> Tensor:
     if isinstance(module, nn.Bilinear):
         return -0.25 * fresh.flatten(1).sum(dim=1)  # a product of two of them
     parts = _parts(module, fresh)
-    stride = math.prod(module.stride) if isinstance(module, _TRANSPOSED) else 1
+    stride = math.prod(module.stride) if isinstance(module, TRANSPOSED) else 1
     return torch.cat([-0.5 * part.values.flatten(1).sum(dim=1) / stride for part in parts])

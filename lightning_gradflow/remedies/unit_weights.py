@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lightning_gradflow.probes.weight_size import TRANSPOSED
 from lightning_gradflow.remedies.optimizer_state import forget_units
 from lightning_gradflow.remedies.training import Training
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PER_CHANNEL = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """Norms in which a unit stays by itself."""
 NORMS = (*PER_CHANNEL, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
