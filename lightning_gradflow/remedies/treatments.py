@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
+
 from lightning_gradflow.detectors.inputs import inputs_jumped
 from lightning_gradflow.detectors.profile import depth_profile
 from lightning_gradflow.findings import Finding
@@ -95,7 +97,7 @@ def _drawn_on_scaled(patient: Patient) -> tuple[Reinit | None, tuple[str, ...]]:
 
 def _drawn(training: Training, finding: Finding, *, fits_outputs: bool) -> Reinit | None:
     """Draws anew what is sick; of what may have other reasons only what is so by far."""
-    is_far = finding.cause in (*_OTHER_REASONS, "forward") and not _is_of_growth(training, finding)
+    is_far = finding.cause in (*_OTHER_REASONS, "forward") and not _is_of_birth(training, finding)
     done = reinitialise(training, finding, only_far=is_far, fits_outputs=fits_outputs)
     if done is None or finding.cause != "forward":
         return done
@@ -107,11 +109,15 @@ def _drawn(training: Training, finding: Finding, *, fits_outputs: bool) -> Reini
     return Reinit(layers, done.before, rest.after, {**done.centres, **rest.centres}, rest.targets or done.targets)
 
 
-def _is_of_growth(training: Training, finding: Finding) -> bool:
-    """Whether steps were too large for weights that made the gradient grow more than tenfold with depth from the start.
+def _is_of_birth(training: Training, finding: Finding) -> bool:
+    """Whether it comes from the weights that the run started with, together: none of them has to be far off for that.
 
-    None of them has to be far off for that. A rate that is small enough for all of them is too small to learn with.
+    Outputs were never finite; or steps were too large for weights that made the gradient grow more than tenfold with
+    depth from the start: a rate that is small enough for all of them is too small to learn with.
     """
+    if finding.cause == "forward":
+        losses = training.history.losses
+        return bool(losses.size) and not np.isfinite(losses).any()
     if finding.cause != "learning_rate_too_large" or training.rehearse is None or not len(training.history):
         return False
     profile = depth_profile(training.history, 0)
