@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gradflow.remedies.adjustment import Centre
 from lightning_gradflow.remedies.clip import Clipper
 from lightning_gradflow.remedies.coordinates import Coordinates
-from lightning_gradflow.remedies.critical import Centre
 from lightning_gradflow.remedies.guard import StatisticsGuard
 from lightning_gradflow.remedies.input_scaling import InputScaling
 from lightning_gradflow.remedies.learning_rate import RateFactor

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradflow.probes.shards import is_sharded, local
-from lightning_gradflow.remedies.critical import Centre
+from lightning_gradflow.remedies.adjustment import Centre
 from lightning_gradflow.remedies.input_statistics import CONVOLUTIONS
 from lightning_gradflow.remedies.training import Training
 

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_gradflow.detectors.inputs import inputs_jumped
 from lightning_gradflow.history import Floats, History
 from lightning_gradflow.probes.shards import is_sharded
-from lightning_gradflow.remedies.critical import Centre
+from lightning_gradflow.remedies.adjustment import Centre
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.input_layers import ScaledLayer, around_mean, can_shift, can_treat, pads_with_zeros
 from lightning_gradflow.remedies.input_statistics import (

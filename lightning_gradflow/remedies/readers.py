@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradflow.probes.layers import module_named
-from lightning_gradflow.remedies.critical import Centre, centre_of
+from lightning_gradflow.remedies.adjustment import Centre, centre_of
 from lightning_gradflow.remedies.through_time import comes_from
 from lightning_gradflow.remedies.training import RehearsalError, Training
 

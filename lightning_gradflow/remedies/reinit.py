@@ -16,10 +16,11 @@ from lightning_gradflow.findings import Finding, FindingKind
 from lightning_gradflow.history import History
 from lightning_gradflow.probes.layers import ROOT, module_named
 from lightning_gradflow.probes.shards import is_sharded
+from lightning_gradflow.remedies.adjustment import Centre, centre_of
 from lightning_gradflow.remedies.around import activations_around, gates_of
 from lightning_gradflow.remedies.attention import draw_attention
 from lightning_gradflow.remedies.bare import Bare, initialise_bare, with_bare
-from lightning_gradflow.remedies.critical import Centre, Treated, centre_of, make_critical
+from lightning_gradflow.remedies.critical import Treated, make_critical
 from lightning_gradflow.remedies.draw_zeros import draw_zeros
 from lightning_gradflow.remedies.fill import fill_missing
 from lightning_gradflow.remedies.fit_outputs import fit_outputs

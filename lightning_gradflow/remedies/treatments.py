@@ -13,7 +13,7 @@ from lightning_gradflow.detectors.profile import depth_profile
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
 from lightning_gradflow.probes.layers import ROOT, module_named
-from lightning_gradflow.remedies.critical import Centre
+from lightning_gradflow.remedies.adjustment import Centre
 from lightning_gradflow.remedies.patient import Patient, Treatment
 from lightning_gradflow.remedies.plan import UNTOUCHED
 from lightning_gradflow.remedies.readers import centres_behind

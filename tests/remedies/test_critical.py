@@ -903,6 +903,34 @@ def test_a_gate_keeps_its_bias_unless_it_is_to_be_drawn_whatever_was_measured(is
     assert bool((net.t.bias == -20).all()) != is_shut
 
 
+class Halved(nn.Module):
+    """One layer gives a content and the gate that it goes through, as gated linear units do."""
+
+    def __init__(self, bias, depth=4):
+        super().__init__()
+        self.both = nn.ModuleList(nn.Linear(WIDTH, 2 * WIDTH) for _ in range(depth))
+        self.out = nn.Linear(WIDTH, 2)
+        for layer in self.both:
+            nn.init.constant_(layer.bias, bias)
+
+    def forward(self, x):
+        for layer in self.both:
+            content, gate = layer(x).chunk(2, -1)
+            x = torch.tanh(content) * torch.sigmoid(gate)
+        return self.out(x)
+
+
+@pytest.mark.parametrize(("bias", "is_kept"), [(-4.0, False), (1.0, True)])
+def test_a_bias_that_nothing_usual_comes_through_is_none_of_a_gate(bias, is_kept):
+    net, x = _made(lambda: Halved(bias)), _batch(64, WIDTH)
+    gates = [f"both.{i}" for i in range(4)]
+    treated = _treated(net, x, gates=gates, always=gates)
+    assert {*treated.changed} >= {*gates}
+    assert all(bool((layer.bias == bias).all()) is is_kept for layer in net.both)
+    assert all(size_of(layer) < 4 for layer in net.both)
+    assert abs(treated.spans[1]) < 0.5
+
+
 def test_what_is_to_be_drawn_whatever_was_measured_is_left_where_it_looks_trained():
     net, x = _made(lambda: Gated(-20.0)), _batch(64, WIDTH)
     net.t.weight.data += 5 * torch.outer(_batch(WIDTH), _batch(WIDTH, seed=1)) / WIDTH**0.5

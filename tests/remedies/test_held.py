@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_gradflow.history import History
-from lightning_gradflow.remedies.critical import Centre
+from lightning_gradflow.remedies.adjustment import Centre
 from lightning_gradflow.remedies.held import Held
 from lightning_gradflow.remedies.training import Training
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradflow.history import History, Row
-from lightning_gradflow.remedies.critical import Centre
+from lightning_gradflow.remedies.adjustment import Centre
 from lightning_gradflow.remedies.input_layers import around_mean, can_treat
 from lightning_gradflow.remedies.input_scaling import InputScaling
 from lightning_gradflow.remedies.input_statistics import RawInput, moments, standardising
