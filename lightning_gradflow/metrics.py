@@ -174,6 +174,7 @@ SCALARS: dict[str, str] = {
     "step_skipped": "1 if the scaler skipped the step of an optimizer, else 0",
     "delta_floor": "log2 of the smallest positive number that the narrowest of the deltas can hold",
     "normalised_updates": "1 if the size of a step does not follow that of the gradient, as in Adam, else 0",
+    "falling_updates": "1 if steps get smaller by themselves, as in Adagrad, else 0",
     "optimizers": "number of optimizers",
     "epoch": "number of the epoch, from 0",
     "steps_per_epoch": "optimizer steps of an epoch",

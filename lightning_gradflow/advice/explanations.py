@@ -72,6 +72,7 @@ SEEN_SO: dict[tuple[FindingKind, str], Text] = {
     ),
     (FindingKind.LOSS_PLATEAU, "weight_scale"): _LITTLE,
     (FindingKind.LOSS_PLATEAU, "unscaled_inputs"): _LITTLE,
+    (FindingKind.LOSS_PLATEAU, "recurrence"): _LITTLE,
     (FindingKind.NO_GRADIENT, "initialisation"): (
         "The weights of {layers} are zero, and so is the gradient that would change them",
     ),

@@ -282,6 +282,7 @@ def _scalars(trainer: Trainer) -> dict[str, float]:
     return {
         "lr": trainer_facts.learning_rate(trainer),
         "normalised_updates": trainer_facts.normalised_updates(trainer),
+        "falling_updates": trainer_facts.falling_updates(trainer),
         "optimizers": float(len(trainer.optimizers)),
         "epoch": float(trainer.current_epoch),
         "steps_per_epoch": trainer_facts.steps_per_epoch(trainer),

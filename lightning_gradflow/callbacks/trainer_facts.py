@@ -176,6 +176,15 @@ def normalised_updates(trainer: Any) -> float:
     return float(bool(known) and all(known))
 
 
+def falling_updates(trainer: Any) -> float:
+    """1 where every optimizer divides by the sum of all squared gradients so far, as Adagrad does, else 0.
+
+    Its first step is as large as the learning rate in each entry, and the steps fall by themselves from there on.
+    """
+    known = ["initial_accumulator_value" in optimizer.defaults for optimizer in trainer.optimizers]
+    return float(bool(known) and all(known))
+
+
 def run_directory(trainer: Any) -> Path:
     """Where the files of this run lie, by the rule that Lightning's own ModelCheckpoint follows.
 

@@ -14,6 +14,11 @@ Bools = npt.NDArray[np.bool_]
 ROOT = "(root)"
 """What the model itself is called, where it has parameters of its own."""
 
+NEXT_TO_NOTHING = 1e-4
+"""Of the largest gradient of a sample: the weights of a layer that gets no more are shut off."""
+
+_FIRST = 8  # samples, of a run that may have thousands
+
 
 def known_rows(history: History, metric: str) -> Bools:
     """(R,) the rows in which a metric was measured anywhere.
@@ -81,6 +86,28 @@ def _end_values(history: History, metric: str, *, newest: bool) -> Floats:
     if not len(table):
         return np.full(table.shape[1], np.nan)
     return history.facts.so_far(("end", metric, newest), len(table), find, join)
+
+
+def share_of_gradient(history: History, column: int) -> float:
+    """The gradient of a layer over the largest of its sample, in the median of the first samples; NaN without any.
+
+    Args:
+        history: where to read.
+        column: of the layer.
+
+    Example:
+        >>> from lightning_gradflow.history import Row
+        >>> history = History()
+        >>> history.layer_axis.merge(["rnn", "fc"])
+        >>> history.append(Row(0, {"grad_norm": np.array([0.01, 2.0])}))
+        >>> share_of_gradient(history, 0)
+        0.005
+    """
+    norms = history["grad_norm"][:_FIRST]
+    with np.errstate(all="ignore"):
+        shares = norms[:, column] / np.fmax.reduce(norms, axis=1)
+    known = shares[np.isfinite(shares)]
+    return float(np.median(known)) if known.size else np.nan
 
 
 def layer_mask(history: History) -> Bools:

@@ -8,7 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_gradflow.detectors.cut_off import penalty_samples, zero_samples
-from lightning_gradflow.detectors.known import how_often_known, is_always, known_rows, layer_mask, newest_values
+from lightning_gradflow.detectors.known import (
+    NEXT_TO_NOTHING,
+    how_often_known,
+    is_always,
+    known_rows,
+    layer_mask,
+    newest_values,
+    share_of_gradient,
+)
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.underflow import recent_underflow
 from lightning_gradflow.detectors.zero_weights import zero_weights
@@ -33,10 +41,11 @@ class NoGradient:
     Detached, a warning: the layer ran as part of the autograd graph, nothing came back to it, and the first layer that
     the gradient does reach takes its input from the layers before it without their graph: `.detach()`, `.data`,
     `argmax`, a round trip through numpy. So is a trunk that gets exact zeros in each of three samples, while the layers
-    behind it are trained: rounding and signs have no slope. Dead units, saturation, weights of zero and gradients below
-    the smallest number of their format make such zeros too, and are left to others. Features are extracted under
-    `no_grad` on purpose; such a trunk is detached only if 50 steps have passed and nothing was learnt. So is all that
-    the optimizer holds, where it ran in the graph and another layer is the first that is reached.
+    behind it are trained: rounding and signs have no slope. Dead units, saturation, a recurrence at its bounds, weights
+    of zero and gradients below the smallest number of their format make such zeros too, and are left to others.
+    Features are extracted under `no_grad` on purpose; such a trunk is detached only if 50 steps have passed and nothing
+    was learnt. So is all that the optimizer holds, where it ran in the graph and another layer is the first that is
+    reached.
 
     The whole network is detached where each gradient is exactly zero in each of three samples, and where the weights
     get a gradient and no output gets any: that of a penalty on the weights (see `cut_off`).
@@ -127,9 +136,17 @@ def _before_what_is_reached(history: History) -> list[str]:
     if has_zeros or recent_underflow(history) is not None:
         return []
     flat = np.fmax(history["dead_fraction"][-1], history["saturated_fraction"][-1])[: first + 1]
-    if (np.nan_to_num(flat) >= _FLAT).any():
+    if (np.nan_to_num(flat) >= _FLAT).any() or _keeps_to_itself(history, history.points[first].module):
         return []
     return [point.module for point in history.points[:first] if point.is_layer]
+
+
+def _keeps_to_itself(history: History, layer: str) -> bool:
+    """Whether hardly any gradient comes to the weights of a layer, either: what is at its output stays in it.
+
+    So it is with a recurrence whose state is at its bounds; what is cut off before a layer leaves its weights alone.
+    """
+    return layer in history.layers and share_of_gradient(history, history.layers.index(layer)) < NEXT_TO_NOTHING
 
 
 def _held_zeros(history: History) -> Bools:

@@ -26,6 +26,7 @@ _MIN_SAMPLES = 3  # the first step of momentum is a tenth of what is to come, th
 _WARM = 50  # steps that steps get before they are judged by what they left of the weights
 _AT_ONCE = 2.0  # times max_ratio: what may be judged by the third loss
 _WORSE = 3.0  # times the loss at the start: weights that were merely shaken do better within four steps
+_FALLEN = 8  # steps after which those of Adagrad are judged: a third of the first is left by then
 _NO_BETTER = 1.1  # times the loss at the start, when there was time to recover
 _RECOVERED = 32  # steps in which nets with a large first step come back below their starting loss
 _LARGE = 0.1  # share of the weights that one step changes: a hundred times what is usual
@@ -58,19 +59,20 @@ class UpdateRatio:
     started with, in the median layer, and 90 % of the very first loss is left.
 
     Too large: the median of the layers was above `max_ratio` in some sample, and the loss is three times what it was at
-    the start, or after 32 steps still above it. At the third loss twice `max_ratio` is asked for. Where a sample showed
-    a tenth of it, growth by `max_ratio` in each step until the next sample counts as well: steps that feed on
-    themselves are largest where nobody looks. A tenth of `max_ratio` is enough where, after 50 steps, the weights of
-    the median layer have three times the norm they started with, which was no unusually small one, and 90 % of the very
-    first loss is left: what the initialisation was made for is gone, and nothing has come of it. So it is where some
-    layer could tell the samples apart in the first row and none can any more (see `best_share`), or where the gradient
-    came through in the first row and loses four decades in the newest three: a collapse needs no growth where norms
-    take the size out of the signal. Half of the loss is enough where a step was above `max_ratio` and the loss stands
-    still since, and any loss where the gradient is exactly zero as well. These four go by the layers with a matrix.
-    Later on it is a jump to 30 times the run's own ratio, or of the learning rate, that makes the loss three times what
-    it was. Large steps alone are no finding: many a network starts with one and learns. Weights that were changed by
-    something else than steps are told apart (see `overwritten`). Not judged with several optimizers, whose losses play
-    against each other.
+    the start, or after 32 steps still above it. At the third loss twice `max_ratio` is asked for, and those of Adagrad
+    are not judged in the first eight steps: they come to a usual size by themselves. Where a sample showed a tenth of
+    it, growth by `max_ratio` in each step until the next sample counts as well: steps that feed on themselves are
+    largest where nobody looks. A tenth of `max_ratio` is enough where, after 50 steps, the weights of the median layer
+    have three times the norm they started with, which was no unusually small one, and 90 % of the very first loss is
+    left: what the initialisation was made for is gone, and nothing has come of it. So it is where some layer could tell
+    the samples apart in the first row and none can any more (see `best_share`), or where the gradient came through in
+    the first row and loses four decades in the newest three: a collapse needs no growth where norms take the size out
+    of the signal. Half of the loss is enough where a step was above `max_ratio` and the loss stands still since, and
+    any loss where the gradient is exactly zero as well. These four go by the layers with a matrix. Later on it is a
+    jump to 30 times the run's own ratio, or of the learning rate, that makes the loss three times what it was. Large
+    steps alone are no finding: many a network starts with one and learns. Weights that were changed by something else
+    than steps are told apart (see `overwritten`). Not judged with several optimizers, whose losses play against each
+    other.
 
     Args:
         min_reach: share of its norm that some layer must be able to move by in the planned run, in [0, 1). By default
@@ -131,6 +133,8 @@ class UpdateRatio:
         if step < _RECOVERED:
             # a linear model comes back from anywhere
             if (~np.isnan(ratios[peak])).sum() < 2 or (step < 4 and medians[peak] < _AT_ONCE * self.max_ratio):
+                return []
+            if step < _FALLEN and history.scalar("falling_updates")[-1] > 0:
                 return []
             recent = losses[2:][-2:] if step < 8 else losses[-(step // 2) :]
             now, limit = float(recent.min() if step < 8 else np.median(recent)), _WORSE

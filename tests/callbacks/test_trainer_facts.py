@@ -1,4 +1,4 @@
-"""How many samples a batch has, where they come in random order."""
+"""What the Trainer tells: how many samples a batch has, where they come in random order, and what its optimizers do."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_gradflow.callbacks.trainer_facts import batch_size
+from lightning_gradflow.callbacks.trainer_facts import batch_size, falling_updates
 
 DATA = TensorDataset(torch.arange(40))
 SHUFFLED = DataLoader(DATA, 8, shuffle=True)
@@ -82,3 +82,20 @@ def test_of_the_last_batch_it_is_known_where_it_is_a_whole_one(size, drop_last, 
     loader = DataLoader(DATA, size, shuffle=True, drop_last=drop_last)
     assert told(loader) == size
     assert told(loader, is_last_batch=True) == told_last
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ([torch.optim.Adagrad], 1.0),
+        ([torch.optim.Adagrad, torch.optim.SGD], 0.0),
+        ([torch.optim.Adam], 0.0),
+        ([torch.optim.RMSprop], 0.0),
+        ([torch.optim.Adadelta], 0.0),
+        ([torch.optim.SGD], 0.0),
+        ([], 0.0),
+    ],
+)
+def test_the_steps_of_adagrad_fall_by_themselves(kinds, expected):
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    assert falling_updates(SimpleNamespace(optimizers=[kind(weights, lr=0.1) for kind in kinds])) == expected

@@ -123,6 +123,9 @@ def flat(rows=3, moved=MOVED, floor=-149.0, **changes):
         (flat(delta=[0.0, 0.1, 0.2, 0.3], norm=[0.1] * 4), []),
         (flat(delta=[0.1, 0.0, 0.0, 0.3], norm=[0.1, 0.0, 0.0, 0.1]), []),  # a branch
         (flat(delta=[nan] * 4, floor=nan), []),
+        # a recurrence at its bounds takes nothing for its weights out of what comes to its output
+        (flat(norm=[0.0, 0.0, 0.9e-5, 0.1]), []),
+        (flat(norm=[0.0, 0.0, 1.1e-5, 0.1]), [("warning", "detached", ("fc0", "fc1"))]),
     ],
 )
 def test_a_trunk_that_gets_exact_zeros_is_detached(made, found):

@@ -81,6 +81,27 @@ def test_a_recurrence_is_judged_by_its_spectral_radius(values, expected):
     assert judged(values=values) == expected
 
 
+@pytest.mark.parametrize(
+    ("shares", "steps", "expected"),
+    [
+        ((1.0, 0.9e-4, 0.1, 0.1), 21, SICK),
+        ((1.0, 1.1e-4, 0.1, 0.1), 21, []),
+        ((1.0, 0.0, 0.1, 0.1), 11, []),  # two samples
+        ((0.9e-4, 1.0, 0.1, 0.1), 21, []),  # another layer
+        ((nan, nan, nan, nan), 21, []),
+        ((1.0, 0.0, 0.1, 0.1), 51, SICK),
+    ],
+)
+def test_one_that_no_gradient_gets_into_is_told_at_once(shares, steps, expected):
+    assert judged(values=CHAOS, later={"grad_norm": shares}, losses=np.full(steps, 2.3)) == expected
+    assert judged(values=radii(nan, 1.0, nan, nan), later={"grad_norm": shares}, losses=np.full(steps, 2.3)) == []
+
+
+def test_a_run_that_has_made_more_steps_is_judged_by_what_it_has_learnt():
+    history = run(values=CHAOS, later={"grad_norm": (1.0, 0.0, 0.1, 0.1)}, losses=np.linspace(2.3, 0.1, 101))
+    assert verdict(ChaoticState().judge(history)) == []
+
+
 def loops(*values, calls):
     return {"loop_radius": values, "calls": calls}
 

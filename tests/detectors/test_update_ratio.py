@@ -187,6 +187,13 @@ def test_a_first_step_that_overwrites_is_remembered():
     assert not judge(ratios, losses=[2.3, 900, 400, 300, 200] + [1.0] * 28)
 
 
+@pytest.mark.parametrize(("steps", "found"), [(5, False), (9, True)])
+def test_steps_that_fall_by_themselves_are_judged_later(steps, found):
+    losses = ([2.3, 900] + [400] * 31)[:steps]
+    assert bool(judge([9.0, 9.0], losses=losses, falling_updates=1.0)) is found
+    assert judge([9.0, 9.0], losses=losses, falling_updates=0.0)
+
+
 def test_several_optimizers_are_not_judged_by_their_losses():
     assert not judge([9.0, 9.0], losses=[2.3, 900, 400, 300, 200], optimizers=2.0)
 
