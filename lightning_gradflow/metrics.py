@@ -93,6 +93,12 @@ METRICS: dict[str, Metric] = {
     "steps_as_samples": Metric(
         "layers", "index", "time steps that a recurrence or attention takes for samples, and these for time steps"
     ),
+    "softmax_gap": Metric(
+        "layers",
+        "norm",
+        "largest score that a softmax in or behind the layer gets, less the next one, in the median; at first, and as "
+        "long as it is above 3",
+    ),
     "delta_norm": Metric("points", "norm", "L2 norm of the loss gradient at the output, over all calls"),
     "calls": Metric("points", "index", "calls of a point in a forward pass, up to the last one that got a gradient"),
     "delta_headroom": Metric(

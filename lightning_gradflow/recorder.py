@@ -25,6 +25,9 @@ _JUDGED_BY = {
     FindingKind.DEAD_UNITS: ("dead_fraction", "unit_spread", "matrix_spread"),
     FindingKind.SATURATED_ACTIVATION: ("saturated_fraction",),
 }
+_JUDGED_BY_ALL = frozenset({(FindingKind.SATURATED_ACTIVATION, "score_scale")})
+"""Kinds and causes that are not told any more where nothing is measured any more."""
+
 _MAX_WARNINGS = 20  # per run: whoever has not looked by then is not helped by more
 
 
@@ -182,7 +185,7 @@ class Recorder:
     def _was_seen(self, finding: Finding) -> bool:
         """Whether the newest row measured, in a layer of the finding, what it is judged by."""
         metrics = _JUDGED_BY.get(finding.kind)
-        if metrics is None or not finding.layers:
+        if metrics is None or not finding.layers or (finding.kind, finding.cause) in _JUDGED_BY_ALL:
             return True
         seen: set[str] = set()
         for metric in metrics:

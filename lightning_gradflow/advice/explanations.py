@@ -70,6 +70,10 @@ SEEN_SO: dict[tuple[FindingKind, str], Text] = {
         "feature {columns}",
         "such features in all: {features}",
     ),
+    (FindingKind.SATURATED_ACTIVATION, "score_scale"): (
+        "The softmax chooses one position each at {layers}",
+        "the largest score is {softmax_gap} above the next one (median)",
+    ),
     (FindingKind.LOSS_PLATEAU, "weight_scale"): _LITTLE,
     (FindingKind.LOSS_PLATEAU, "unscaled_inputs"): _LITTLE,
     (FindingKind.LOSS_PLATEAU, "recurrence"): _LITTLE,
@@ -205,6 +209,9 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.SATURATED_ACTIVATION, "weight_scale"): (
         "It is so from the start: the weights before it are too large, or a bias holds it there",
         "all gates are shut, {gate_opening} of a signal comes through, and no step that is planned opens them",
+    ),
+    (FindingKind.SATURATED_ACTIVATION, "score_scale"): (
+        "It is so from the start, and next to no gradient comes through: what makes the scores is far too large",
     ),
     (FindingKind.SATURATED_ACTIVATION, "drift"): ("It was not so at the start: the weights grew in training",),
     (FindingKind.LOSS_PLATEAU, "unscaled_inputs"): (

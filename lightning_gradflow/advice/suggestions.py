@@ -56,6 +56,7 @@ from lightning_gradflow.advice.run_cures import (
     watch_weights,
     wider_format,
 )
+from lightning_gradflow.advice.score_cures import divide_scores, initialise_scores
 from lightning_gradflow.advice.site import BY_HAND, Site, survey
 from lightning_gradflow.advice.table_cures import shorten_rows
 from lightning_gradflow.findings import Finding, FindingKind, Suggestion
@@ -105,6 +106,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.DEAD_UNITS, "unknown"): (leak, initialise_named, lower_rate),
     (FindingKind.SATURATED_ACTIVATION, "unscaled_inputs"): (scale_inputs,),
     (FindingKind.SATURATED_ACTIVATION, "weight_scale"): (initialise, normalise, swap_activations),
+    (FindingKind.SATURATED_ACTIVATION, "score_scale"): (divide_scores, initialise_scores),
     (FindingKind.SATURATED_ACTIVATION, "drift"): (lower_rate, normalise, swap_activations),
     (FindingKind.SATURATED_ACTIVATION, "unknown"): (normalise, initialise, swap_activations),
     (FindingKind.LOSS_PLATEAU, "unscaled_inputs"): (scale_inputs,),

@@ -23,6 +23,8 @@ from lightning_gradflow.probes.ranks import RankFailedError, Topology
 from lightning_gradflow.probes.sample_axis import SampleAxis
 from lightning_gradflow.probes.sample_axis import told as told_of_axes
 from lightning_gradflow.probes.signals import SignalProbe
+from lightning_gradflow.probes.softmax_scores import LARGE, SoftmaxScores
+from lightning_gradflow.probes.softmax_scores import told as told_of_scores
 from lightning_gradflow.probes.spectra import SpectralProbe
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 from lightning_gradflow.probes.unheld import Unheld
@@ -68,6 +70,8 @@ class Sampler:
         self._transfer = Transfer(topology, self.device)
         self._loss = LossProbe()
         self._axis = SampleAxis()
+        self._softmaxes = SoftmaxScores()
+        self._asks_for_scores: bool | None = None  # of softmaxes; not in a run that goes on
         self._look_at_model()
         self._losses = PendingLosses()
         self._read: list[int] = []
@@ -93,6 +97,7 @@ class Sampler:
             self._window,
             self._loss.see,
             self._axis.see,
+            self._softmaxes.see,
         )
         if before is not None:
             self._signals.load_state_dict(before["signals"])
@@ -182,6 +187,9 @@ class Sampler:
             self._scale, self._multiplier = None, 1.0
             self._loss.clear()
             self._axis.clear()
+            if self._asks_for_scores is None:
+                self._asks_for_scores = not len(self._history)
+            self._softmaxes.clear(is_asked=self._asks_for_scores)
         self._in_batch = True
         self._backwards_before = self.backwards
         return begins
@@ -340,6 +348,7 @@ class Sampler:
             self._transfer.share_numbers("decision", [float(decision)])
             self._loss.share(self._transfer)
             self._axis.share(self._transfer)
+            self._softmaxes.share(self._transfer)
             if line is not None:
                 self._transfer.share_numbers("loss line", line)
             host = self._fetch_with_losses(validation)
@@ -365,6 +374,10 @@ class Sampler:
             values |= columns(self._spectra.collect(host), self._history.layer_axis)
         mixed, of_mixed = told_of_axes(host)
         values |= columns(mixed, self._history.layer_axis)
+        if not self.gradients_only:
+            scores = told_of_scores(host)
+            values |= columns(scores, self._history.layer_axis)
+            self._asks_for_scores = any(found["softmax_gap"] > LARGE for found in scores.values())
         losses = self._losses.by_step(host.get("losses", _NONE), self._transfer.topology.ranks)
         clip_factor = gradients.clip_factor(self._multiplier) if sees_clipping else math.nan
         found = {**scalars, "backward_passes": float(self.backwards)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_gradflow.callbacks.base import Monitor
 from lightning_gradflow.detectors.base import Detector, check_range
 from lightning_gradflow.detectors.dead_units import DeadUnits
+from lightning_gradflow.detectors.loud_scores import LoudScores
 from lightning_gradflow.detectors.saturation import SaturatedActivation
 
 
@@ -46,8 +47,9 @@ class SaturationMonitor(Monitor):
         self._detectors: list[Detector] = [
             DeadUnits(max_dead, noted_dead=min(0.5, max_dead)),
             SaturatedActivation(max_saturated),
+            LoudScores(),
         ]
 
     def detectors(self, alone: bool) -> list[Detector]:
-        """Dead units and saturated activations."""
+        """Dead units, saturated activations, and softmaxes that choose one position each from the start."""
         return self._detectors

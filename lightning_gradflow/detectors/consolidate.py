@@ -85,6 +85,8 @@ _FOLLOWS: tuple[tuple[_Some, _Some], ...] = (
     # weights: what they do to the signal
     (_Some((_SATURATED,), ("weight_scale", "drift")), _Some((_VANISHING,), ("saturation",))),
     (_Some((_SATURATED,), ("weight_scale",)), _Some((_EXPLODING,), ("weight_scale",))),
+    (_Some((_SATURATED,), ("score_scale",)), _Some((_EXPLODING,), ("weight_scale", "depth"))),
+    (_Some((_PLATEAU,)), _Some((_SATURATED,), ("score_scale",))),
     (_Some((_VANISHING,), ("dead_units",)), _Some((_DEAD,))),
     (_Some((_DEAD,), (_LARGE, "unknown")), _Some((_VANISHING,), ("weight_scale", "depth", "underflow"))),
     (_Some((_UPDATES,), ("weight_scale",)), _Some((_VANISHING, _EXPLODING), ("weight_scale", "depth"))),

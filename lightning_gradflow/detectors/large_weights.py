@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +14,8 @@ from lightning_gradflow.detectors.standstill import (
     YOUNG,
     from_the_start,
     is_judged,
+    is_past_chance,
     keeps_residual,
-    present_loss,
     still_falls,
 )
 from lightning_gradflow.detectors.update_sizes import entries_of, ratios_of
@@ -26,7 +25,6 @@ from lightning_gradflow.history import Floats, History, Ints
 _EDGE = 1.3  # times the largest singular value of a square matrix of independent entries: one of 1 to 16 has 1.25
 _FEWEST = 2  # layers
 _BACK = 4.0  # times their norm that the run can change weights by: a quarter of it or more is the way back
-_BETTER = 0.8  # of the loss of equal scores
 _AT_BOUNDS = 0.5  # of the first outputs of a recurrence
 
 
@@ -91,7 +89,7 @@ class LargeWeights:
 
     def judge(self, history: History) -> list[Finding]:
         """The finding of the newest row, if there is one."""
-        if _is_past_chance(history):
+        if is_past_chance(history):
             return []
         if is_judged(history, young=YOUNG) and not still_falls(history, HALVED):
             return self._where_it_stands(history)
@@ -147,13 +145,6 @@ def _large(history: History, sizes: Floats, max_size: float) -> Ints:
     with np.errstate(invalid="ignore"):
         fresh = newest_values(history, "spectral_norm") <= 2 * _EDGE * _mean_sizes(history)
         return np.flatnonzero(fresh & (sizes > max_size))
-
-
-def _is_past_chance(history: History) -> bool:
-    """Whether a cross-entropy is clearly below what equal scores give: it is not only the size that came down."""
-    classes = history.scalar("score_classes")
-    known = classes[classes > 1]
-    return bool(known.size) and present_loss(history) < _BETTER * math.log(known[0])
 
 
 def _reach(history: History, layers: Ints) -> float:

@@ -29,6 +29,7 @@ _YOUNG = 2.0  # times the patience: what sets in later has another reason
 _FALLEN = 0.02  # of the loss, over the second half of the run so far
 _CLEAR = 2.0  # z score of such a fall
 _RESIDUAL = 0.5  # of the first gradient at the output: a constant leaves 0.6 of it or more
+_BETTER = 0.8  # of the loss of equal scores
 _PRESENT = 20  # losses: one alone is that of a batch
 
 
@@ -100,6 +101,21 @@ def present_loss(history: History) -> float:
     """
     losses = history.losses[np.isfinite(history.losses)][-_PRESENT:]
     return float(np.median(losses)) if losses.size else math.nan
+
+
+def is_past_chance(history: History) -> bool:
+    """Whether a cross-entropy is clearly below what equal scores give: it is not only the size that came down.
+
+    Example:
+        >>> from lightning_gradflow.history import Row
+        >>> history = History()
+        >>> history.append(Row(0, scalars={"score_classes": 10.0}, losses=np.array([1.8])))
+        >>> is_past_chance(history)  # log(10) is 2.3
+        True
+    """
+    classes = history.scalar("score_classes")
+    known = classes[classes > 1]
+    return bool(known.size) and present_loss(history) < _BETTER * math.log(known[0])
 
 
 def from_the_start(history: History, cause: str, layers: tuple[str, ...], evidence: dict[str, float]) -> Finding:

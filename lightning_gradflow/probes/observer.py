@@ -21,6 +21,7 @@ from lightning_gradflow.probes.dropout import DROPOUTS, drops, drops_inside
 from lightning_gradflow.probes.gates import PRODUCTS
 from lightning_gradflow.probes.layers import ROOT, LayerMap
 from lightning_gradflow.probes.shards import is_cut, is_transformed, local
+from lightning_gradflow.probes.softmax_scores import CHOOSING
 from lightning_gradflow.probes.written_rectifiers import LIMITS, rectifier
 
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
@@ -58,6 +59,7 @@ RecurrenceSeen = Callable[[str, nn.RNNBase, tuple[Any, ...], Any], None]
 InputSeen = Callable[[nn.Module, tuple[Any, ...]], None]
 SequenceSeen = Callable[[str, nn.RNNBase | nn.MultiheadAttention, Any], None]
 ProductSeen = Callable[[tuple[Any, ...]], None]
+SoftmaxSeen = Callable[[str | None, Any, tuple[Any, ...], dict[str, Any]], None]
 ComparisonSeen = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], None]
 
 
@@ -80,6 +82,7 @@ class ForwardObserver(TorchFunctionMode):
         on_sequence: called with the name of a recurrence or attention of torch's, the module, and its sequence.
         on_product: called with the factors of a product.
         on_comparison: called with function, result and arguments of what outputs may be compared with targets by.
+        on_softmax: called with the name of the module that applied one, the function, and its arguments.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class ForwardObserver(TorchFunctionMode):
         on_sequence: SequenceSeen | None = None,
         on_product: ProductSeen | None = None,
         on_comparison: ComparisonSeen | None = None,
+        on_softmax: SoftmaxSeen | None = None,
     ) -> None:
         super().__init__()
         self._layers = layers
@@ -104,6 +108,7 @@ class ForwardObserver(TorchFunctionMode):
         self._on_sequence = on_sequence
         self._on_product = on_product
         self._on_comparison = on_comparison
+        self._on_softmax = on_softmax
         # what is running: its name, None for a network of others, and whether its input is detached
         self._stack: list[tuple[nn.Module, str | None, bool]] = []
         self._detached = Detached()
@@ -184,6 +189,8 @@ class ForwardObserver(TorchFunctionMode):
                 self._apart(self._on_product, args)
             if not self._repeats and self._on_comparison is not None and (func in COMPARING or func in SCORING):
                 self._apart(self._on_comparison, func, result, args, kwargs)
+            if not self._repeats and self._on_softmax is not None and func in CHOOSING:
+                self._apart(self._after_softmax, func, args, kwargs)
             op = ACTIVATIONS.get(func)
             if op is not None:
                 self._apart(self._after_activation, op, result, args, kwargs)
@@ -207,6 +214,12 @@ class ForwardObserver(TorchFunctionMode):
         module, name = self._stack[-1][:2] if self._stack else (None, None)
         if isinstance(module, nn.MultiheadAttention):  # it hands them on in one order, however it was called
             self._report_sequence(name, module, args)
+
+    def _after_softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = self._stack[-1][1] if self._stack else ROOT
+        source = first_tensor((*args, *kwargs.values()))
+        if name is not None and source is not None and self._on_softmax is not None:
+            self._on_softmax(name if self._layers.is_layer(name) else None, func, args, kwargs)
 
     def _after_activation(self, op: str, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = self._stack[-1][1] if self._stack else ROOT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,12 @@ from lightning_gradflow.probes.gates import Gates
 from lightning_gradflow.probes.gathering import Gathering, plus
 from lightning_gradflow.probes.inputs import InputScale, shut_gates
 from lightning_gradflow.probes.layers import ROOT, LayerMap
-from lightning_gradflow.probes.observer import ComparisonSeen, ForwardObserver, SequenceSeen, is_measurable
+from lightning_gradflow.probes.observer import (
+    ComparisonSeen,
+    ForwardObserver,
+    SequenceSeen,
+    is_measurable,
+)
 from lightning_gradflow.probes.packing import Deltas, Seen, pack
 from lightning_gradflow.probes.points import PointNames
 from lightning_gradflow.probes.recurrence import RecurrentCall, Series, is_watchable, joined
@@ -55,6 +60,7 @@ class SignalProbe:
             at a batch of 64.
         on_comparison: called with what may be a part of the loss; see `ForwardObserver`.
         on_sequence: called with what goes into recurrences and attentions; see there.
+        on_softmax: called with the layer that a softmax is in, or behind, the function, and its arguments.
 
     Raises:
         ValueError: if `window` is below 1.
@@ -68,6 +74,7 @@ class SignalProbe:
         window: int = 3,
         on_comparison: ComparisonSeen | None = None,
         on_sequence: SequenceSeen | None = None,
+        on_softmax: Callable[[str, Any, tuple[Any, ...], dict[str, Any]], None] | None = None,
     ) -> None:
         self._layers = layers
         self._transfer = transfer
@@ -84,7 +91,9 @@ class SignalProbe:
             on_input=self._on_input,
             on_product=self._on_product,
             on_comparison=on_comparison,
+            on_softmax=self._on_softmax if on_softmax is not None else None,
         )
+        self._of_softmax = on_softmax
         self._handles: list[RemovableHandle] = []
         self._gathering = Gathering()
         self._segment = Segment()
@@ -259,6 +268,11 @@ class SignalProbe:
             layer = self._layers.module(last) if last else None
             axis = unit_axis(values.shape, layer, self._transfer.topology.model)
             self._gathering.activation(seen, op, values, arguments, axis)
+
+    def _on_softmax(self, name: str | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer = name or self._names.last_layer
+        if layer and self._of_softmax is not None:
+            self._of_softmax(layer, func, args, kwargs)
 
     def _on_product(self, factors: tuple[Any, ...]) -> None:
         for seen in self._gates.among(factors):

@@ -37,6 +37,7 @@ PLAN: dict[tuple[FindingKind, str], tuple[str, ...]] = {
     (FindingKind.NO_GRADIENT, "initialisation"): ("reinit",),
     (FindingKind.SATURATED_ACTIVATION, "unscaled_inputs"): ("scale_inputs", "reinit"),
     (FindingKind.SATURATED_ACTIVATION, "weight_scale"): ("reinit",),
+    (FindingKind.SATURATED_ACTIVATION, "score_scale"): ("reinit",),
     (FindingKind.SATURATED_ACTIVATION, "drift"): ("reinit", "rollback"),
     (FindingKind.SATURATED_ACTIVATION, "unknown"): ("reinit", "rollback"),
     (FindingKind.LOSS_MISMATCH, "unscaled_targets"): ("reinit",),
@@ -78,6 +79,7 @@ NOT_FOR = frozenset(
 BY_BIRTH = frozenset(
     {
         (FindingKind.SATURATED_ACTIVATION, "weight_scale"),
+        (FindingKind.SATURATED_ACTIVATION, "score_scale"),
         (FindingKind.NO_GRADIENT, "initialisation"),
         (FindingKind.DEAD_UNITS, "initialisation"),
         (FindingKind.DEAD_UNITS, "symmetry"),

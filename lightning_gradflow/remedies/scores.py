@@ -8,21 +8,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_gradflow.probes.comparisons import around_mean
 from lightning_gradflow.probes.shards import is_sharded
+from lightning_gradflow.probes.softmax_scores import CHOOSING, choices
 from lightning_gradflow.remedies.bare_uses import eager
 from lightning_gradflow.remedies.fresh import looks_fresh
 
 _LARGE = 2.0  # deviation: with more a few positions take it all
 _ROUNDS = 64  # softmaxes of a network that are seen to
 _ONE_FACTOR = (0.8, 1.2)  # d ln(deviation) / d ln(weight) of what makes one side of a product; biases take a little
-_FEWEST_DIMS = 3  # samples, positions that ask, and those that are looked at; classes and experts have no third
-
-_SOFTMAXES = frozenset({torch.softmax, Tensor.softmax, F.softmax})
 
 
 def calm_scores(module: nn.Module, forward: Callable[[], None]) -> dict[str, Sequence[nn.Parameter]]:
@@ -102,7 +99,7 @@ def _sides(spread: Tensor, weights: Sequence[nn.Parameter]) -> list[nn.Parameter
 
 
 class _Watch(TorchFunctionMode):
-    """Takes down the deviation of the scores of each softmax over positions, in order."""
+    """Takes down the deviation of the scores of each softmax, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,19 +110,15 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
-            source = args[0] if args else kwargs.get("input")
-            if func in _SOFTMAXES and isinstance(source, Tensor):
-                dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
-                self._see(source.movedim(-1 if dim is None else dim, -1))
-            elif func is F.scaled_dot_product_attention and len(args) > 1 and args[0].shape[:-2] == args[1].shape[:-2]:
-                query, key = args[:2]
-                scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-                self._see(query @ key.transpose(-2, -1) * scale)
+        if func in CHOOSING:
+            with torch._C.DisableTorchFunction():
+                scores = choices(func, args, kwargs)
+                if scores is not None:
+                    self._see(scores)
         return result
 
     def _see(self, scores: Tensor) -> None:
-        if scores.dim() < _FEWEST_DIMS or not scores.requires_grad or scores.shape[-1] < 2:
+        if scores.dim() < 2 or not scores.requires_grad or scores.shape[-1] < 2:
             return
         deviations, there = around_mean(scores.float())
         self.spreads.append((deviations.square().sum() / there.sum().clamp(min=1)).sqrt())

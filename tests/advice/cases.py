@@ -12,7 +12,7 @@ VOCABULARY = {
     "exploding_gradient": "weight_scale depth recurrence learning_rate_too_large unscaled_inputs unknown",
     "nonfinite_gradient": "initialisation forward loss backward optimizer_step learning_rate_too_large unscaled_inputs",
     "dead_units": "initialisation symmetry learning_rate_too_large unscaled_inputs unknown",
-    "saturated_activation": "unscaled_inputs weight_scale drift unknown",
+    "saturated_activation": "unscaled_inputs weight_scale score_scale drift unknown",
     "loss_plateau": (
         "vanishing_gradient dead_units saturation weight_scale recurrence unscaled_inputs learning_rate_too_small "
         "learning_rate_too_large no_signal_in_data unknown"
@@ -37,6 +37,7 @@ EVIDENCE = {
     "growth": 4321.0,
     "grad_norm_total": 9.5e7,
     "nonfinite_layers": 4.0,
+    "softmax_gap": 25.8,
     "dead_fraction": 0.97,
     "activations": 2.0,
     "saturated_fraction": 0.93,

@@ -40,6 +40,7 @@ ANY_MODEL = {
     "stable_loss",
     "warm_up",
     "wider_format",
+    "initialise_scores",
 }
 """Cures of the run: their code is the same for every model."""
 

@@ -304,8 +304,8 @@ def _attend(std, mitigate="suggest"):
 @pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")
 def test_attention_that_picks_one_position_from_the_start_is_found_and_drawn_anew():
     flow = _attend(1.0, "apply")
-    assert [f.cause for f in flow.findings if f.severity.is_alarm] == ["weight_scale"]
-    assert [(a.kind, a.outcome) for a in flow.actions] == [("reinit", "kept")]
+    assert [f.cause for f in flow.findings if f.severity.is_alarm] == ["score_scale"]
+    assert [(a.kind, a.step, a.outcome) for a in flow.actions] == [("reinit", 0, "kept")]
     assert np.median(flow.history.losses[-30:]) < 0.5
 
 

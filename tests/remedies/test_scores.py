@@ -157,10 +157,16 @@ def test_weights_that_are_frozen_tied_or_look_trained_are_left(change):
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
-def test_a_choice_of_experts_or_classes_is_left():
-    net, x = nn.Sequential(nn.Linear(WIDTH, 4), nn.Softmax(-1)), _input()[:, 0]
-    _seeded(net[0].weight, 0, 10.0)
-    assert calm_scores(net, lambda: net(x)) == {}
+@pytest.mark.parametrize(("size", "is_calmed"), [(10.0, True), (1.0, False)])
+def test_of_a_choice_of_experts_or_classes_the_one_layer_that_makes_it_is_scaled(size, is_calmed):
+    net, x = nn.Sequential(nn.Linear(WIDTH, 4, bias=False), nn.Softmax(-1)), _input()[:, 0]
+    _seeded(net[0].weight, 0, size)
+    before = net[0].weight.clone()
+    assert [*calm_scores(net, lambda: net(x))] == (["0"] if is_calmed else [])
+    scores = net[0](x).detach()
+    if is_calmed:
+        assert float((scores - scores.mean(-1, keepdim=True)).square().mean().sqrt()) == pytest.approx(1, rel=1e-4)
+    torch.testing.assert_close(net[0].weight / net[0].weight.norm(), before / before.norm())
 
 
 def test_weights_before_a_normalisation_are_left():

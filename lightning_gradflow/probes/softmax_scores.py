@@ -1,0 +1,129 @@
+"""The scores that the softmaxes inside of a network get, such as those of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_gradflow.history import Floats
+from lightning_gradflow.metrics import measured
+from lightning_gradflow.probes.transfer import Transfer, wide_dtype
+
+_SOFTMAXES = frozenset({torch.softmax, Tensor.softmax, F.softmax})
+CHOOSING = frozenset[Any](_SOFTMAXES | {F.scaled_dot_product_attention})
+"""Every function that holds such a softmax."""
+
+LARGE = 3.0
+"""Gap from which scores are looked at again: the next one gets a twentieth of the largest."""
+
+_KEY = "softmax"
+_SOME = 16384  # scores that tell how far they are apart
+
+
+def choices(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], most: int | None = None) -> Tensor | None:
+    """The scores that a softmax gets, with what it chooses from on the last axis; None where they are not to be had.
+
+    Args:
+        func: one of `CHOOSING`.
+        args: that it was called with.
+        kwargs: the same.
+        most: of products of queries and keys about so many are made, of the first samples; None for all.
+
+    Example:
+        >>> choices(torch.softmax, (torch.zeros(2, 3, 5), 1), {}).shape
+        torch.Size([2, 5, 3])
+        >>> q, k = torch.ones(2, 4, 7, 16), torch.ones(2, 4, 9, 16)
+        >>> scores = choices(F.scaled_dot_product_attention, (q, k, k), {})
+        >>> scores.shape, scores.max().item()
+        (torch.Size([2, 4, 7, 9]), 4.0)
+    """
+    source = args[0] if args else kwargs.get("input", kwargs.get("query"))
+    if not isinstance(source, Tensor) or not source.dim():
+        return None
+    if func in _SOFTMAXES:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+        return source.movedim(-1 if dim is None else dim, -1)
+    key = args[1] if len(args) > 1 else kwargs.get("key")
+    if not isinstance(key, Tensor) or source.dim() < 2 or source.shape[:-2] != key.shape[:-2]:
+        return None
+    if most is not None:
+        source, key = (x.reshape(-1, *x.shape[-2:]) for x in (source, key))
+        count = max(1, most // max(1, source.shape[-2] * key.shape[-2]))
+        source, key = source[:count, : max(1, most // max(1, key.shape[-2]))], key[:count]
+    scale = kwargs.get("scale") or source.shape[-1] ** -0.5
+    scores: Tensor = source @ key.transpose(-2, -1) * scale
+    return scores
+
+
+class SoftmaxScores:
+    """How far the largest score is above the next one, by layer: in the first sample, and while it is far.
+
+    What is masked, by whatever number, is neither, where two are left to choose from.
+
+    Example:
+        >>> seen, transfer = SoftmaxScores(), Transfer()
+        >>> seen.clear(is_asked=True)
+        >>> scores = torch.tensor([[30.0, 10.0, -1e9], [-5.0, 15.0, 40.0]], requires_grad=True)
+        >>> seen.see("att", torch.softmax, (scores, -1), {})
+        >>> seen.share(transfer)
+        >>> told(transfer.fetch())
+        {'att': {'softmax_gap': 20.0}}
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._is_asked = False
+
+    def clear(self, *, is_asked: bool = False) -> None:
+        """Another sample begins.
+
+        Args:
+            is_asked: whether it is looked at.
+        """
+        self._sums = {}
+        self._is_asked = is_asked
+
+    def see(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Takes the call of one of `CHOOSING`; of data nothing is told.
+
+        Args:
+            name: of the layer that it is in, or behind.
+            func: the function.
+            args: that it was called with.
+            kwargs: the same.
+        """
+        if not self._is_asked or not any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())):
+            return
+        with torch.no_grad():
+            scores = choices(func, args, kwargs, _SOME)
+            if scores is None or scores.dim() < 2 or scores.shape[-1] < 2 or not scores.numel():
+                return
+            rows = scores.reshape(-1, scores.shape[-1])[: max(1, _SOME // scores.shape[-1])]
+            first, second = rows.to(wide_dtype(rows.device)).topk(2).values.unbind(-1)
+            gap = (first - second).median()
+            sums = torch.stack([gap, torch.ones_like(gap)])
+            self._sums[name] = sums + self._sums[name] if name in self._sums else sums
+
+    def share(self, transfer: Transfer) -> None:
+        """Hands it over, to be summed over the ranks."""
+        for name, sums in self._sums.items():
+            transfer.share((_KEY, name), sums)
+        self._sums = {}
+
+
+def told(host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, dict[str, float]]:
+    """Layer -> metric -> value, from what came to the host: a mean over calls and ranks.
+
+    Example:
+        >>> told({("softmax", "att"): (36.0, 4.0), ("softmax", "unused"): (0.0, 0.0)})
+        {'att': {'softmax_gap': 9.0}}
+    """
+    return {
+        key[1]: {"softmax_gap": measured(float(sums[0] / sums[1]))}
+        for key, sums in host.items()
+        if isinstance(key, tuple) and key[0] == _KEY and sums[1] > 0  # names stay with the ranks once they had them
+    }

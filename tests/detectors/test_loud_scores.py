@@ -1,0 +1,73 @@
+"""Softmaxes that choose one position each from the start: each condition from both sides."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lightning_gradflow.detectors.loud_scores import LoudScores
+from lightning_gradflow.history import History, Row
+from tests.detectors.runs import verdict
+
+nan = math.nan
+
+
+def run(*rows, loss=2.3, classes=10.0):
+    history = History()
+    history.layer_axis.merge(["a", "b", "c", "fc"])
+    for step, gaps in enumerate(rows):
+        values = {"softmax_gap": np.array(gaps, dtype=float)}
+        history.append(Row(step, values, {"score_classes": classes}, losses=np.array([loss])))
+    return history
+
+
+def judged(*rows, **kwargs):
+    return verdict(LoudScores().judge(run(*rows, **kwargs)))
+
+
+def sick(*layers):
+    return [("warning", "score_scale", layers)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([[6.1, nan, nan, nan]], sick("a")),
+        ([[5.9, nan, nan, nan]], []),
+        ([[nan, nan, nan, nan]], []),
+        ([[20, 30, 40, nan]], sick("c", "b", "a")),
+        ([[20, 30, 1, nan]], sick("b", "a")),
+        ([[20, 1, nan, nan]], sick("a")),
+        ([[20, 1, 1, nan]], []),  # most of them choose among many
+        ([[math.inf, nan, nan, nan]], sick("a")),
+        ([[20, nan, nan, nan], [nan, nan, nan, nan]], sick("a")),
+        ([[20, nan, nan, nan], [0.4, nan, nan, nan]], []),
+        ([[0.4, nan, nan, nan], [20, nan, nan, nan]], []),  # it was learnt
+    ],
+)
+def test_the_table(rows, expected):
+    assert judged(*rows) == expected
+
+
+@pytest.mark.parametrize(("loss", "classes", "found"), [(1.83, 10.0, False), (1.85, 10.0, True), (0.1, nan, True)])
+def test_what_is_better_than_chance_has_learnt_to_choose(loss, classes, found):
+    assert bool(judged([20, nan, nan, nan], loss=loss, classes=classes)) is found
+
+
+def test_the_numbers_behind_it_are_told():
+    (finding,) = LoudScores().judge(run([20, 30, nan, nan]))
+    assert finding.evidence == {"softmax_gap": 25.0}
+
+
+def test_no_rows_tell_nothing():
+    assert LoudScores().judge(History()) == []
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.inf, nan])
+def test_a_limit_out_of_its_range_is_refused(limit):
+    with pytest.raises(ValueError, match="max_gap must be in"):
+        LoudScores(limit)
+
+
+def test_the_limit_is_used():
+    assert LoudScores(30.0).judge(run([20, nan, nan, nan])) == []
