@@ -17,7 +17,8 @@ from lightning_gradflow.history import History
 
 _LEARNT = 0.2  # of the starting loss: what is behind the sick layers learns a little by itself
 _HANDED_ON = 3.0  # rms of what differs between samples: a normalisation behind it makes it 1
-_DROWNED = 0.02  # of the largest table
+_DROWNED = 0.02  # of the largest table, and of an output that all samples share
+_DIFFERS = 0.2  # of an output
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class LargeTables:
       is learnt it comes down, by a quarter at least. A loss that is made up falls for ever so long. So here it is
       enough that it has not halved from the third to the last quarter of the run;
     - the table of an embedding was larger than `max_embedding`, and hides the signal (`weight_scale`): the next layer
-      that multiplies handed it on, or another embedding is fifty times as small, and drowns beside it. Such a run soon
-      finds the best constant; so here it is enough that the loss does not fall any more.
+      that multiplies handed it on; or another embedding is fifty times as small, and drowns beside it; or samples
+      differ in what a layer gives, and by less than a fiftieth in what a later one does, as where the rows are added at
+      their places. Such a run soon finds the best constant; so here it is enough that the loss does not fall any more.
 
     The size of the outputs, the largest singular values and the gain of the gradient do not count: those of trained
     weights, from which a run may go on where there is little left to learn, are as large.
@@ -95,9 +97,20 @@ def _embedded(history: History, max_embedding: float) -> Seen:
     others = np.delete(tables, worst)
     if not tables[worst] > max_embedding:
         return (), {}
-    if (others < _DROWNED * tables[worst]).any() or _behind(history, worst) > _HANDED_ON:
+    is_drowned = (others < _DROWNED * tables[worst]).any() or _samples_are_drowned(history)
+    if is_drowned or _behind(history, worst) > _HANDED_ON:
         return seen
     return (), {}
+
+
+def _samples_are_drowned(history: History) -> bool:
+    """Whether what differs between samples comes in, and is next to nothing behind a later layer.
+
+    A table whose rows are added at their places is the same for all samples.
+    """
+    spreads = first_values(history, "output_spread")
+    known = spreads[np.isfinite(spreads)]
+    return bool(known.size) and bool((known[np.argmax(known > _DIFFERS) :] < _DROWNED).any()) and known.max() > _DIFFERS
 
 
 def _behind(history: History, layer: int) -> float:

@@ -25,6 +25,7 @@ from lightning_gradflow.history import Floats, History, Ints
 _EDGE = 1.3  # times the largest singular value of a square matrix of independent entries: one of 1 to 16 has 1.25
 _FEWEST = 2  # layers
 _BACK = 4.0  # times their norm that the run can change weights by: a quarter of it or more is the way back
+_HUGE = 32.0  # times what keeps the size of a signal: no usual initialisation gives more than 2, nor training 10
 _AT_BOUNDS = 0.5  # of the first outputs of a recurrence
 
 
@@ -47,9 +48,9 @@ class LargeWeights:
 
     Neither time nor the loss needs to be waited for where tables among them say it from the start (see
     `scores_from_the_start`), or most layers say it, by this size or by that for the number that a unit sums over,
-    whatever they look like; all planned steps change less than four times their norm; and the first outputs were far
-    from anything that is asked for: three times as far as a constant would have been, and as large; or scores with a
-    deviation above 2, of which the loss was half above that of equal ones.
+    whatever they look like, or one by a factor of 32; all planned steps change less than four times their norm; and the
+    first outputs were far from anything that is asked for: three times as far as a constant would have been, and as
+    large; or scores with a deviation above 2, of which the loss was half above that of equal ones.
 
     A cross-entropy that is below 80 % of what equal scores give says that more was learnt than that.
 
@@ -96,10 +97,12 @@ class LargeWeights:
         return self._at_once(history) if starts_far_off(history) else []
 
     def _at_once(self, history: History) -> list[Finding]:
-        """Most layers are too large, and the first outputs say what comes of it."""
+        """Most layers are too large, or some by far, and the first outputs say what comes of it."""
         sizes = _sizes(history)
         large = np.flatnonzero(sizes > self.max_size)  # what has been trained starts from no such outputs
         if not _are_most(large, sizes):
+            large = np.flatnonzero(first_values(history, "initial_size") > _HUGE)
+        if not large.size:
             return []
         reach = _reach(history, large)
         return _found(history, sizes, large, {"reach": reach}) if reach < _BACK else []

@@ -179,7 +179,8 @@ def taken_up(history: History) -> float:
     """How much of the usual size differs between samples, in the output of the layer where most does; NaN: not known.
 
     Of an output it is the part around the batch mean, over the whole; and of one that is small in itself, over 1.
-    While nothing is learnt only the layers in front of the first dropout are asked: it makes samples differ too.
+    While nothing is learnt only the layers in front of the first dropout are asked: it makes samples differ too. Nor is
+    the last one: that it has brought what all share down to a constant is no sign of more.
     """
     spread, size = (newest_known(history, name) for name in ("output_spread", "output_rms"))
     if spread is None or size is None:
@@ -188,6 +189,8 @@ def taken_up(history: History) -> float:
     names, dropped_at = [point.module for point in history.points], history.dropped_at
     if dropped_at in names and not has_learnt(history):
         asked = asked & (np.arange(len(names)) < names.index(dropped_at))
+    if asked.sum() > 1 and keeps_residual(history):
+        asked = asked & (np.arange(len(asked)) < np.flatnonzero(asked)[-1])
     parts = (spread * np.minimum(size, 1.0))[asked]
     parts = parts[~np.isnan(parts)]
     return float(parts.max()) if parts.size else math.nan

@@ -16,6 +16,7 @@ from lightning_gradflow.detectors.overwritten import not_by_steps, overwritten, 
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.small_steps import MIN_REACH, too_small
 from lightning_gradflow.detectors.smothered import was_smothered
+from lightning_gradflow.detectors.standstill import keeps_residual
 from lightning_gradflow.detectors.update_sizes import finding_of, medians_of, ratios_of
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import Floats, History
@@ -166,6 +167,7 @@ class UpdateRatio:
             return []
         is_stuck = medians[peak] >= self.max_ratio and _stands(since)
         is_stuck &= now >= first - _LEFT * abs(first) or _has_no_gradient(history)
+        is_stuck |= keeps_residual(history) and _stands(since)
         if not (now >= first - _GAINED * abs(first) or is_stuck):
             return []
         evidence = {"update_ratio": float(medians[peak]), "weight_growth": float(np.median(known)), "loss": now}

@@ -52,7 +52,7 @@ def zero_weights(history: History) -> ZeroWeights:
     - one gives zeros to a ReLU of which all units are dead, behind which there is a gradient: the slope at 0 is 0.
       Where a gradient gets past it to other layers, as in a residual branch, the run must stand still; where none
       does, all before it that give zeros are as much to blame;
-    - no layer gets anything but zeros, and there are two such weights, and a loss;
+    - no layer gets anything but zeros, and there are two such weights, or one in a run that stands still, and a loss;
     - or they are most of the layers, and the run stands still (see `stands_still`).
 
     Example:
@@ -79,7 +79,9 @@ def zero_weights(history: History) -> ZeroWeights:
     is_still = stands_still(history)
     products, tables = (_products(held, points), _tables(history, blocked)) if is_still else (set(), set())
     found = pairs | products | tables | _before_dead(history, blocked, points)
-    if not found and (_nothing_moves(history, held) or (_are_most(history, held) and stands_still(history))):
+    # one weight may be a head whose loss starts later
+    is_blocked = _nothing_moves(history) and (is_still or sum(held.values()) >= _FACTORS)
+    if not found and (is_blocked or (is_still and _are_most(history, held))):
         found = set(held)
     return ZeroWeights(tuple(name for name in held if name in found), frozenset((pairs & outer) - products))
 
@@ -191,10 +193,10 @@ def _are_most(history: History, held: dict[str, int]) -> bool:
     return bool(2 * len(held) > (how_often_known(history, "grad_norm") > 0).sum())
 
 
-def _nothing_moves(history: History, held: dict[str, int]) -> bool:
+def _nothing_moves(history: History) -> bool:
     """Whether all gradients there are were zero in each of the newest samples, and the loss was not."""
     norms, losses = history["grad_norm"][-_SAMPLES:], history.losses[-_SAMPLES:]
-    if sum(held.values()) < _FACTORS or len(norms) < _SAMPLES or not losses.size:
+    if len(norms) < _SAMPLES or not losses.size:
         return False
     known = ~np.isnan(norms)
     some = bool(known.any(axis=1).all() and (norms[known] == 0).all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lightning_gradflow.detectors.known import newest_values
 from lightning_gradflow.history import History, Point
@@ -28,6 +28,23 @@ def gates_of(history: History, *, with_others: bool = False) -> set[str]:
             gates.update(before if with_others else before[-1:])
         before = []
     return gates
+
+
+def layers_before(points: Sequence[Point], modules: Collection[str]) -> tuple[str, ...]:
+    """The layers right before activations that these modules apply, in order of execution.
+
+    Example:
+        >>> points = [Point("a", "a"), Point("act", "act", "relu"), Point("b", "b"), Point("b/relu", "b", "relu")]
+        >>> layers_before(points, ["act"]), layers_before(points, ["b"])
+        (('a',), ('b',))
+    """
+    found, layer = [], ""
+    for point in points:
+        if point.is_layer:
+            layer = point.name
+        elif layer and point.module in modules:
+            found.append(layer)
+    return tuple(dict.fromkeys(found))
 
 
 def activations_around(points: Sequence[Point]) -> dict[str, tuple[str, str]]:

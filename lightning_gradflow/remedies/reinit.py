@@ -17,7 +17,7 @@ from lightning_gradflow.history import History
 from lightning_gradflow.probes.layers import ROOT, module_named
 from lightning_gradflow.probes.shards import is_sharded
 from lightning_gradflow.remedies.adjustment import Centre, centre_of
-from lightning_gradflow.remedies.around import activations_around, gates_of
+from lightning_gradflow.remedies.around import activations_around, gates_of, layers_before
 from lightning_gradflow.remedies.attention import draw_attention
 from lightning_gradflow.remedies.bare import Bare, initialise_bare, with_bare
 from lightning_gradflow.remedies.critical import Treated, make_critical
@@ -201,6 +201,8 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
         shut = finding.layers if "gate_opening" in finding.evidence else ()
         # of a size that a norm takes away again no gain tells
         always = finding.layers if "weight_size" in finding.evidence else shut
+        if (finding.kind, finding.cause) == (FindingKind.DEAD_UNITS, "initialisation") and not only_far:
+            always = layers_before(training.history.points, finding.layers)  # no gain tells of the end of a dead branch
         gates = gates_of(training.history) - {*shut}
         treated = make_critical(
             whole, whole.routed(run), training.seed, max_off, max_spread, gates=gates, always=always

@@ -134,7 +134,10 @@ def _slower(patient: Patient) -> tuple[float, float]:
     history, held = patient.training.history, patient.held
     slower = _UNKNOWN_FACTOR * held.slowest
     if not patient.has_past:
-        return (slower, math.inf) if held.rollbacks else _from_the_start(patient.training, held)
+        if held.rollbacks:
+            return slower, math.inf
+        found = _from_the_start(patient.training, held)
+        return (slower, math.inf) if _shows_late(patient, found) else found
     rates = history.scalar("lr")
     before, after = (
         rates[where & np.isfinite(rates)]
@@ -154,6 +157,17 @@ def _slower(patient: Patient) -> tuple[float, float]:
         return slower, math.inf
     # what broke a run that went well at this rate may have been a batch: it is slowed down for good the next time
     return (LARGEST_FACTOR if patient.finding.cause == "learning_rate_too_large" else 1.0), math.inf
+
+
+def _shows_late(patient: Patient, found: tuple[float, float]) -> bool:
+    """Whether steps became too large so slowly that neither the first ones nor a trial of a few tell by how much.
+
+    So it is with a momentum of 0.999, which takes a thousand steps to gather.
+    """
+    history, (factor, cap) = patient.training.history, found
+    if patient.finding.cause != "learning_rate_too_large" or history.rows[-1].step <= 2 * STEPS:
+        return False
+    return factor > LARGEST_FACTOR and not cap < LARGEST_FACTOR * _own_rate(patient.training)
 
 
 def _from_the_start(training: Training, held: Held) -> tuple[float, float]:

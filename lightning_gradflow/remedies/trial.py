@@ -218,7 +218,8 @@ class Mitigation:
         finite = is_finite(training.model, training.averaged)
         is_sound = finite and self._ways.learnt and has_learnt(training.history, LEARNT)
         ways, history = self._ways, training.history
-        is_sound &= not (ways.came_before(finding, history) or ways.starts_anew(finding, history))
+        did_harm = "largest_step" in finding.evidence  # an earlier step than the newest
+        is_sound &= not (did_harm or ways.came_before(finding, history) or ways.starts_anew(finding, history))
         if is_sound:
             self._ways.stand_by(now, training.history.rows[-1].step)
         for remedy in decision.remedies:

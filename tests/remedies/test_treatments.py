@@ -89,6 +89,16 @@ def test_a_run_whose_first_step_was_not_too_large_does_not_start_once_more(ratio
     assert (run.held.rate.factor, run.held.rollbacks, run.held.slowest) == (1.0, 0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("found", "every", "factor"), [(RATE, 49, 0.1), (RATE, 48, None), (BREAKS, 49, None)], ids=["late", "soon", "other"]
+)
+def test_steps_that_became_too_large_after_a_trial_would_be_over_are_made_ten_times_as_small(found, every, factor):
+    run = _sampled([0.001, 3.0], every=every)
+    done = treat("rollback", _patient(run, found))
+    assert (done is None) == (factor is None)
+    assert run.held.rate.factor == (factor or 1.0)
+
+
 def test_the_next_way_back_is_slower_than_the_slowest_that_was_tried():
     run = _sampled([1.0])
     treat("rollback", _patient(run))
