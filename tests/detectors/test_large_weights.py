@@ -48,7 +48,7 @@ def run(
         "grad_rms": np.full(len(names), 3.0 / SIDE),
         "update_ratio": np.full(len(names), ratio),
         "output_rms": np.array([1.0] * (len(points) - 1) + [output]),
-        "initial_size": np.full(len(names), initial),
+        "initial_size": np.broadcast_to(np.array(initial, dtype=float), len(names)),
     }
     last = -1
     for step in range(0, len(losses), 10):
@@ -124,6 +124,14 @@ SCORES = {"score_deviation": 2.1, "score_classes": 8.0, "output": 0.5}  # 1.5 ti
 def test_what_the_first_outputs_say_needs_no_time(sick, well):
     assert told(**{"losses": EARLY, **sick}) == FOUND
     assert told(**{"losses": EARLY, **well}) == []
+
+
+@pytest.mark.parametrize(("initial", "told_of"), [(33.0, ("fc3",)), (31.0, ())])
+@pytest.mark.parametrize("changes", [{}, {"compared_rms": 8.6}, {"ratio": 1.01e-2}])
+def test_a_single_layer_that_is_larger_by_far_is_enough(initial, told_of, changes):
+    huge = {"normal": 3, "size": 40.0, "edge": 1.31, "initial": (1.0, 1.0, 1.0, initial)}
+    found = told(losses=EARLY, **{**FAR, **huge, **changes})
+    assert found == ([("warning", "weight_scale", told_of)] if told_of and not changes else [])
 
 
 @pytest.mark.parametrize(("down_to", "is_found"), [(1.7, True), (1.6, False)])  # equal scores of 8 classes: 2.08

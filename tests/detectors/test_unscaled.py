@@ -112,6 +112,20 @@ def test_a_layer_that_takes_the_inputs_up_makes_them_harmless(spreads, sizes, ex
 
 
 @pytest.mark.parametrize(
+    ("left", "spreads", "expected"),
+    [(0.51, [0.01, 0.5], SICK), (0.49, [0.01, 0.5], []), (0.51, [0.062, 0.5], []), (nan, [0.01, 0.5], [])],
+)
+def test_a_last_layer_that_has_found_a_constant_takes_nothing_up(left, spreads, expected):
+    history = run(spreads=spreads)
+    again = History()
+    again.add_points(history.points)
+    again.add_features(2)
+    for i, row in enumerate(history.rows):
+        again.append(replace(row, values={**row.values, "delta_norm": np.full(2, left if i else 1.0)}))
+    assert verdict(UnscaledInputs().judge(again)) == expected
+
+
+@pytest.mark.parametrize(
     ("at", "spreads", "losses", "expected"),
     [
         (None, [0.01, 0.5], STILL, []),

@@ -164,6 +164,24 @@ def test_an_embedding_is_judged_by_its_table(values, is_found):
     assert judged(points=EMBEDDED, values=values) == ([("warning", "weight_scale", ("emb",))] if is_found else [])
 
 
+@pytest.mark.parametrize(
+    ("spreads", "is_found"),
+    [
+        ((0.9, 0.019, 0.019), True),
+        ((0.9, 0.021, 0.021), False),
+        ((0.9, 0.5, 0.019), True),
+        ((0.19, 0.01, 0.01), False),  # the samples are alike when they come in
+        ((0.01, 0.01, 0.9), False),
+        ((nan, nan, nan), False),
+    ],
+)
+def test_rows_that_are_added_at_their_places_hide_what_differs_between_samples(spreads, is_found):
+    values = {**embedding(behind=(1.0, 1.0)), "output_spread": spreads}
+    assert bool(judged(points=EMBEDDED, values=values)) is is_found
+    small = {**embedding(table=9.9, behind=(1.0, 1.0)), "output_spread": spreads}
+    assert not judged(points=EMBEDDED, values=small)
+
+
 def test_an_embedding_that_was_drawn_anew_is_well():
     values = {**embedding(), "weight_norm": (150.0, 1.0, 1.0)}
     assert judged(points=EMBEDDED, values=values, later={"weight_norm": (101.0, 1.0, 1.0)})

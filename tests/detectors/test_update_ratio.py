@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_gradflow.detectors.update_ratio import UpdateRatio
-from lightning_gradflow.history import History, Row
+from lightning_gradflow.history import History, Point, Row
 from tests.detectors.runs import is_due, measured_too, verdict
 
 nan, inf = math.nan, math.inf
@@ -357,6 +357,34 @@ def test_weights_that_decay_to_nothing_and_learn_nothing(made, found):
 def test_a_loss_that_stands_after_steps_as_large_as_the_weights(made, found):
     history = together(**{"peak": 1.2, "end": 1.9, "last": 150, **made})
     assert verdict(UpdateRatio().judge(history)) == ([("warning", LARGE, ("fc0", "fc1"))] if found else [])
+
+
+@pytest.mark.parametrize(
+    ("made", "left", "found"),
+    [
+        ({}, 0.51, True),
+        ({}, 0.49, False),
+        ({"end": 0.1}, 0.51, True),  # whatever the loss has come down by
+        ({"peak": 0.09}, 0.51, False),
+        ({"growth": 2.9}, 0.51, False),
+        ({"last": 80}, 0.51, False),
+        ({"gain": 0.3}, 0.51, False),
+    ],
+)
+def test_a_run_that_knows_no_more_than_a_constant_and_stands_is_told_after_smaller_steps(made, left, found):
+    history, again = together(**{"peak": 0.2, "end": 1.9, "last": 150, **made}), History()
+    again.layer_axis.merge(history.layers)
+    again.add_points([Point(name, name) for name in history.layers])
+    for i, row in enumerate(history.rows):
+        again.append(
+            Row(row.step, {**row.values, "delta_norm": np.full(3, left if i else 1.0)}, row.scalars, losses=row.losses)
+        )
+    assert bool(UpdateRatio().judge(again)) is found
+
+
+def test_where_no_gradient_comes_no_rate_is_too_small():
+    assert not judge([0.0, 0.0], grads=0.0)
+    assert judge([0.0, 0.0], grads=1e-9)
 
 
 @pytest.mark.parametrize(("norms", "found"), [(2, True), (0, False)])

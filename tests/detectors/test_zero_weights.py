@@ -216,6 +216,14 @@ def test_where_nothing_at_all_moves_two_factors_are_to_blame(change, how, found)
     assert zero_weights(run(*[{**TOWERS, **change}] * 3, **how)).layers == found
 
 
+def test_where_nothing_at_all_moves_one_weight_is_to_blame_if_the_run_stands_still():
+    row = {**TOWERS, "zero": [nan, nan, 1]}
+    assert zero_weights(run(*[row] * 5, steps=[0, 1, 2, 40, 60])).layers == ("fc2",)
+    assert zero_weights(run(*[row] * 4, steps=[0, 1, 2, 40])) == NONE
+    moves = {**row, "norm": [0.1, 0.1, 0]}
+    assert zero_weights(run(*[moves] * 5, steps=[0, 1, 2, 40, 60])) == NONE
+
+
 def test_most_of_the_layers_are_to_blame_where_the_run_stands_still():
     row = {**TOWERS, "norm": [0.1, 0, 0], "delta": [0.1, 0, 0]}
     steps = [0, 1, 2, 40, 60]

@@ -699,3 +699,31 @@ def test_outputs_that_are_too_large_are_no_reason_to_draw_a_recurrence_that_is_w
     found = replace(found, kind=FindingKind.EXPLODING_GRADIENT, evidence=evidence)
     assert reinitialise(_training(net, _copying(net), history=history), found) is None
     assert torch.equal(net.rnn.weight_hh_l0, before)
+
+
+class Branches(nn.Module):
+    """Two branches side by side, of which one may be dead."""
+
+    def __init__(self, bias):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())
+        self.two = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
+        self.out = nn.Linear(2 * WIDTH, 2)
+        for layer in (self.one[0], self.one[2]):
+            nn.init.constant_(layer.bias, bias)
+
+    def forward(self, x):
+        return self.out(torch.cat([self.one(x), self.two(x)], 1))
+
+
+@pytest.mark.parametrize("cause", ["initialisation", "unknown"])
+def test_the_end_of_a_branch_that_was_dead_from_the_start_is_drawn_with_it(cause):
+    net, history = Branches(-10.0), History()
+    names = ["one.0", "one.1", "one.2", "one.3", "two.0", "two.1", "out"]
+    history.add_points([Point(name, name, "relu" if name[-1] in "13" else "") for name in names])
+    dead = Finding(FindingKind.DEAD_UNITS, Severity.WARNING, 2, ("one.1", "one.3"), cause)
+    done = reinitialise(_training(net, _copying(net), history=history), dead)
+    assert ("one.2" in done.layers) is (cause == "initialisation")
+    alive = (net.one(_batch()) > 0).any(0)
+    assert bool(alive.all()) is (cause == "initialisation")

@@ -757,6 +757,17 @@ def test_a_run_goes_back_behind_the_step_that_did_the_harm():
     assert torch.equal(run.weights(), start)
 
 
+def test_weights_that_an_earlier_step_has_harmed_are_no_good_ones():
+    run, start = Run(), Run().weights()
+    run.train()
+    run.go(3.0, ratio=2.0)
+    run.train()
+    run.go(2.0, ratio=1e-3)
+    assert run.mitigation._ways.good_step == -1  # nothing was kept yet, and the loss has fallen by a third
+    assert run.go(2.0, _too_large(update_ratio=2.0, largest_step=0.0), ratio=1e-3).kind == "rollback"
+    assert torch.equal(run.weights(), start)
+
+
 def test_without_that_step_a_run_that_learns_stays_where_it_is():
     run, start = Run(), Run().weights()
     _stands(run, ratio=2.0)
