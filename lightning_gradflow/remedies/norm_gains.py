@@ -1,4 +1,4 @@
-"""The gains of norm layers start from 1, and their biases from 0."""
+"""The gains of norm layers start from 1, and biases from 0."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from lightning_gradflow.probes.norm_gains import gains_of
+from lightning_gradflow.remedies.gains import WEIGHTED
 from lightning_gradflow.remedies.textbook import assign
 
 _SHUT = 4.0  # deviations of what a norm gives, and a number: a sigmoid is within 2 % of its bound
 _MOST = 0.5  # of the units
+_FAR = 8.0  # that of a probability of one in three thousand, for a score
 
 
 def reset_gains(module: nn.Module, layers: Iterable[str]) -> dict[str, Sequence[nn.Parameter]]:
@@ -69,6 +71,36 @@ def reset_biases(module: nn.Module, kept: Collection[str] = ()) -> dict[str, Seq
             continue
         limit = _SHUT * gains.detach().abs().clamp(min=1.0)
         if float((bias.detach().abs() > limit).double().mean()) > _MOST:
+            assign(bias, torch.zeros(bias.shape))
+            found[name] = list(part.parameters(recurse=False))
+    return found
+
+
+def reset_far_biases(module: nn.Module, kept: Collection[str] = ()) -> dict[str, Sequence[nn.Parameter]]:
+    """Sets the biases of linear layers and convolutions to 0 that are above 8 in most units, where they are no other's.
+
+    No weights before make up for what comes of it: behind an exponential that is a factor of three thousand.
+
+    Args:
+        module: the model, or a copy of it.
+        kept: names of layers that keep theirs: where targets lie may be known.
+
+    Returns:
+        name -> all parameters of the layers whose biases were set.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> _ = nn.init.constant_(net[0].bias, 12.0)
+        >>> list(reset_far_biases(net)), net[0].bias.tolist()
+        (['0'], [0.0, 0.0])
+    """
+    owners = Counter(p for part in module.modules() for p in part.parameters(recurse=False))
+    found: dict[str, Sequence[nn.Parameter]] = {}
+    for name, part in module.named_modules():
+        bias = part._parameters.get("bias") if isinstance(part, WEIGHTED) else None
+        if bias is None or name in kept or not bias.requires_grad or owners[bias] > 1:
+            continue
+        if float((bias.detach().abs() > _FAR).double().mean()) > _MOST:
             assign(bias, torch.zeros(bias.shape))
             found[name] = list(part.parameters(recurse=False))
     return found

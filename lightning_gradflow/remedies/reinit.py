@@ -26,7 +26,7 @@ from lightning_gradflow.remedies.fill import fill_missing
 from lightning_gradflow.remedies.fit_outputs import fit_outputs
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.gate_signs import turn_signs
-from lightning_gradflow.remedies.norm_gains import reset_biases, reset_gains
+from lightning_gradflow.remedies.norm_gains import reset_biases, reset_far_biases, reset_gains
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.output_scaling import TargetScale
 from lightning_gradflow.remedies.plan import TOO_LARGE, TOO_SMALL
@@ -180,6 +180,8 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
     is_of_tables = (finding.kind, finding.cause) == TOO_LARGE
     with training.rehearse() as (module, run):
         drawn: dict[str, Sequence[nn.Parameter]] = {}
+        far_biases: dict[str, Sequence[nn.Parameter]] = {}
+        is_far_out = "output_growth" in finding.evidence
         if not only_far:
             drawn |= fill_missing(module, training.seed)
             # a table of zeros beside those that are too large is so on purpose
@@ -188,6 +190,8 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
             drawn |= reset_gains(module, drawn_gains(training.history))
             kept = gates_of(training.history) | {point.name for point in training.history.points[-1:]}
             drawn |= reset_biases(module, kept)
+            far_biases = reset_far_biases(module, kept) if is_far_out else {}
+            drawn |= far_biases
         if finding.cause == "symmetry":
             around = activations_around(training.history.points)
             drawn |= break_symmetry(module, finding.layers, around, training.seed)
@@ -207,7 +211,7 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
         treated = make_critical(
             whole, whole.routed(run), training.seed, max_off, max_spread, gates=gates, always=always
         )
-        if "output_growth" in finding.evidence and not _helps_outputs(treated):
+        if is_far_out and not far_biases and not _helps_outputs(treated):
             return None
         drawn |= bare.owners(module, treated.changed)
         drawn |= {} if only_far else calm_scores(module, run)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradflow.remedies.norm_gains import reset_biases, reset_gains
+from lightning_gradflow.remedies.norm_gains import reset_biases, reset_far_biases, reset_gains
 
 
 def _net():
@@ -63,3 +63,40 @@ def test_biases_of_gates_and_shared_and_frozen_ones_stay():
     net[1].bias.requires_grad_(False)
     net[2].bias = net[0].bias
     assert reset_biases(net) == {}
+
+
+def _far(bias, kind=lambda: nn.Linear(4, 4)):
+    net = nn.Sequential(nn.Linear(4, 4), kind(), nn.Linear(4, 4))
+    nn.init.zeros_(net[0].bias)
+    net[1].bias.data.copy_(torch.tensor(bias))
+    return net
+
+
+@pytest.mark.parametrize(
+    ("bias", "is_found"),
+    [
+        ([8.1] * 4, True),
+        ([-8.1] * 4, True),
+        ([7.9] * 4, False),
+        ([12.0, 12.0, 12.0, 0.0], True),
+        ([12.0, 12.0, 0.0, 0.0], False),
+    ],
+)
+@pytest.mark.parametrize("kind", [lambda: nn.Linear(4, 4), lambda: nn.Conv1d(4, 4, 1)], ids=["linear", "conv"])
+def test_biases_that_are_far_from_zero_in_most_units_are_set_to_it(bias, is_found, kind):
+    net = _far(bias, kind)
+    weight = net[1].weight.clone()
+    assert list(reset_far_biases(net)) == (["1"] if is_found else [])
+    assert net[1].bias.tolist() == ([0.0] * 4 if is_found else pytest.approx(bias))
+    assert torch.equal(net[1].weight, weight)
+
+
+def test_biases_that_are_kept_frozen_shared_or_of_a_norm_stay_far():
+    assert reset_far_biases(_far([12.0] * 4), {"1"}) == {}
+    frozen = _far([12.0] * 4)
+    frozen[1].bias.requires_grad_(False)
+    assert reset_far_biases(frozen) == {}
+    shared = _far([12.0] * 4)
+    shared[2].bias = shared[1].bias
+    assert reset_far_biases(shared) == {}
+    assert reset_far_biases(_far([12.0] * 4, lambda: nn.LayerNorm(4))) == {}

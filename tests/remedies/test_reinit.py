@@ -727,3 +727,24 @@ def test_the_end_of_a_branch_that_was_dead_from_the_start_is_drawn_with_it(cause
     assert ("one.2" in done.layers) is (cause == "initialisation")
     alive = (net.one(_batch()) > 0).any(0)
     assert bool(alive.all()) is (cause == "initialisation")
+
+
+def test_outputs_that_are_far_off_by_a_bias_before_an_exponential_come_near_without_it():
+    class Exponential(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.log, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+            nn.init.constant_(self.log.bias, 12.0)
+
+        def forward(self, x):
+            return self.out(self.log(torch.tanh(self.inner(x))).exp())
+
+    net, history = Exponential(), History()
+    history.add_points([Point(name, name) for name in ("inner", "log", "out")])
+    evidence = {"output_rms": 1e5, "output_growth": 1e5}
+    found = Finding(FindingKind.EXPLODING_GRADIENT, Severity.WARNING, 0, ("log",), "weight_scale", evidence=evidence)
+    done = reinitialise(_training(net, _copying(net), history=history), found)
+    assert "log" in done.layers
+    assert net.log.bias.abs().max() < 1
+    assert net(_batch()).detach().abs().max() < 100
