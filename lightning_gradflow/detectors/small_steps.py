@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lightning_gradflow.detectors.known import how_often_known, is_always
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.rounding import MAX_LOST, lost_share
 from lightning_gradflow.detectors.update_sizes import finding_of, largest_of, ratios_of
@@ -37,8 +36,6 @@ def too_small(history: History, ratios: Floats, min_reach: float) -> list[Findin
     """
     if not ratios.size or np.isnan(ratios[-1]).all():
         return []
-    if how_often_known(history, "grad_norm").any() and is_always(history, "grad_norm", 0).all():
-        return []  # of no gradient at all any rate makes nothing
     most = largest_of(history)
     # the largest is finite unless something is infinite
     if (~np.isnan(most)).sum() < _MIN_SAMPLES or not (np.isfinite(most).any() or np.isfinite(ratios).any()):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.decay import was_cut_off
 from lightning_gradflow.detectors.inputs import feature_evidence, offending_features
-from lightning_gradflow.detectors.known import first_values
+from lightning_gradflow.detectors.known import first_values, how_often_known, is_always
 from lightning_gradflow.detectors.overwritten import not_by_steps, overwritten, start_of_steps
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.small_steps import MIN_REACH, too_small
@@ -111,6 +111,8 @@ class UpdateRatio:
         ratios = ratios_of(history)
         if not ratios.size or np.isnan(ratios[-1]).all():
             return []
+        if how_often_known(history, "grad_norm").any() and is_always(history, "grad_norm", 0).all():
+            return self._too_large(history, ratios)  # of no gradient at all no rate makes anything
         return too_small(history, ratios, self.min_reach) or self._too_large(history, ratios)
 
     def _too_large(self, history: History, ratios: Floats) -> list[Finding]:
