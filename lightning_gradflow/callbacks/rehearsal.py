@@ -21,6 +21,7 @@ from lightning_gradflow.callbacks.unsharded import gathered, whole_copy, write
 from lightning_gradflow.history import History
 from lightning_gradflow.remedies.clip import Clipper
 from lightning_gradflow.remedies.coordinates import Coordinates
+from lightning_gradflow.remedies.learning_rate import top_rate
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.training import CopiesTrained, Rehearsal, RehearsalError, Training
 
@@ -129,8 +130,9 @@ def _losses(
     if scaling is not None:
         coordinates.load_state_dict(scaling)
         coordinates.attach(twin)
+    top = top_rate(optimizer.param_groups)
     for group in optimizer.param_groups:
-        group["lr"] = group["lr"] * factor
+        group["lr"] = group["lr"] * factor if math.isnan(top) else min(group["lr"], top * factor)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     scale, clip = trainer_facts.loss_scale(trainer, module.device), clip_of(trainer, optimizer)
     clipper = Clipper(Training(twin, [optimizer], History()), max_ratio=max_ratio) if max_ratio is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from numbers import Real
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+
+_FAR_APART = 10.0  # times the smallest of several learning rates
 
 
 class RateFactor:
@@ -168,6 +170,22 @@ class RateFactor:
         rates.depth = max(rates.depth - 1, 0)
         if rates.depth == 0:
             rates.put_back()
+
+
+def top_rate(groups: Sequence[Mapping[str, Any]]) -> float:
+    """The largest learning rate of parameter groups that are far apart, by a factor of 10 or more; NaN of others.
+
+    Of such groups it is the largest that is too large, where one is: a cap on it leaves the others as they are.
+
+    Example:
+        >>> top_rate([{"lr": 1e-4}, {"lr": 0.1}]), top_rate([{"lr": 0.1}, {"lr": 0.2}]), top_rate([{"lr": 0.1}])
+        (0.1, nan, nan)
+    """
+    if not all(_is_rate(group.get("lr")) for group in groups):
+        return math.nan
+    rates = [float(group["lr"]) for group in groups]
+    rates = [rate for rate in rates if rate > 0]
+    return max(rates) if rates and max(rates) >= _FAR_APART * min(rates) else math.nan
 
 
 class _Rates:

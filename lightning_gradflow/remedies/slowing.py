@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_gradflow.history import History
 from lightning_gradflow.remedies.clip_state import follows_size
 from lightning_gradflow.remedies.held import Held
-from lightning_gradflow.remedies.learning_rate import RateFactor
+from lightning_gradflow.remedies.learning_rate import RateFactor, top_rate
 from lightning_gradflow.remedies.patient import Patient
 from lightning_gradflow.remedies.rate_test import AT_ALL, STEPS, fitting_factor, reached
 from lightning_gradflow.remedies.recurrent import GATED
@@ -54,7 +54,7 @@ def slow_down(patient: Patient) -> tuple[Numbers, Numbers] | None:
     # the rate of several groups is not known, and neither is a cap on it
     if not patient.has_past and factor > LARGEST_FACTOR and not cap < LARGEST_FACTOR * before["lr"]:
         return None  # to start once more as before would end as before
-    if _is_for_clipping(patient, min(factor, cap / now if now > 0 else factor)):
+    if _is_for_clipping(patient, min(factor, cap / now if 0 < now < math.inf else factor)):
         held.start_clipping(replace(patient.training, history=History()), max_ratio=GATED_RATIO)
         held.rollbacks += 1
         return {}, {MAX_RATIO: GATED_RATIO}
@@ -80,7 +80,9 @@ def slow_down_anew(patient: Patient) -> tuple[Numbers, Numbers]:
     if not tried < _FAR_TOO_LARGE:
         return {}, {}
     before = _rate_facts(held, rate)
-    if _rises(training, rate):
+    if math.isfinite(top := _top_rate(training)):
+        held.rate.cap = min(held.rate.cap, tried * top)
+    elif _rises(training, rate):
         held.rate.cap = min(held.rate.cap, tried * rate)
     else:
         held.rate.factor = max(min(tried, held.rate.factor), _SMALLEST_FACTOR)
@@ -125,6 +127,11 @@ def _own_rate(training: Training) -> float:
     return float(rate) if isinstance(rate, (Real, Tensor)) else math.inf
 
 
+def _top_rate(training: Training) -> float:
+    """The learning rate that a trial lowers, where it is that of some groups; NaN where it is that of all."""
+    return top_rate([group for optimizer in training.optimizers for group in optimizer.param_groups])
+
+
 def _in_force(held: Held, rate: float) -> float:
     return min(rate * held.rate.factor, held.rate.cap) if math.isfinite(rate) else math.inf
 
@@ -150,6 +157,8 @@ def _slower(patient: Patient) -> tuple[float, float]:
         cap = float(before[-1])
     tried = _tried(patient.training, held)
     if tried < _FAR_TOO_LARGE:
+        if math.isfinite(top := _top_rate(patient.training)):
+            return 1.0, tried * top
         return (1.0, min(tried * rate, cap)) if _rises(patient.training, rate) else (tried, cap)
     if cap < math.inf:
         return 1.0, cap
@@ -174,6 +183,8 @@ def _from_the_start(training: Training, held: Held) -> tuple[float, float]:
     """The same for a run that starts once more, from where it began."""
     history, rate = training.history, _own_rate(training)
     rises, tried = _rises(training, rate), _tried(training, held)
+    if tried < 1 and math.isfinite(top := _top_rate(training)):
+        return 1.0, tried * top
     if tried < 1:
         # a schedule that rises would leave behind what was found
         return (1.0, tried * rate) if rises else (tried, math.inf)

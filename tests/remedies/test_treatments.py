@@ -187,6 +187,19 @@ def test_a_rate_that_was_tried_out_says_more_than_the_size_of_the_first_step():
     assert run.held.rate.factor == pytest.approx(1e-3 / math.sqrt(10))
 
 
+@pytest.mark.parametrize(
+    ("other", "factor", "cap"), [(0.11, 1e-3 / math.sqrt(10), math.inf), (0.1, 1.0, 1e-3 / math.sqrt(10))]
+)
+@pytest.mark.parametrize("remedy", ["rollback", "reinit"])
+def test_of_groups_whose_rates_are_far_apart_the_largest_is_capped(other, factor, cap, remedy):
+    run = _paced(_sampled([0.1, 3.0]), best=1e-3)  # its rate is 1.0
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": other})
+    found = RATE if remedy == "rollback" else finding()
+    done = treat(remedy, replace(_patient(run, found), allow=frozenset(REMEDIES)))
+    assert (run.held.rate.factor, run.held.rate.cap) == (pytest.approx(factor), pytest.approx(cap))
+    assert done.after.get("max_lr", math.inf) == pytest.approx(cap)
+
+
 def _recurrent(clipped, slow=1.2, adam=False, module=nn.LSTM):
     """A run with a recurrence and far too large steps, and what trials of it reach at a smaller rate and clipped."""
     run = Run(model=nn.Sequential(nn.Linear(4, 4), module(4, 4)))
