@@ -25,9 +25,7 @@ _JUDGED_BY = {
     FindingKind.DEAD_UNITS: ("dead_fraction", "unit_spread", "matrix_spread"),
     FindingKind.SATURATED_ACTIVATION: ("saturated_fraction",),
 }
-_JUDGED_BY_ALL = frozenset({(FindingKind.SATURATED_ACTIVATION, "score_scale")})
-"""Kinds and causes that are not told any more where nothing is measured any more."""
-
+_ONCE = "softmax_gap"  # is measured for as long as it is large
 _MAX_WARNINGS = 20  # per run: whoever has not looked by then is not helped by more
 
 
@@ -185,7 +183,7 @@ class Recorder:
     def _was_seen(self, finding: Finding) -> bool:
         """Whether the newest row measured, in a layer of the finding, what it is judged by."""
         metrics = _JUDGED_BY.get(finding.kind)
-        if metrics is None or not finding.layers or (finding.kind, finding.cause) in _JUDGED_BY_ALL:
+        if metrics is None or not finding.layers or _ONCE in finding.evidence:
             return True
         seen: set[str] = set()
         for metric in metrics:

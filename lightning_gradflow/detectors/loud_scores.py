@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
+from lightning_gradflow.detectors.inputs import feature_evidence, offending_features
 from lightning_gradflow.detectors.known import first_values, newest_values
 from lightning_gradflow.detectors.standstill import is_past_chance
 from lightning_gradflow.findings import Finding, FindingKind, Severity
@@ -24,7 +25,8 @@ class LoudScores:
     Products of queries and keys of usual size with d entries have the deviation :math:`\sqrt d`, unless they are
     divided by that.
 
-    A network that is clearly better than chance in the first sample has learnt to choose; it is not judged.
+    A network that is clearly better than chance in the first sample has learnt to choose; it is not judged. Inputs
+    that are unscaled make scores of any size: they are the cause then (`unscaled_inputs`).
 
     Args:
         max_gap: in (0, inf). By default 6: the next position gets a four-hundredth of the largest. Usual weights give
@@ -57,8 +59,11 @@ class LoudScores:
             return []
         first, newest = first_values(history, "softmax_gap"), newest_values(history, "softmax_gap")
         loud = (first > self.max_gap) & (newest > self.max_gap)
-        if not loud.any() or 2 * loud.sum() < np.isfinite(first).sum() or is_past_chance(history):
+        if not loud.any() or 2 * loud.sum() < np.isfinite(first).sum():
             return []
+        if is_past_chance(history):
+            return []
+        is_unscaled = bool(offending_features(history))
         order = np.argsort(-np.where(loud, newest, -np.inf), kind="stable")[: int(loud.sum())]
         return [
             Finding(
@@ -66,7 +71,10 @@ class LoudScores:
                 severity=Severity.WARNING,
                 step=history.rows[-1].step,
                 layers=tuple(history.layers[i] for i in order),
-                cause="score_scale",
-                evidence={"softmax_gap": float(np.median(newest[loud]))},
+                cause="unscaled_inputs" if is_unscaled else "score_scale",
+                evidence={
+                    "softmax_gap": float(np.median(newest[loud])),
+                    **(feature_evidence(history) if is_unscaled else {}),
+                },
             )
         ]

@@ -54,6 +54,15 @@ def test_what_is_better_than_chance_has_learnt_to_choose(loss, classes, found):
     assert bool(judged([20, nan, nan, nan], loss=loss, classes=classes)) is found
 
 
+@pytest.mark.parametrize(("size", "cause"), [(1.0, "score_scale"), (200.0, "unscaled_inputs")])
+def test_inputs_that_are_unscaled_make_scores_of_any_size(size, cause):
+    history = run()
+    history.add_features(2)
+    values = {"softmax_gap": np.array([20.0, nan, nan, nan]), "input_rms": np.array([1.0, size])}
+    history.append(Row(0, {**values, "input_deviation": np.array([1.0, size])}, losses=np.array([2.3])))
+    assert verdict(LoudScores().judge(history)) == [("warning", cause, ("a",))]
+
+
 def test_the_numbers_behind_it_are_told():
     (finding,) = LoudScores().judge(run([20, 30, nan, nan]))
     assert finding.evidence == {"softmax_gap": 25.0}
