@@ -18,6 +18,8 @@ from lightning_gradflow.remedies.weights import set_weight
 
 _MIN_CHANNELS = 4  # fewer would be left too little to tell samples apart by, once their mean makes no difference
 _MAX_CENTRE = 8.0  # spreads that a mean may be away: of inputs that hardly vary the spread is no scale
+_STEEP = 8.0  # slope behind a first layer: no activation has it, but what is multiplied before one
+_PERIODS = 8.0  # deviation of what comes behind it: a sine network starts with 7 to 10, one or two periods either way
 _MAX_FACTOR = 8.0  # by which a weight is scaled in one round
 
 
@@ -116,12 +118,18 @@ class Adjustment:
         link = self.known.get(name)
         if link is None or link.is_first or link.is_normalised or not link.is_known:
             # at variance 1 no activation is far from where its gain is 1; an output of that size is a safe start
-            wanted = 1 / spread if spread > 0 else 1.0
+            wanted = self._wanted_spread(link) / spread if spread > 0 else 1.0
             return wanted if math.isfinite(wanted) else 1.0
         wanted = self.aims[name] / link.growth if link.growth > 0 else 1.0
         if not link.is_chain and link.own_gain > 0:  # past a softmax or a norm hardly anything comes through a branch
             wanted = min(wanted, 1 / link.own_gain)
         return min(max(wanted, 1 / _MAX_FACTOR), _MAX_FACTOR) if math.isfinite(wanted) else 1.0
+
+    @staticmethod
+    def _wanted_spread(link: Link | None) -> float:
+        """Of the output of a first layer: 1, or less where what follows multiplies it, as sin(30 * x) does."""
+        is_steep = link is not None and link.is_first and link.gain > _STEEP * link.own_gain > 0
+        return _PERIODS * link.own_gain / link.gain if is_steep and link is not None else 1.0
 
 
 class Look:

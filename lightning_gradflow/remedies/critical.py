@@ -65,14 +65,15 @@ def make_critical(
     settles, and layer by layer in order of execution, its bias, where it has one, is shifted so that each unit's output
     has mean 0 on the batch, and its weight is scaled so that the norm of a random gradient is the same at the next
     layer's input and at its own; that of the first layer, to whose input no gradient goes, so that its output has
-    variance 1; and so is that of the last, unless that takes larger weights than those of the layers drawn before it,
-    in the median, and larger ones than `1 / sqrt(fan_in)`; and that of one through which larger weights let less, as
-    where the largest of what a bounded activation gives is taken. Where what the next layer takes comes from other
-    layers too, as at the end of a residual branch, the gain is `1 / sqrt(number of such layers)`, so that all of them
-    together keep the size. Before a last layer that has to stay as it is, such as one tied to an embedding, and whose
-    weights are too large by more than a factor of 4, it is that much less. Glorot's, He's and the orthogonal
-    initialisation come out where their assumptions hold. A padded convolution is made blind to the mean of its inputs,
-    where that is larger than what varies.
+    variance 1, or as much less as makes 8 of it behind a slope above that, such as that of `sin(30 * x)`; and so is
+    that of the last, unless that takes larger weights than those of the layers drawn before it, in the median, and
+    larger ones than `1 / sqrt(fan_in)`; and that of one through which larger weights let less, as where the largest of
+    what a bounded activation gives is taken. Where what the next layer takes comes from other layers too, as at the end
+    of a residual branch, the gain is `1 / sqrt(number of such layers)`, so that all of them together keep the size.
+    Before a last layer that has to stay as it is, such as one tied to an embedding, and whose weights are too large by
+    more than a factor of 4, it is that much less. Glorot's, He's and the orthogonal initialisation come out where their
+    assumptions hold. A padded convolution is made blind to the mean of its inputs, where that is larger than what
+    varies.
 
     A layer is drawn anew if it has entries that are not finite, or if its weights look as they were drawn and
 

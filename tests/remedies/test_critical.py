@@ -1011,3 +1011,28 @@ def test_behind_a_frequency_all_but_the_first_layer_are_drawn(frequency):
     assert list(treated.changed) == ["layers.1", "layers.2", "layers.3"]
     assert treated.spans[0] > 2.5
     assert all(treated.after[name].gain == pytest.approx(1, abs=0.2) for name in treated.changed)
+
+
+class Sines(nn.Module):
+    def __init__(self, frequency):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)])
+        self.frequency = frequency
+        for layer in self.layers:
+            nn.init.normal_(layer.weight, std=1e-4)
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = torch.sin(self.frequency * layer(x))
+        return self.layers[-1](x)
+
+
+@pytest.mark.parametrize(("frequency", "behind"), [(1.0, 1.0), (4.0, 4.0), (30.0, 8.0), (100.0, 8.0)])
+def test_a_first_layer_is_as_large_as_what_multiplies_it_leaves_room_for(frequency, behind):
+    net, x = _made(lambda: Sines(frequency)), _batch(256, 2)
+    treated = _treated(net, x)
+    assert set(treated.changed) == {"layers.0", "layers.1", "layers.2"}
+    spread = float(net.layers[0](x).detach().std(0).square().mean().sqrt())
+    # of a sine whose argument spreads that far the slope is a root of two smaller
+    assert frequency * spread == pytest.approx(behind * (math.sqrt(2) if frequency > 8 else 1), rel=0.1)
+    assert abs(treated.spans[1]) < 0.3
