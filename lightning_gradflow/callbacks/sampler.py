@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_gradflow.callbacks.pending import MAX_LOSSES, PendingLosses
 from lightning_gradflow.callbacks.rows import by_identity, columns, evenly, full_columns, mean, mean_loss, totals
+from lightning_gradflow.detectors.known import newest_known
 from lightning_gradflow.history import Floats, History, Row
 from lightning_gradflow.probes.collector import paused_collector
 from lightning_gradflow.probes.gradients import GradientProbe
@@ -71,7 +72,7 @@ class Sampler:
         self._loss = LossProbe()
         self._axis = SampleAxis()
         self._softmaxes = SoftmaxScores()
-        self._asks_for_scores: bool | None = None  # of softmaxes; not in a run that goes on
+        self._asks_for_scores: bool | None = None  # of softmaxes
         self._look_at_model()
         self._losses = PendingLosses()
         self._read: list[int] = []
@@ -188,7 +189,8 @@ class Sampler:
             self._loss.clear()
             self._axis.clear()
             if self._asks_for_scores is None:
-                self._asks_for_scores = not len(self._history)
+                last = newest_known(self._history, "softmax_gap")
+                self._asks_for_scores = not len(self._history) or (last is not None and bool((last > LARGE).any()))
             self._softmaxes.clear(is_asked=self._asks_for_scores)
         self._in_batch = True
         self._backwards_before = self.backwards
@@ -377,7 +379,10 @@ class Sampler:
         if not self.gradients_only:
             scores = told_of_scores(host)
             values |= columns(scores, self._history.layer_axis)
-            self._asks_for_scores = any(found["softmax_gap"] > LARGE for found in scores.values())
+            # of a sample that holds none nothing is known
+            was_asked, is_first = self._asks_for_scores, not len(self._history)
+            is_large = any(found["softmax_gap"] > LARGE for found in scores.values())
+            self._asks_for_scores = is_large if scores else bool(was_asked and not is_first)
         losses = self._losses.by_step(host.get("losses", _NONE), self._transfer.topology.ranks)
         clip_factor = gradients.clip_factor(self._multiplier) if sees_clipping else math.nan
         found = {**scalars, "backward_passes": float(self.backwards)}

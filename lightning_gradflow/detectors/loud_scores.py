@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import feature_evidence, offending_features
 from lightning_gradflow.detectors.known import first_values, newest_values
+from lightning_gradflow.detectors.large_weights import mean_sizes
+from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.standstill import is_past_chance
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
+
+Bools = npt.NDArray[np.bool_]
+
+_OUTLIER = 2.6  # times the mean size: 1.3 times the largest singular value of independent entries, as in `LargeWeights`
 
 
 @dataclass(frozen=True)
@@ -25,12 +32,14 @@ class LoudScores:
     Products of queries and keys of usual size with d entries have the deviation :math:`\sqrt d`, unless they are
     divided by that.
 
-    A network that is clearly better than chance in the first sample has learnt to choose; it is not judged. Inputs
-    that are unscaled make scores of any size: they are the cause then (`unscaled_inputs`).
+    A network that is clearly better than chance, or has learnt something, has learnt to choose; it is not judged. Nor
+    are layers whose weights look trained, and the softmax behind the last one, which may be sure of what it says.
+    Inputs that are unscaled make scores of any size: they are the cause then (`unscaled_inputs`), behind the last layer
+    too.
 
     Args:
-        max_gap: in (0, inf). By default 6: the next position gets a four-hundredth of the largest. Usual weights give
-            0.1 to 2.
+        max_gap: in (0, inf). By default 10: the next position gets less than a twenty-thousandth of the largest. Usual
+            weights give 0.1 to 2, and 8 where a position asks for itself.
 
     Raises:
         ValueError: if the limit is out of its range.
@@ -40,15 +49,16 @@ class LoudScores:
         training by preventing attention entropy collapse.
 
     Example:
-        >>> from lightning_gradflow.history import Row
+        >>> from lightning_gradflow.history import Point, Row
         >>> history = History()
         >>> history.layer_axis.merge(["attention", "fc"])
+        >>> history.add_points([Point("attention", "attention"), Point("fc", "fc")])
         >>> history.append(Row(0, {"softmax_gap": np.array([20.0, np.nan])}))
         >>> [(f.cause, f.layers) for f in LoudScores().judge(history)]
         [('score_scale', ('attention',))]
     """
 
-    max_gap: float = 6.0
+    max_gap: float = 10.0
 
     def __post_init__(self) -> None:
         check_range("max_gap", self.max_gap, 0, float("inf"))
@@ -59,11 +69,13 @@ class LoudScores:
             return []
         first, newest = first_values(history, "softmax_gap"), newest_values(history, "softmax_gap")
         loud = (first > self.max_gap) & (newest > self.max_gap)
-        if not loud.any() or 2 * loud.sum() < np.isfinite(first).sum():
-            return []
-        if is_past_chance(history):
-            return []
         is_unscaled = bool(offending_features(history))
+        if not is_unscaled:
+            loud &= _is_inside(history) & ~_looks_trained(history)
+        if not loud.any() or 2 * loud.sum() < np.isfinite(first).sum() or is_past_chance(history):
+            return []
+        if has_learnt(history):
+            return []
         order = np.argsort(-np.where(loud, newest, -np.inf), kind="stable")[: int(loud.sum())]
         return [
             Finding(
@@ -78,3 +90,16 @@ class LoudScores:
                 },
             )
         ]
+
+
+def _is_inside(history: History) -> Bools:
+    """(L,) the layers that are not the last one."""
+    layers = [point.module for point in history.points if point.is_layer]
+    return np.array([name not in layers[-1:] for name in history.layers], dtype=bool)
+
+
+def _looks_trained(history: History) -> Bools:
+    """(L,) the layers with a singular value that independent entries do not have."""
+    norms = first_values(history, "spectral_norm")
+    with np.errstate(all="ignore"):
+        return np.asarray(np.isfinite(norms) & (norms > _OUTLIER * mean_sizes(history)))

@@ -69,11 +69,12 @@ class UpdateRatio:
     the samples apart in the first row and none can any more (see `best_share`), or where the gradient came through in
     the first row and loses four decades in the newest three: a collapse needs no growth where norms take the size out
     of the signal. Half of the loss is enough where a step was above `max_ratio` and the loss stands still since, and
-    any loss where the gradient is exactly zero as well. These four go by the layers with a matrix. Later on it is a
-    jump to 30 times the run's own ratio, or of the learning rate, that makes the loss three times what it was. Large
-    steps alone are no finding: many a network starts with one and learns. Weights that were changed by something else
-    than steps are told apart (see `overwritten`). Not judged with several optimizers, whose losses play against each
-    other.
+    any loss where the gradient is exactly zero as well, or where that of a cross-entropy at the output is half of the
+    first one or more (see `keeps_residual`). These four go by the layers with a matrix. Later on it
+    is a jump to 30 times the run's own ratio, or of the learning rate, that makes the loss three times what it was.
+    Large steps alone are no finding: many a network starts with one and learns. Weights that were changed by something
+    else than steps are told apart (see `overwritten`). Not judged with several optimizers, whose losses play against
+    each other.
 
     Args:
         min_reach: share of its norm that some layer must be able to move by in the planned run, in [0, 1). By default
@@ -169,7 +170,8 @@ class UpdateRatio:
             return []
         is_stuck = medians[peak] >= self.max_ratio and _stands(since)
         is_stuck &= now >= first - _LEFT * abs(first) or _has_no_gradient(history)
-        is_stuck |= keeps_residual(history) and _stands(since)
+        # of squares it would be half of the first deviation, which noise alone may leave
+        is_stuck |= bool((history.scalar("score_classes") > 1).any()) and keeps_residual(history) and _stands(since)
         if not (now >= first - _GAINED * abs(first) or is_stuck):
             return []
         evidence = {"update_ratio": float(medians[peak]), "weight_growth": float(np.median(known)), "loss": now}

@@ -21,6 +21,7 @@ LARGE = 3.0
 """Gap from which scores are looked at again: the next one gets a twentieth of the largest."""
 
 _KEY = "softmax"
+_MASKED = 9000.0  # gap from which the next one is masked, by -1e4 or less: there is nothing to choose from
 _SOME = 16384  # scores that tell how far they are apart
 
 
@@ -62,7 +63,8 @@ def choices(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], most: i
 class SoftmaxScores:
     """How far the largest score is above the next one, by layer: in the first sample, and while it is far.
 
-    What is masked, by whatever number, is neither, where two are left to choose from.
+    What is masked is neither, and a row in which a mask leaves one position counts for nothing. Torch's own
+    `nn.MultiheadAttention` is not seen: what goes on inside of it is one call.
 
     Example:
         >>> seen, transfer = SoftmaxScores(), Transfer()
@@ -104,8 +106,9 @@ class SoftmaxScores:
                 return
             rows = scores.reshape(-1, scores.shape[-1])[: max(1, _SOME // scores.shape[-1])]
             first, second = rows.to(wide_dtype(rows.device)).topk(2).values.unbind(-1)
-            gap = (first - second).median()
-            sums = torch.stack([gap, torch.ones_like(gap)])
+            gaps = first - second
+            gap = gaps.masked_fill(~(gaps < _MASKED), torch.nan).nanmedian()
+            sums = torch.stack([gap.nan_to_num(0.0), (~gap.isnan()).to(gap)])
             self._sums[name] = sums + self._sums[name] if name in self._sums else sums
 
     def share(self, transfer: Transfer) -> None:

@@ -188,7 +188,9 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
             drawn |= draw_unusual(module, run, training.seed, with_embeddings=not is_of_tables)
             drawn |= draw_attention(module, training.seed)
             drawn |= reset_gains(module, drawn_gains(training.history))
-            kept = gates_of(training.history) | {point.name for point in training.history.points[-1:]}
+            points = training.history.points
+            kept = gates_of(training.history) | {point.name for point in points[-1:]}
+            kept |= {point.name for point in [point for point in points if point.is_layer][-1:]}
             drawn |= reset_biases(module, kept)
             far_biases = reset_far_biases(module, kept) if is_far_out else {}
             drawn |= far_biases

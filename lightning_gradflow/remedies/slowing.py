@@ -62,7 +62,8 @@ def slow_down(patient: Patient) -> tuple[Numbers, Numbers] | None:
         return None
     held.rate.factor = max(min(factor, held.rate.factor), _SMALLEST_FACTOR)
     held.rate.cap = min(held.rate.cap, cap)
-    share = _in_force(held, now) / now if 0 < now < math.inf else 1.0
+    base = now if now < math.inf else _top_rate(patient.training)
+    share = _in_force(held, base) / base if 0 < base < math.inf else 1.0
     held.slowest = min(held.slowest, held.rate.factor, max(share, _SMALLEST_FACTOR))
     held.rollbacks += 1
     return _changed(before, _rate_facts(held, now))
@@ -127,6 +128,12 @@ def _own_rate(training: Training) -> float:
     return float(rate) if isinstance(rate, (Real, Tensor)) else math.inf
 
 
+def _lowered(training: Training, factor: float) -> tuple[float, float]:
+    """The factor and the cap that lower the learning rate by a factor: that of the largest groups, or of all."""
+    top = _top_rate(training)
+    return (1.0, factor * top) if math.isfinite(top) else (factor, math.inf)
+
+
 def _top_rate(training: Training) -> float:
     """The learning rate that a trial lowers, where it is that of some groups; NaN where it is that of all."""
     return top_rate([group for optimizer in training.optimizers for group in optimizer.param_groups])
@@ -142,9 +149,9 @@ def _slower(patient: Patient) -> tuple[float, float]:
     slower = _UNKNOWN_FACTOR * held.slowest
     if not patient.has_past:
         if held.rollbacks:
-            return slower, math.inf
+            return _lowered(patient.training, slower)
         found = _from_the_start(patient.training, held)
-        return (slower, math.inf) if _shows_late(patient, found) else found
+        return _lowered(patient.training, slower) if _shows_late(patient, found) else found
     rates = history.scalar("lr")
     before, after = (
         rates[where & np.isfinite(rates)]
@@ -157,13 +164,14 @@ def _slower(patient: Patient) -> tuple[float, float]:
         cap = float(before[-1])
     tried = _tried(patient.training, held)
     if tried < _FAR_TOO_LARGE:
-        if math.isfinite(top := _top_rate(patient.training)):
-            return 1.0, tried * top
-        return (1.0, min(tried * rate, cap)) if _rises(patient.training, rate) else (tried, cap)
+        if _rises(patient.training, rate):
+            return 1.0, min(tried * rate, cap)
+        factor, its_cap = _lowered(patient.training, tried)
+        return factor, min(its_cap, cap)
     if cap < math.inf:
         return 1.0, cap
     if held.rollbacks:
-        return slower, math.inf
+        return _lowered(patient.training, slower)
     # what broke a run that went well at this rate may have been a batch: it is slowed down for good the next time
     return (LARGEST_FACTOR if patient.finding.cause == "learning_rate_too_large" else 1.0), math.inf
 
@@ -183,11 +191,9 @@ def _from_the_start(training: Training, held: Held) -> tuple[float, float]:
     """The same for a run that starts once more, from where it began."""
     history, rate = training.history, _own_rate(training)
     rises, tried = _rises(training, rate), _tried(training, held)
-    if tried < 1 and math.isfinite(top := _top_rate(training)):
-        return 1.0, tried * top
     if tried < 1:
         # a schedule that rises would leave behind what was found
-        return (1.0, tried * rate) if rises else (tried, math.inf)
+        return (1.0, tried * rate) if rises else _lowered(training, tried)
     factor, at = start_factor(history), first_rate(history)
     if rises and factor < 1 and rate > _RISEN * at > 0:
         return 1.0, factor * at

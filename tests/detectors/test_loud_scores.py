@@ -1,12 +1,13 @@
 """Softmaxes that choose one position each from the start: each condition from both sides."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lightning_gradflow.detectors.loud_scores import LoudScores
-from lightning_gradflow.history import History, Row
+from lightning_gradflow.history import History, Point, Row
 from tests.detectors.runs import verdict
 
 nan = math.nan
@@ -14,7 +15,9 @@ nan = math.nan
 
 def run(*rows, loss=2.3, classes=10.0):
     history = History()
-    history.layer_axis.merge(["a", "b", "c", "fc"])
+    names = ["a", "b", "c", "fc"]
+    history.layer_axis.merge(names)
+    history.add_points([Point(name, name) for name in names])
     for step, gaps in enumerate(rows):
         values = {"softmax_gap": np.array(gaps, dtype=float)}
         history.append(Row(step, values, {"score_classes": classes}, losses=np.array([loss])))
@@ -32,8 +35,8 @@ def sick(*layers):
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([[6.1, nan, nan, nan]], sick("a")),
-        ([[5.9, nan, nan, nan]], []),
+        ([[10.1, nan, nan, nan]], sick("a")),
+        ([[9.9, nan, nan, nan]], []),
         ([[nan, nan, nan, nan]], []),
         ([[20, 30, 40, nan]], sick("c", "b", "a")),
         ([[20, 30, 1, nan]], sick("b", "a")),
@@ -47,6 +50,35 @@ def sick(*layers):
 )
 def test_the_table(rows, expected):
     assert judged(*rows) == expected
+
+
+def _with(history, **more):
+    again = History()
+    again.layer_axis.merge(history.layers)
+    again.add_points(history.points)
+    for row in history.rows:
+        again.append(replace(row, values={**row.values, **{name: np.array(v) for name, v in more.items()}}))
+    return again
+
+
+def test_the_softmax_behind_the_last_layer_may_be_sure():
+    assert judged([nan, nan, nan, 20]) == []
+    assert judged([nan, nan, 20, 20]) == sick("c")
+
+
+@pytest.mark.parametrize(("norm", "found"), [(2.5, True), (2.7, False), (nan, True)])
+def test_weights_that_look_trained_have_learnt_to_choose(norm, found):
+    history = _with(run([20, nan, nan, nan]), spectral_norm=[norm] * 4, weight_norm=[8.0] * 4, grad_norm=[64.0] * 4)
+    history = _with(history, grad_rms=[1.0] * 4)  # 64 entries: a size of 1, for a mean fan of 8
+    assert bool(LoudScores().judge(history)) is found
+
+
+def test_a_run_that_learns_has_learnt_to_choose():
+    history = run([20, nan, nan, nan], classes=nan)
+    history.append(Row(60, losses=np.full(60, 2.3)))
+    assert LoudScores().judge(history)
+    history.append(Row(120, losses=np.full(60, 0.5)))
+    assert not LoudScores().judge(history)
 
 
 @pytest.mark.parametrize(("loss", "classes", "found"), [(1.83, 10.0, False), (1.85, 10.0, True), (0.1, nan, True)])

@@ -365,6 +365,7 @@ def test_a_loss_that_stands_after_steps_as_large_as_the_weights(made, found):
         ({}, 0.51, True),
         ({}, 0.49, False),
         ({"end": 0.1}, 0.51, True),  # whatever the loss has come down by
+        ({"classes": nan}, 0.51, False),  # of squares half of it may be noise
         ({"peak": 0.09}, 0.51, False),
         ({"growth": 2.9}, 0.51, False),
         ({"last": 80}, 0.51, False),
@@ -372,12 +373,19 @@ def test_a_loss_that_stands_after_steps_as_large_as_the_weights(made, found):
     ],
 )
 def test_a_run_that_knows_no_more_than_a_constant_and_stands_is_told_after_smaller_steps(made, left, found):
+    made = dict(made)
+    scores = {"score_classes": made.pop("classes", 10.0)}
     history, again = together(**{"peak": 0.2, "end": 1.9, "last": 150, **made}), History()
     again.layer_axis.merge(history.layers)
     again.add_points([Point(name, name) for name in history.layers])
     for i, row in enumerate(history.rows):
         again.append(
-            Row(row.step, {**row.values, "delta_norm": np.full(3, left if i else 1.0)}, row.scalars, losses=row.losses)
+            Row(
+                row.step,
+                {**row.values, "delta_norm": np.full(3, left if i else 1.0)},
+                {**row.scalars, **scores},
+                losses=row.losses,
+            )
         )
     assert bool(UpdateRatio().judge(again)) is found
 

@@ -200,6 +200,18 @@ def test_of_groups_whose_rates_are_far_apart_the_largest_is_capped(other, factor
     assert done.after.get("max_lr", math.inf) == pytest.approx(cap)
 
 
+def test_the_next_way_back_lowers_the_same_groups_again():
+    run = _paced(_sampled([0.1, 3.0]), best=1e-2)
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 1e-4})
+    caps = []
+    for _ in range(3):
+        treat("rollback", _patient(run))
+        caps.append(run.held.rate.cap)
+    first = 1e-2 / math.sqrt(10)
+    assert caps == pytest.approx([first, first / 10, first / 100])
+    assert run.held.rate.factor == 1.0
+
+
 def _recurrent(clipped, slow=1.2, adam=False, module=nn.LSTM):
     """A run with a recurrence and far too large steps, and what trials of it reach at a smaller rate and clipped."""
     run = Run(model=nn.Sequential(nn.Linear(4, 4), module(4, 4)))
