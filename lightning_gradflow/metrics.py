@@ -99,6 +99,7 @@ METRICS: dict[str, Metric] = {
         "largest score that a softmax in or behind the layer gets, less the next one, in the median; at first, and as "
         "long as it is above 3",
     ),
+    "output_gap": Metric("layers", "norm", "the same of a softmax behind the last layer"),
     "delta_norm": Metric("points", "norm", "L2 norm of the loss gradient at the output, over all calls"),
     "calls": Metric("points", "index", "calls of a point in a forward pass, up to the last one that got a gradient"),
     "delta_headroom": Metric(

@@ -189,8 +189,9 @@ class Sampler:
             self._loss.clear()
             self._axis.clear()
             if self._asks_for_scores is None:
-                last = newest_known(self._history, "softmax_gap")
-                self._asks_for_scores = not len(self._history) or (last is not None and bool((last > LARGE).any()))
+                known = (newest_known(self._history, name) for name in ("softmax_gap", "output_gap"))
+                was_large = any(bool((gaps > LARGE).any()) for gaps in known if gaps is not None)
+                self._asks_for_scores = was_large or not len(self._history)
             self._softmaxes.clear(is_asked=self._asks_for_scores)
         self._in_batch = True
         self._backwards_before = self.backwards
@@ -350,7 +351,7 @@ class Sampler:
             self._transfer.share_numbers("decision", [float(decision)])
             self._loss.share(self._transfer)
             self._axis.share(self._transfer)
-            self._softmaxes.share(self._transfer)
+            self._softmaxes.share(self._transfer, self._signals.last_layer)
             if line is not None:
                 self._transfer.share_numbers("loss line", line)
             host = self._fetch_with_losses(validation)
@@ -381,7 +382,7 @@ class Sampler:
             values |= columns(scores, self._history.layer_axis)
             # of a sample that holds none nothing is known
             was_asked, is_first = self._asks_for_scores, not len(self._history)
-            is_large = any(found["softmax_gap"] > LARGE for found in scores.values())
+            is_large = any(gap > LARGE for found in scores.values() for gap in found.values())
             self._asks_for_scores = is_large if scores else bool(was_asked and not is_first)
         losses = self._losses.by_step(host.get("losses", _NONE), self._transfer.topology.ranks)
         clip_factor = gradients.clip_factor(self._multiplier) if sees_clipping else math.nan

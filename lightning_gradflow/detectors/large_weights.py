@@ -109,7 +109,7 @@ class LargeWeights:
 
     def _where_it_stands(self, history: History) -> list[Finding]:
         """The run had time to learn something, and has not."""
-        sizes = mean_sizes(history)
+        sizes = _mean_sizes(history)
         large = _large(history, sizes, self.max_size)
         is_loud = _first_outputs(history) > WIDE
         if _are_most(large, sizes):
@@ -146,7 +146,7 @@ def _are_most(large: Ints, sizes: Floats) -> bool:
 def _large(history: History, sizes: Floats, max_size: float) -> Ints:
     """The layers with such weights that look as they were drawn."""
     with np.errstate(invalid="ignore"):
-        fresh = newest_values(history, "spectral_norm") <= 2 * _EDGE * mean_sizes(history)
+        fresh = newest_values(history, "spectral_norm") <= 2 * _EDGE * _mean_sizes(history)
         return np.flatnonzero(fresh & (sizes > max_size))
 
 
@@ -190,10 +190,10 @@ def _sizes(history: History) -> Floats:
     """(L,) how large weights are, beside the number that a unit sums over or the mean of both fans."""
     with np.errstate(all="ignore"):
         grown = newest_values(history, "weight_norm") / first_values(history, "weight_norm")
-        return np.fmax(mean_sizes(history), first_values(history, "initial_size") * grown)
+        return np.fmax(_mean_sizes(history), first_values(history, "initial_size") * grown)
 
 
-def mean_sizes(history: History) -> Floats:
+def _mean_sizes(history: History) -> Floats:
     """(L,) root mean square of the weights, times the square root of the mean fan; NaN without a matrix."""
     with np.errstate(all="ignore"):
         sizes = newest_values(history, "weight_norm") / entries_of(history) ** 0.25

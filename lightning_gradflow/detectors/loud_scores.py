@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import feature_evidence, offending_features
 from lightning_gradflow.detectors.known import first_values, newest_values
-from lightning_gradflow.detectors.large_weights import mean_sizes
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.standstill import is_past_chance
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import History
+from lightning_gradflow.history import Floats, History
 
-Bools = npt.NDArray[np.bool_]
-
-_OUTLIER = 2.6  # times the mean size: 1.3 times the largest singular value of independent entries, as in `LargeWeights`
+_UNSCALED = 6.0  # gap that is enough where a reason is at hand
 
 
 @dataclass(frozen=True)
@@ -33,9 +30,8 @@ class LoudScores:
     divided by that.
 
     A network that is clearly better than chance, or has learnt something, has learnt to choose; it is not judged. Nor
-    are layers whose weights look trained, and the softmax behind the last one, which may be sure of what it says.
-    Inputs that are unscaled make scores of any size: they are the cause then (`unscaled_inputs`), behind the last layer
-    too.
+    is the softmax behind the last layer, which may be sure of what it says. Inputs that are unscaled make scores of any
+    size: they are the cause then (`unscaled_inputs`), from a gap of 6 on, and behind the last layer too.
 
     Args:
         max_gap: in (0, inf). By default 10: the next position gets less than a twenty-thousandth of the largest. Usual
@@ -49,10 +45,9 @@ class LoudScores:
         training by preventing attention entropy collapse.
 
     Example:
-        >>> from lightning_gradflow.history import Point, Row
+        >>> from lightning_gradflow.history import Row
         >>> history = History()
         >>> history.layer_axis.merge(["attention", "fc"])
-        >>> history.add_points([Point("attention", "attention"), Point("fc", "fc")])
         >>> history.append(Row(0, {"softmax_gap": np.array([20.0, np.nan])}))
         >>> [(f.cause, f.layers) for f in LoudScores().judge(history)]
         [('score_scale', ('attention',))]
@@ -67,14 +62,13 @@ class LoudScores:
         """The finding of the newest row, if there is one."""
         if not history.rows:
             return []
-        first, newest = first_values(history, "softmax_gap"), newest_values(history, "softmax_gap")
-        loud = (first > self.max_gap) & (newest > self.max_gap)
         is_unscaled = bool(offending_features(history))
-        if not is_unscaled:
-            loud &= _is_inside(history) & ~_looks_trained(history)
-        if not loud.any() or 2 * loud.sum() < np.isfinite(first).sum() or is_past_chance(history):
+        first, newest = (_gaps(history, of, is_unscaled) for of in (first_values, newest_values))
+        max_gap = min(self.max_gap, _UNSCALED) if is_unscaled else self.max_gap
+        loud = (first > max_gap) & (newest > max_gap)
+        if not loud.any() or 2 * loud.sum() < np.isfinite(first).sum():
             return []
-        if has_learnt(history):
+        if is_past_chance(history) or has_learnt(history):
             return []
         order = np.argsort(-np.where(loud, newest, -np.inf), kind="stable")[: int(loud.sum())]
         return [
@@ -92,14 +86,7 @@ class LoudScores:
         ]
 
 
-def _is_inside(history: History) -> Bools:
-    """(L,) the layers that are not the last one."""
-    layers = [point.module for point in history.points if point.is_layer]
-    return np.array([name not in layers[-1:] for name in history.layers], dtype=bool)
-
-
-def _looks_trained(history: History) -> Bools:
-    """(L,) the layers with a singular value that independent entries do not have."""
-    norms = first_values(history, "spectral_norm")
-    with np.errstate(all="ignore"):
-        return np.asarray(np.isfinite(norms) & (norms > _OUTLIER * mean_sizes(history)))
+def _gaps(history: History, values: Callable[[History, str], Floats], with_outputs: bool) -> Floats:
+    """(L,) of the softmaxes inside, or of those of outputs as well."""
+    gaps = values(history, "softmax_gap")
+    return np.fmax(gaps, values(history, "output_gap")) if with_outputs else gaps

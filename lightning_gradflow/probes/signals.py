@@ -60,7 +60,8 @@ class SignalProbe:
             at a batch of 64.
         on_comparison: called with what may be a part of the loss; see `ForwardObserver`.
         on_sequence: called with what goes into recurrences and attentions; see there.
-        on_softmax: called with the layer that a softmax is in, or behind, the function, and its arguments.
+        on_softmax: called with the layer that a softmax is in, or behind, the function, its arguments, and whether it
+            is behind.
 
     Raises:
         ValueError: if `window` is below 1.
@@ -74,7 +75,7 @@ class SignalProbe:
         window: int = 3,
         on_comparison: ComparisonSeen | None = None,
         on_sequence: SequenceSeen | None = None,
-        on_softmax: Callable[[str, Any, tuple[Any, ...], dict[str, Any]], None] | None = None,
+        on_softmax: Callable[[str, Any, tuple[Any, ...], dict[str, Any], bool], None] | None = None,
     ) -> None:
         self._layers = layers
         self._transfer = transfer
@@ -132,6 +133,11 @@ class SignalProbe:
     def is_observing(self) -> bool:
         """Whether the forward pass is observed at present."""
         return self._observer.is_open and not self._repeats
+
+    @property
+    def last_layer(self) -> str:
+        """The layer that was called last in the last forward pass."""
+        return self._names.last_layer
 
     @property
     def turns(self) -> dict[str, int]:
@@ -272,7 +278,7 @@ class SignalProbe:
     def _on_softmax(self, name: str | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer = name or self._names.last_layer
         if layer and self._of_softmax is not None:
-            self._of_softmax(layer, func, args, kwargs)
+            self._of_softmax(layer, func, args, kwargs, name is None)
 
     def _on_product(self, factors: tuple[Any, ...]) -> None:
         for seen in self._gates.among(factors):

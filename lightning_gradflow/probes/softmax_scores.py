@@ -70,14 +70,14 @@ class SoftmaxScores:
         >>> seen, transfer = SoftmaxScores(), Transfer()
         >>> seen.clear(is_asked=True)
         >>> scores = torch.tensor([[30.0, 10.0, -1e9], [-5.0, 15.0, 40.0]], requires_grad=True)
-        >>> seen.see("att", torch.softmax, (scores, -1), {})
-        >>> seen.share(transfer)
+        >>> seen.see("att", torch.softmax, (scores, -1), {}, False)
+        >>> seen.share(transfer, "fc")
         >>> told(transfer.fetch())
         {'att': {'softmax_gap': 20.0}}
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[tuple[str, bool], Tensor] = {}
         self._is_asked = False
 
     def clear(self, *, is_asked: bool = False) -> None:
@@ -89,7 +89,7 @@ class SoftmaxScores:
         self._sums = {}
         self._is_asked = is_asked
 
-    def see(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def see(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_behind: bool) -> None:
         """Takes the call of one of `CHOOSING`; of data nothing is told.
 
         Args:
@@ -97,6 +97,7 @@ class SoftmaxScores:
             func: the function.
             args: that it was called with.
             kwargs: the same.
+            is_behind: whether the layer had been called when it was.
         """
         if not self._is_asked or not any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())):
             return
@@ -109,12 +110,18 @@ class SoftmaxScores:
             gaps = first - second
             gap = gaps.masked_fill(~(gaps < _MASKED), torch.nan).nanmedian()
             sums = torch.stack([gap.nan_to_num(0.0), (~gap.isnan()).to(gap)])
-            self._sums[name] = sums + self._sums[name] if name in self._sums else sums
+            key = (name, is_behind)
+            self._sums[key] = sums + self._sums[key] if key in self._sums else sums
 
-    def share(self, transfer: Transfer) -> None:
-        """Hands it over, to be summed over the ranks."""
-        for name, sums in self._sums.items():
-            transfer.share((_KEY, name), sums)
+    def share(self, transfer: Transfer, last: str) -> None:
+        """Hands it over, to be summed over the ranks.
+
+        Args:
+            transfer: takes it.
+            last: the layer that was called last: what is behind it is an output.
+        """
+        for (name, is_behind), sums in self._sums.items():
+            transfer.share((_KEY, name, "output_gap" if is_behind and name == last else "softmax_gap"), sums)
         self._sums = {}
 
 
@@ -122,11 +129,11 @@ def told(host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, dict[st
     """Layer -> metric -> value, from what came to the host: a mean over calls and ranks.
 
     Example:
-        >>> told({("softmax", "att"): (36.0, 4.0), ("softmax", "unused"): (0.0, 0.0)})
+        >>> told({("softmax", "att", "softmax_gap"): (36.0, 4.0), ("softmax", "fc", "output_gap"): (0.0, 0.0)})
         {'att': {'softmax_gap': 9.0}}
     """
-    return {
-        key[1]: {"softmax_gap": measured(float(sums[0] / sums[1]))}
-        for key, sums in host.items()
-        if isinstance(key, tuple) and key[0] == _KEY and sums[1] > 0  # names stay with the ranks once they had them
-    }
+    found: dict[str, dict[str, float]] = {}
+    for key, sums in host.items():
+        if isinstance(key, tuple) and key[0] == _KEY and sums[1] > 0:  # names stay with the ranks once they had them
+            found.setdefault(key[1], {})[key[2]] = measured(float(sums[0] / sums[1]))
+    return found

@@ -61,7 +61,7 @@ def test_a_row_holds_every_metric_and_is_in_order_of_execution():
     absent |= {"unchanged_fraction", "not_optimized_fraction"}  # no weight is in 16 bits, and all are held
     absent |= {"recurrent_gates", "loop_radius", "stack_gain", "embedding_rms", "table_cosine", "matrix_spread"}
     absent |= {"gain_rms", "gain_mean"}  # nor are there loops, tables and norms
-    absent |= {"steps_as_samples", "softmax_gap"}  # nor sequences and choices
+    absent |= {"steps_as_samples", "softmax_gap", "output_gap"}  # nor sequences and choices
     assert set(row.values) == set(METRICS) - absent
 
 

@@ -1,13 +1,12 @@
 """Softmaxes that choose one position each from the start: each condition from both sides."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lightning_gradflow.detectors.loud_scores import LoudScores
-from lightning_gradflow.history import History, Point, Row
+from lightning_gradflow.history import History, Row
 from tests.detectors.runs import verdict
 
 nan = math.nan
@@ -15,9 +14,7 @@ nan = math.nan
 
 def run(*rows, loss=2.3, classes=10.0):
     history = History()
-    names = ["a", "b", "c", "fc"]
-    history.layer_axis.merge(names)
-    history.add_points([Point(name, name) for name in names])
+    history.layer_axis.merge(["a", "b", "c", "fc"])
     for step, gaps in enumerate(rows):
         values = {"softmax_gap": np.array(gaps, dtype=float)}
         history.append(Row(step, values, {"score_classes": classes}, losses=np.array([loss])))
@@ -52,25 +49,21 @@ def test_the_table(rows, expected):
     assert judged(*rows) == expected
 
 
-def _with(history, **more):
-    again = History()
-    again.layer_axis.merge(history.layers)
-    again.add_points(history.points)
-    for row in history.rows:
-        again.append(replace(row, values={**row.values, **{name: np.array(v) for name, v in more.items()}}))
-    return again
-
-
-def test_the_softmax_behind_the_last_layer_may_be_sure():
-    assert judged([nan, nan, nan, 20]) == []
-    assert judged([nan, nan, 20, 20]) == sick("c")
-
-
-@pytest.mark.parametrize(("norm", "found"), [(2.5, True), (2.7, False), (nan, True)])
-def test_weights_that_look_trained_have_learnt_to_choose(norm, found):
-    history = _with(run([20, nan, nan, nan]), spectral_norm=[norm] * 4, weight_norm=[8.0] * 4, grad_norm=[64.0] * 4)
-    history = _with(history, grad_rms=[1.0] * 4)  # 64 entries: a size of 1, for a mean fan of 8
-    assert bool(LoudScores().judge(history)) is found
+@pytest.mark.parametrize(
+    ("size", "gap", "expected"),
+    [
+        (1.0, 20.0, []),
+        (200.0, 20.0, [("warning", "unscaled_inputs", ("fc",))]),
+        (200.0, 6.1, [("warning", "unscaled_inputs", ("fc",))]),
+        (200.0, 5.9, []),
+    ],
+)
+def test_a_softmax_behind_the_last_layer_may_be_sure_unless_the_inputs_make_it_so(size, gap, expected):
+    history = run()
+    history.add_features(2)
+    values = {"output_gap": np.array([nan, nan, nan, gap]), "input_rms": np.array([1.0, size])}
+    history.append(Row(0, {**values, "input_deviation": np.array([1.0, size])}, losses=np.array([2.3])))
+    assert verdict(LoudScores().judge(history)) == expected
 
 
 def test_a_run_that_learns_has_learnt_to_choose():

@@ -18,8 +18,8 @@ from lightning_gradflow.probes.transfer import Transfer
 def gap(func, *args, **kwargs):
     seen, transfer = SoftmaxScores(), Transfer()
     seen.clear(is_asked=True)
-    seen.see("a", func, args, kwargs)
-    seen.share(transfer)
+    seen.see("a", func, args, kwargs, False)
+    seen.share(transfer, "a")
     return told(transfer.fetch()).get("a", {}).get("softmax_gap", math.nan)
 
 
@@ -99,6 +99,18 @@ def test_of_anything_else_nothing_is_told(args):
 def test_queries_that_are_grouped_are_left_out():
     q, k = scores(2, 8, 5, 16), scores(2, 2, 5, 16)
     assert math.isnan(gap(F.scaled_dot_product_attention, q, k, k, enable_gqa=True))
+
+
+@pytest.mark.parametrize(
+    ("is_behind", "last", "metric"),
+    [(True, "a", "output_gap"), (True, "b", "softmax_gap"), (False, "a", "softmax_gap"), (False, "b", "softmax_gap")],
+)
+def test_what_is_behind_the_last_layer_is_an_output(is_behind, last, metric):
+    seen, transfer = SoftmaxScores(), Transfer()
+    seen.clear(is_asked=True)
+    seen.see("a", torch.softmax, (scores(5, 3), -1), {}, is_behind)
+    seen.share(transfer, last)
+    assert [*told(transfer.fetch())["a"]] == [metric]
 
 
 class Attention(nn.Module):
