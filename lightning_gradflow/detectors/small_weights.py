@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.known import first_values, layer_mask
+from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.standstill import stands_still
 from lightning_gradflow.detectors.update_sizes import finding_of
 from lightning_gradflow.findings import Finding
@@ -21,6 +22,7 @@ _FEWEST = 2  # layers: the last one, and one of zeros, are small on purpose
 _LARGE = 0.1  # share of the weights that one step changes: a hundred times what is usual
 _FIRST = 3  # samples
 _THROUGH = 0.1  # of the gradient: usual layers, and small ones that something makes up for, let a quarter through
+_SOON = 16  # step: by then a shallow network has made weights of its own out of its first steps, and learns
 _LAST = 64  # step: by then steps have made something of the weights
 
 
@@ -37,7 +39,8 @@ class SmallWeights:
       entries are below :math:`1 / \sqrt{fan_{in}}` by more than `min_size` says (`initial_size`);
     - and one of the first three samples has a step that is a tenth as large as these or more, in the median of these
       layers, and less than a tenth of the gradient comes through one of them, to the layer before it: nothing makes up
-      for how small they are, as the frequency of a sine does. It is asked in the first 64 steps;
+      for how small they are, as the frequency of a sine does. It is asked from step 16 to step 64, while nothing is
+      learnt: many a network makes usual weights out of its first steps, and goes on well;
     - or the run stands still from its start on (see `stands_still`).
 
     Not judged with several optimizers, whose losses play against each other.
@@ -60,7 +63,7 @@ class SmallWeights:
         >>> history.add_points([Point("fc1", "fc1"), Point("fc2", "fc2")])
         >>> known = {"initial_size": 0.01, "initial_norm": 0.1, "update_norm": 0.03}
         >>> values = {name: np.full(2, x) for name, x in known.items()}
-        >>> history.append(Row(0, values | {"delta_norm": np.array([0.01, 1.0])}))
+        >>> history.append(Row(16, values | {"delta_norm": np.array([0.01, 1.0])}, losses=np.full(17, 2.3)))
         >>> [(f.cause, f.layers, round(f.evidence["update_ratio"], 3)) for f in SmallWeights().judge(history)]
         [('weight_scale', ('fc1', 'fc2'), 0.3)]
     """
@@ -82,7 +85,8 @@ class SmallWeights:
         ratios = history["update_norm"][:_FIRST, small] / first_values(history, "initial_norm")[small]
         known = [row[np.isfinite(row)] for row in ratios]
         largest = max((float(np.median(row)) for row in known if row.size), default=0.0)
-        overwrites = largest >= _LARGE and history.steps[-1] <= _LAST and _holds_back(history, small)
+        is_asked = _SOON <= history.steps[-1] <= _LAST and not has_learnt(history)
+        overwrites = largest >= _LARGE and is_asked and _holds_back(history, small)
         if not (overwrites or stands_still(history)):
             return []
         evidence = {"weight_size": float(np.median(sizes[small]))}

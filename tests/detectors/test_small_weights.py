@@ -22,7 +22,7 @@ SHAPES = ((8, 512), (512, 32), (64, 64), (32, 32))
 def run(
     sizes=(0.01, 0.005, 0.03, 1.0),
     ratios=(0.3, 0.2, 0.01),
-    steps=(0, 1, 2),
+    steps=(0, 1, 2, 16),
     losses=FLAT,
     gains=(0.05, 0.9, 0.9),
     frozen=(),
@@ -54,11 +54,13 @@ def told(**changes):
         ({}, {"sizes": (0.01, 0.005, 1.0, 1.0)}),
         ({}, {"sizes": (0.01, 0.005, 0.041, 1.0)}),
         ({"ratios": (0.101,)}, {"ratios": (0.099,)}),
-        ({"ratios": (0.0, 0.0, 0.101)}, {"ratios": (0.0, 0.0, 0.0, 0.101), "steps": (0, 1, 2, 4)}),
+        ({"ratios": (0.0, 0.0, 0.101)}, {"ratios": (0.0, 0.0, 0.0, 0.101)}),
         ({"ratios": (nan, 0.101)}, {"ratios": (nan, 0.099)}),
         ({"gains": (0.9, 0.099, 0.9)}, {"gains": (0.9, 0.101, 0.9)}),
         ({"gains": (0.9, 0.099, 0.9)}, {"gains": (0.9, 0.9, 0.05)}),  # it is a layer of usual size that holds it back
-        ({"steps": (0, 64), "losses": DOWN}, {"steps": (0, 65), "losses": DOWN}),
+        ({"steps": (0, 16)}, {"steps": (0, 15)}),
+        ({"steps": (0, 64), "planned_steps": 600.0}, {"steps": (0, 65), "planned_steps": 600.0}),
+        ({"steps": (0, 1, 2, 32)}, {"steps": (0, 1, 2, 32), "losses": DOWN}),
         ({"optimizers": 1.0}, {"optimizers": 2.0}),
         ({"ratios": (0.0,), "steps": (0, 50)}, {"ratios": (0.0,), "steps": (0, 49)}),
         ({"ratios": (0.0,), "steps": (0, 50)}, {"ratios": (0.0,), "steps": (0, 50), "losses": DOWN}),
@@ -137,17 +139,17 @@ def _fit(factor, mitigate="suggest"):
 
 
 @pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")
-def test_small_weights_behind_residuals_are_told_at_once_and_drawn_anew():
+def test_small_weights_behind_residuals_are_told_soon_and_drawn_anew():
     flow = _fit(0.02)
     (finding,) = [f for f in flow.findings if f.severity.is_alarm]
-    assert (str(finding.kind), finding.cause, finding.step) == ("update_ratio", "weight_scale", 0)
+    assert (str(finding.kind), finding.cause, finding.step) == ("update_ratio", "weight_scale", 16)
     assert len(finding.layers) == 10
     assert any("nn.init." in suggestion.code for suggestion in finding.suggestions)
     cured = _fit(0.02, "apply")
-    assert [(a.kind, a.step, len(a.layers), a.outcome) for a in cured.actions] == [("reinit", 0, 10, "kept")]
+    assert [(a.kind, a.step, len(a.layers), a.outcome) for a in cured.actions] == [("reinit", 16, 10, "kept")]
     sick, well, usual = (float(np.median(one.history.losses[-30:])) for one in (flow, cured, _fit(1.0)))
     assert well < sick
-    assert well < 1.1 * usual
+    assert well < 1.2 * usual  # it has made sixteen steps fewer
 
 
 class Words(L.LightningModule):
