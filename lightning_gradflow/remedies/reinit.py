@@ -190,8 +190,8 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
             drawn |= reset_gains(module, drawn_gains(training.history))
             points = training.history.points
             kept = gates_of(training.history) | {point.name for point in points[-1:]}
-            kept |= {point.name for point in [point for point in points if point.is_layer][-1:]}
             drawn |= reset_biases(module, kept)
+            kept |= {point.name for point in [point for point in points if point.is_layer][-1:]}
             far_biases = reset_far_biases(module, kept) if is_far_out else {}
             drawn |= far_biases
         if finding.cause == "symmetry":

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lightning_gradflow.findings import FindingKind
 from lightning_gradflow.history import History
 from lightning_gradflow.remedies.clip_state import follows_size
 from lightning_gradflow.remedies.held import Held
@@ -179,10 +180,12 @@ def _slower(patient: Patient) -> tuple[float, float]:
 def _shows_late(patient: Patient, found: tuple[float, float]) -> bool:
     """Whether steps became too large so slowly that neither the first ones nor a trial of a few tell by how much.
 
-    So it is with a momentum of 0.999, which takes a thousand steps to gather.
+    So it is with a momentum of 0.999, which takes a thousand steps to gather. Where a batch may be to blame, clipping
+    comes next.
     """
-    history, (factor, cap) = patient.training.history, found
-    if patient.finding.cause != "learning_rate_too_large" or history.rows[-1].step <= 2 * STEPS:
+    history, (factor, cap), finding = patient.training.history, found, patient.finding
+    may_be_a_batch = finding.kind in (FindingKind.NONFINITE_GRADIENT, FindingKind.EXPLODING_GRADIENT)
+    if finding.cause != "learning_rate_too_large" or may_be_a_batch or history.rows[-1].step <= 2 * STEPS:
         return False
     return factor > LARGEST_FACTOR and not cap < LARGEST_FACTOR * _own_rate(patient.training)
 

@@ -90,7 +90,15 @@ def test_a_run_whose_first_step_was_not_too_large_does_not_start_once_more(ratio
 
 
 @pytest.mark.parametrize(
-    ("found", "every", "factor"), [(RATE, 49, 0.1), (RATE, 48, None), (BREAKS, 49, None)], ids=["late", "soon", "other"]
+    ("found", "every", "factor"),
+    [
+        (RATE, 49, 0.1),
+        (RATE, 48, None),
+        (BREAKS, 49, None),
+        (replace(RATE, kind=FindingKind.NONFINITE_GRADIENT), 49, None),
+        (replace(RATE, kind=FindingKind.EXPLODING_GRADIENT), 49, None),
+    ],
+    ids=["late", "soon", "other", "a batch", "a spike"],
 )
 def test_steps_that_became_too_large_after_a_trial_would_be_over_are_made_ten_times_as_small(found, every, factor):
     run = _sampled([0.001, 3.0], every=every)
