@@ -82,12 +82,10 @@ def slow_down_anew(patient: Patient) -> tuple[Numbers, Numbers]:
     if not tried < _FAR_TOO_LARGE:
         return {}, {}
     before = _rate_facts(held, rate)
-    if math.isfinite(top := _top_rate(training)):
-        held.rate.cap = min(held.rate.cap, tried * top)
-    elif _rises(training, rate):
-        held.rate.cap = min(held.rate.cap, tried * rate)
-    else:
-        held.rate.factor = max(min(tried, held.rate.factor), _SMALLEST_FACTOR)
+    # a schedule that rises would leave behind what was found
+    factor, cap = (1.0, tried * rate) if _rises(training, rate) else _lowered(training, tried)
+    held.rate.factor = max(min(factor, held.rate.factor), _SMALLEST_FACTOR)
+    held.rate.cap = min(held.rate.cap, cap)
     return _changed(before, _rate_facts(held, rate))
 
 
