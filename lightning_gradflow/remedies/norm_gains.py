@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_gradflow.probes.norm_gains import gains_of
 from lightning_gradflow.remedies.gains import WEIGHTED
@@ -63,17 +63,12 @@ def reset_biases(module: nn.Module, kept: Collection[str] = ()) -> dict[str, Seq
         >>> list(reset_biases(net)), net[1].bias.tolist()
         (['1'], [0.0, 0.0])
     """
-    owners = Counter(p for part in module.modules() for p in part.parameters(recurse=False))
-    found: dict[str, Sequence[nn.Parameter]] = {}
-    for name, part in module.named_modules():
-        gains, bias = gains_of(part), part._parameters.get("bias")
-        if gains is None or bias is None or name in kept or not bias.requires_grad or owners[bias] > 1:
-            continue
-        limit = _SHUT * gains.detach().abs().clamp(min=1.0)
-        if float((bias.detach().abs() > limit).double().mean()) > _MOST:
-            assign(bias, torch.zeros(bias.shape))
-            found[name] = list(part.parameters(recurse=False))
-    return found
+
+    def limit(part: nn.Module) -> Tensor | None:
+        gains = gains_of(part)
+        return _SHUT * gains.detach().abs().clamp(min=1.0) if gains is not None else None
+
+    return _without_biases(module, kept, limit)
 
 
 def reset_far_biases(module: nn.Module, kept: Collection[str] = ()) -> dict[str, Sequence[nn.Parameter]]:
@@ -94,13 +89,20 @@ def reset_far_biases(module: nn.Module, kept: Collection[str] = ()) -> dict[str,
         >>> list(reset_far_biases(net)), net[0].bias.tolist()
         (['0'], [0.0, 0.0])
     """
+    return _without_biases(module, kept, lambda part: torch.tensor(_FAR) if isinstance(part, WEIGHTED) else None)
+
+
+def _without_biases(
+    module: nn.Module, kept: Collection[str], limit_of: Callable[[nn.Module], Tensor | None]
+) -> dict[str, Sequence[nn.Parameter]]:
+    """Sets the biases to 0 of which most are above a limit; a part without a limit keeps its own."""
     owners = Counter(p for part in module.modules() for p in part.parameters(recurse=False))
     found: dict[str, Sequence[nn.Parameter]] = {}
     for name, part in module.named_modules():
-        bias = part._parameters.get("bias") if isinstance(part, WEIGHTED) else None
-        if bias is None or name in kept or not bias.requires_grad or owners[bias] > 1:
+        limit, bias = limit_of(part), part._parameters.get("bias")
+        if limit is None or bias is None or name in kept or not bias.requires_grad or owners[bias] > 1:
             continue
-        if float((bias.detach().abs() > _FAR).double().mean()) > _MOST:
+        if float((bias.detach().abs() > limit.to(bias.device)).double().mean()) > _MOST:
             assign(bias, torch.zeros(bias.shape))
             found[name] = list(part.parameters(recurse=False))
     return found
