@@ -77,6 +77,7 @@ SEEN_SO: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.LOSS_PLATEAU, "weight_scale"): _LITTLE,
     (FindingKind.LOSS_PLATEAU, "unscaled_inputs"): _LITTLE,
     (FindingKind.LOSS_PLATEAU, "recurrence"): _LITTLE,
+    (FindingKind.LOSS_PLATEAU, "symmetry"): _LITTLE,
     (FindingKind.NO_GRADIENT, "initialisation"): (
         "The weights of {layers} are zero, and so is the gradient that would change them",
     ),
@@ -237,6 +238,10 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.LOSS_PLATEAU, "recurrence"): (
         "The state of {layers} keeps nothing: the recurrent weights it started from are far too large",
         "their spectral radius is {recurrent_radius}, where 1 is usual",
+    ),
+    (FindingKind.LOSS_PLATEAU, "symmetry"): (
+        "The weights of {layers} were drawn with a mean, such as all positive, and give all units nearly the same",
+        "units differ by {unit_spread} times their norm, where 1.2 is usual",
     ),
     (FindingKind.LOSS_PLATEAU, "vanishing_gradient"): ("The first layers get next to no gradient and cannot learn",),
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_small"): (

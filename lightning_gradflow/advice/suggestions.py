@@ -114,6 +114,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_small"): (loosen_clipping, raise_rate, find_rate),
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_large"): (lower_rate, warm_up, pre_norm, find_rate),
     (FindingKind.LOSS_PLATEAU, "weight_scale"): (shorten_rows, initialise_large),
+    (FindingKind.LOSS_PLATEAU, "symmetry"): (initialise,),
     (FindingKind.LOSS_PLATEAU, "recurrence"): (initialise_recurrence, gate_recurrence, normalise_recurrence),
     (FindingKind.LOSS_PLATEAU, "saturation"): (initialise, normalise, swap_activations, scale_inputs),
     (FindingKind.LOSS_PLATEAU, "dead_units"): (initialise, leak, lower_rate),

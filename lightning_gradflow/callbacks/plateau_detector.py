@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_gradflow.callbacks.base import Monitor
+from lightning_gradflow.detectors.alike_units import AlikeUnits
 from lightning_gradflow.detectors.base import Detector
 from lightning_gradflow.detectors.chaotic_layers import ChaoticLayers
 from lightning_gradflow.detectors.chaotic_state import ChaoticState
@@ -61,6 +62,7 @@ class PlateauDetector(Monitor):
             ChaoticLayers(),
             LargeTables(),
             LargeWeights(),
+            AlikeUnits(),
             plateau,
         ]
 

@@ -47,10 +47,10 @@ _FOLLOWS: tuple[tuple[_Some, _Some], ...] = (
         _Some((_VANISHING, _EXPLODING, _DEAD, _SATURATED, _UPDATES)),
     ),
     # a table beside which all else drowns leaves no layer anything to learn by
-    (_Some((_PLATEAU,), ("weight_scale",)), _Some((_EXPLODING, _SATURATED))),
-    (_Some((_PLATEAU,), ("weight_scale",)), _Some((_DEAD,), ("initialisation", "symmetry", _INPUTS))),
-    (_Some((_PLATEAU,), ("weight_scale",)), _Some((_UPDATES,), (_LARGE, _INPUTS))),
-    (_Some((_VANISHING,), ("weight_scale", "depth")), _Some((_PLATEAU,), ("weight_scale",))),
+    (_Some((_PLATEAU,), ("weight_scale", "symmetry")), _Some((_EXPLODING, _SATURATED))),
+    (_Some((_PLATEAU,), ("weight_scale", "symmetry")), _Some((_DEAD,), ("initialisation", "symmetry", _INPUTS))),
+    (_Some((_PLATEAU,), ("weight_scale", "symmetry")), _Some((_UPDATES,), (_LARGE, _INPUTS))),
+    (_Some((_VANISHING,), ("weight_scale", "depth")), _Some((_PLATEAU,), ("weight_scale", "symmetry"))),
     (_Some((_PLATEAU,), ("recurrence",)), _Some((_VANISHING, _EXPLODING, _SATURATED, _UPDATES))),
     # weights of zero stop the gradient, and the units behind them are as flat as they are
     (_Some((_DEAD, _SATURATED, _VANISHING)), _Some((_NO_GRADIENT,), ("initialisation",))),

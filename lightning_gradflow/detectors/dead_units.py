@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.copied_units import copied_layers
@@ -14,9 +13,7 @@ from lightning_gradflow.detectors.known import columns_of_layers, newest_known
 from lightning_gradflow.detectors.onset import has_moved, loss_rose, weight_growth
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import History, Ints
-
-Bools = npt.NDArray[np.bool_]
+from lightning_gradflow.history import Bools, History, Ints
 
 _CUT_SAMPLES = 3  # at the edge of death a unit fires in one batch and not in the next
 _MAX_PASSED = 0.01  # of the gradient: a smooth rectifier passes a little on where it is flat

@@ -7,14 +7,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_gradflow.activations import BOUNDED
 from lightning_gradflow.detectors.profile import DepthProfile, is_same_pass
 from lightning_gradflow.detectors.underflow import MIN_HEADROOM, Underflow, underflow_of
-from lightning_gradflow.history import Floats, History
-
-Bools = npt.NDArray[np.bool_]
+from lightning_gradflow.history import Bools, Floats, History
 
 MAX_DECAY = 3.0
 """Decades; plain networks that lose more do not learn with SGD in their first hundred steps, and do with Adam."""

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 
-from lightning_gradflow.history import Floats, History, Ints
-
-Bools = npt.NDArray[np.bool_]
+from lightning_gradflow.history import Bools, Floats, History, Ints
 
 ROOT = "(root)"
 """What the model itself is called, where it has parameters of its own."""

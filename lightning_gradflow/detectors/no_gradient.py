@@ -21,9 +21,7 @@ from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.underflow import recent_underflow
 from lightning_gradflow.detectors.zero_weights import zero_weights
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import History
-
-Bools = npt.NDArray[np.bool_]
+from lightning_gradflow.history import Bools, History
 
 _MIN_SAMPLES = 2
 _MIN_ZEROS = 3  # samples: what starts at zero, as a branch with a zero scale, lets gradients through from the second on

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.inputs import feature_evidence, inputs_jumped
 from lightning_gradflow.detectors.known import known_rows
 from lightning_gradflow.detectors.update_ratio import overwrites
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import Floats, History
+from lightning_gradflow.history import Bools, Floats, History
 
 _EARLY = 50  # steps in which what overflows does so because of the inputs, where they are too large
 _RISE = 10.0  # times the median of the losses before
@@ -107,7 +106,7 @@ class NonfiniteGradient:
         return scale >= self.min_scale or not was_broken
 
 
-def _broken(history: History, start: int) -> npt.NDArray[np.bool_]:
+def _broken(history: History, start: int) -> Bools:
     """(R,) the rows from one on in which the gradients are not finite, or most of the losses."""
     broken = np.asarray((history["grad_nonfinite_fraction"][start:] > 0).any(axis=1))
     # a rectifier may turn NaN into zero on the way back: the gradients are finite, and worth nothing

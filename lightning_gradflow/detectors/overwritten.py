@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import Floats, History, Ints
-
-Bools = npt.NDArray[np.bool_]
+from lightning_gradflow.history import Bools, Floats, History, Ints
 
 NOT_BY_STEPS = 10.0
 """Times as far as the steps from one sample to the next can have come at the pace of both."""

@@ -6,16 +6,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.plateau_causes import AGREE, cause_of, is_unpaired, line_of
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.trend import mann_kendall, steepest_fall, theil_sen
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import Floats, History
-
-Bools = npt.NDArray[np.bool_]
+from lightning_gradflow.history import Bools, Floats, History
 
 _BLOCKS = 32
 _FIRST = 3  # losses: the next ones may have learnt already

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_gradflow.detectors.dead_units import mostly_dead
 from lightning_gradflow.detectors.profile import depth_profile
@@ -14,7 +13,7 @@ from lightning_gradflow.detectors.recurrence import RecurrentGradient
 from lightning_gradflow.detectors.saturation import SaturatedActivation
 from lightning_gradflow.detectors.vanishing import is_vanishing
 from lightning_gradflow.findings import FindingKind
-from lightning_gradflow.history import History
+from lightning_gradflow.history import Bools, History
 from lightning_gradflow.metrics import LOSS_LINE, PAIRING
 
 _BLOWN_UP = 1.5  # times the first loss: what random weights cost, no step that is right makes worse by half
@@ -90,7 +89,7 @@ def line_of(history: History) -> dict[str, float]:
     return {name: scalars[name] for name in (*LOSS_LINE, *PAIRING) if name in scalars}
 
 
-def _has_line(history: History) -> npt.NDArray[np.bool_]:
+def _has_line(history: History) -> Bools:
     """(R,) the rows in which the loss line was measured."""
     rows = history.rows
     return history.facts.of_rows(

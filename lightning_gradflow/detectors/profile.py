@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lightning_gradflow.detectors.known import columns_of_layers
 from lightning_gradflow.detectors.trend import theil_sen
-from lightning_gradflow.history import Floats, History, Point, Row
+from lightning_gradflow.history import Bools, Floats, History, Point, Row
 
 _MIN_FOR_STEPS = 6  # points: in fewer one step may be all the depth there is
 _LARGEST_STEP = 1.0  # decades that a point may lose in a section: what loses more is a branch, or one bad layer
@@ -61,7 +61,7 @@ class DepthProfile:
     spectral_norm: Floats
 
     @property
-    def usable(self) -> npt.NDArray[np.bool_]:
+    def usable(self) -> Bools:
         """(P,) where the delta norm is finite and above zero."""
         return np.isfinite(self.delta_norm) & (self.delta_norm > 0)
 
@@ -118,7 +118,7 @@ class DepthProfile:
         last = self.delta_norm[layers & self.usable][-1]
         return int((layers & self.usable & (self.delta_norm >= _USABLE * last)).sum()), int(layers.sum())
 
-    def modules(self, where: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+    def modules(self, where: Bools) -> tuple[str, ...]:
         """The layers among the points at which `where` (P,) holds, the smallest delta norm first.
 
         Where none of them is the output of a layer, as in a module that multiplies with parameters of its own, they are

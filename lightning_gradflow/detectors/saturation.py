@@ -16,9 +16,7 @@ from lightning_gradflow.detectors.shut_gates import gate_mask, shut_gates
 from lightning_gradflow.detectors.small_steps import MIN_REACH, too_small
 from lightning_gradflow.detectors.update_sizes import ratios_of
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import Floats, History
-
-Mask = npt.NDArray[np.bool_]
+from lightning_gradflow.history import Bools, Floats, History
 
 _WIDE = 0.7  # of the outputs, in most activations: from there on plain stacks learn far worse than with smaller weights
 _HALF = 0.5  # is enough where the last layer is too large as well: most tanh stacks then end ten times as high
@@ -169,7 +167,7 @@ class SaturatedActivation:
             )
         ]
 
-    def _judged(self, history: History) -> Mask:
+    def _judged(self, history: History) -> Bools:
         """(P,) the activations before a layer; gates only where weights or unscaled inputs shut them from the start."""
         before_a_layer, gates = _before_a_layer(history), gate_mask(history)
         first = np.where(before_a_layer & gates, first_values(history, "saturated_fraction"), np.nan)
@@ -180,7 +178,7 @@ class SaturatedActivation:
             return np.asarray(before_a_layer & (~gates | (first >= self.max_saturated)))
         return np.asarray(before_a_layer & ~gates)
 
-    def _lasts(self, history: History, rows: npt.NDArray[np.intp]) -> Mask:
+    def _lasts(self, history: History, rows: npt.NDArray[np.intp]) -> Bools:
         """(P,) the activations that were saturated in all samples of the last 50 steps, if the run is that old."""
         last = history.steps[-1]
         recent = rows[history.steps[rows] >= last - _PATIENCE]
@@ -190,7 +188,7 @@ class SaturatedActivation:
             return np.zeros(len(history.points), dtype=bool)
         return np.asarray((history["saturated_fraction"][recent] >= self.max_saturated).all(axis=0))
 
-    def _sudden(self, history: History, shares: Floats, blocks: Mask, rows: npt.NDArray[np.intp]) -> Mask:
+    def _sudden(self, history: History, shares: Floats, blocks: Bools, rows: npt.NDArray[np.intp]) -> Bools:
         """(P,) the activations that were open in one of the samples before, and which a step has closed."""
         sudden = np.zeros(len(blocks), dtype=bool)
         for i in np.flatnonzero(blocks & (shares[:-1] <= _OPEN).any(axis=0)):
@@ -199,22 +197,22 @@ class SaturatedActivation:
         return sudden
 
 
-def _before_a_layer(history: History) -> Mask:
+def _before_a_layer(history: History) -> Bools:
     """(P,) the points behind which there is a layer, or which are one."""
     return np.asarray(np.logical_or.accumulate(layer_mask(history)[::-1])[::-1])
 
 
-def _known_rows(history: History, hidden: Mask) -> Mask:
+def _known_rows(history: History, hidden: Bools) -> Bools:
     """(R,) the rows in which it was measured at one of the hidden (P,) activations."""
     table = history["saturated_fraction"]
 
-    def find(start: int) -> Mask:
+    def find(start: int) -> Bools:
         return np.asarray((~np.isnan(table[start:]) & hidden).any(axis=1))
 
     return history.facts.of_rows(("saturated", hidden.tobytes()), len(table), find)
 
 
-def _wide(shares: Floats, *, starts_large: bool) -> Mask:
+def _wide(shares: Floats, *, starts_large: bool) -> Bools:
     """(P,) the activations that are partly saturated in each of the rows (R, P), if most of them are."""
     lowest = np.min(shares, axis=0)
     known = np.sort(lowest[~np.isnan(lowest)])
@@ -240,7 +238,7 @@ def _stops(history: History, from_start: bool, well: int | None) -> bool:
     return not has_learnt(history) or (well is not None and loss_rose(history, well))
 
 
-def _cause(history: History, saturated: Mask, first: int) -> str:
+def _cause(history: History, saturated: Bools, first: int) -> str:
     """Why it is so from the start; `first` is the first place, in order of execution."""
     if any(point.op for point in history.points[:first]):
         return "weight_scale"

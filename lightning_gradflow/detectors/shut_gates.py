@@ -8,15 +8,13 @@ import numpy.typing as npt
 from lightning_gradflow.detectors.known import first_values, layer_mask
 from lightning_gradflow.detectors.small_steps import MIN_REACH, reaches_of
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import Floats, History
-
-Mask = npt.NDArray[np.bool_]
+from lightning_gradflow.history import Bools, Floats, History
 
 _GATE = 0.5  # of the places where it was seen (several ranks): they all run the same code
 _SHUT = 0.01  # of a signal, and of a gradient, at most comes through
 
 
-def gate_mask(history: History) -> Mask:
+def gate_mask(history: History) -> Bools:
     """(P,) the activations that gate something."""
     gates = history["gate_fraction"]
     return history.facts.so_far(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.rounding import MAX_LOST, lost_share
 from lightning_gradflow.detectors.update_sizes import finding_of, largest_of, ratios_of
 from lightning_gradflow.findings import Finding
-from lightning_gradflow.history import Floats, History
-
-Bools = npt.NDArray[np.bool_]
+from lightning_gradflow.history import Bools, Floats, History
 
 MIN_REACH = 0.01
 """Share of its norm that some layer must be able to move by in the planned run; see `UpdateRatio`."""

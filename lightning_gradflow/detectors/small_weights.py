@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.known import first_values, layer_mask
@@ -14,9 +13,7 @@ from lightning_gradflow.detectors.progress import has_learnt
 from lightning_gradflow.detectors.standstill import stands_still
 from lightning_gradflow.detectors.update_sizes import finding_of
 from lightning_gradflow.findings import Finding
-from lightning_gradflow.history import History
-
-Bools = npt.NDArray[np.bool_]
+from lightning_gradflow.history import Bools, History
 
 _FEWEST = 2  # layers: the last one, and one of zeros, are small on purpose
 _LARGE = 0.1  # share of the weights that one step changes: a hundred times what is usual

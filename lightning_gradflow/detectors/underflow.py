@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_gradflow.detectors.profile import DepthProfile, depth_profile, in_order, is_same_pass, is_skipped
-from lightning_gradflow.history import Floats, History
-
-Bools = npt.NDArray[np.bool_]
+from lightning_gradflow.history import Bools, Floats, History
 
 MIN_HEADROOM = -3.0
 """Bits; below, fewer than one entry in 64 is left: 2**-3 is the rms where every 64th is the smallest number."""

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.decay import was_cut_off
@@ -20,8 +19,6 @@ from lightning_gradflow.detectors.standstill import keeps_residual
 from lightning_gradflow.detectors.update_sizes import finding_of, medians_of, ratios_of
 from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import Floats, History
-
-Bools = npt.NDArray[np.bool_]
 
 _MIN_SAMPLES = 3  # the first step of momentum is a tenth of what is to come, the third a third
 _WARM = 50  # steps that steps get before they are judged by what they left of the weights

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_gradflow.detectors.known import first_values, newest_values
 from lightning_gradflow.findings import Finding, FindingKind, Severity
-from lightning_gradflow.history import Floats, History
-
-Bools = npt.NDArray[np.bool_]
+from lightning_gradflow.history import Bools, Floats, History
 
 
 def ratios_of(history: History) -> Floats:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_gradflow.detectors.known import ROOT, first_values, how_often_known, skipped_rows
 from lightning_gradflow.detectors.standstill import stands_still
 from lightning_gradflow.detectors.underflow import recent_underflow
-from lightning_gradflow.history import History
-
-Bools = npt.NDArray[np.bool_]
+from lightning_gradflow.history import Bools, History
 
 _SAMPLES = 3  # what starts at zero on purpose lets gradients through from the second on
 _FACTORS = 2  # of a product that must be zero for both to get nothing

@@ -2,6 +2,6 @@
 
 from lightning_gradflow.history.axis import Axis
 from lightning_gradflow.history.history import History
-from lightning_gradflow.history.rows import MAX_CALLS, Floats, Ints, Point, Row
+from lightning_gradflow.history.rows import MAX_CALLS, Bools, Floats, Ints, Point, Row
 
-__all__ = ["MAX_CALLS", "Axis", "Floats", "History", "Ints", "Point", "Row"]
+__all__ = ["MAX_CALLS", "Axis", "Bools", "Floats", "History", "Ints", "Point", "Row"]

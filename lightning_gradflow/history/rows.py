@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 MAX_CALLS = 64
 """Calls of a point that a row keeps: of a longer loop as many, evenly spread, the first and the last among them."""

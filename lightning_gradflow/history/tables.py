@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from lightning_gradflow.history.rows import Floats, Ints
+from lightning_gradflow.history.rows import Bools, Floats, Ints
 
 Scalar = TypeVar("Scalar", np.float64, np.int64)
 
@@ -210,7 +210,7 @@ class Tables:
         return table
 
 
-def _places(has: npt.NDArray[np.bool_]) -> Ints:
+def _places(has: Bools) -> Ints:
     """(R,) where the values of each row stand that has some; -1 for the others."""
     return np.where(has, np.cumsum(has) - 1, -1)
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from lightning_gradflow.history import Floats, Ints
+from lightning_gradflow.history import Bools, Floats, Ints
 
 
 class SilentUnits:
@@ -34,7 +33,7 @@ class SilentUnits:
         self._samples: dict[str, int] = {}
         self._silent: dict[str, Ints] = {}
 
-    def update(self, names: Sequence[str], lengths: Ints, active: npt.NDArray[np.bool_]) -> Floats:
+    def update(self, names: Sequence[str], lengths: Ints, active: Bools) -> Floats:
         """Takes one sample of activations.
 
         Args:

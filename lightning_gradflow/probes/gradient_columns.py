@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_gradflow.history import Floats, Ints
+from lightning_gradflow.history import Bools, Floats, Ints
 from lightning_gradflow.metrics import HISTOGRAM_BINS
 
 NORMS = "norm", "weight", "update", "clipped"
@@ -136,7 +136,7 @@ class GradientColumns:
             found["not_optimized_fraction"] = unheld / (entries + missing + unheld)
         return layers, {name: values for name, values in found.items() if not np.isnan(values).all()}
 
-    def _is_skipped(self) -> npt.NDArray[np.bool_]:
+    def _is_skipped(self) -> Bools:
         """Which parameters belong to an optimizer that does not step, as a gradient is not finite."""
         bad = np.unique(self._optimizer[self._columns["nonfinite"] > 0])
         return np.isin(self._optimizer, bad)

@@ -14,7 +14,7 @@ from lightning_gradflow.metrics import measured
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 
 _SOFTMAXES = frozenset({torch.softmax, Tensor.softmax, F.softmax})
-CHOOSING = frozenset[Any](_SOFTMAXES | {F.scaled_dot_product_attention})
+CHOOSING = frozenset[Any](_SOFTMAXES | {F.scaled_dot_product_attention, F.multi_head_attention_forward})
 """Every function that holds such a softmax."""
 
 LARGE = 3.0
@@ -42,6 +42,8 @@ def choices(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], most: i
         >>> scores.shape, scores.max().item()
         (torch.Size([2, 4, 7, 9]), 4.0)
     """
+    if func is F.multi_head_attention_forward:
+        return _of_module(args, kwargs, most)
     source = args[0] if args else kwargs.get("input", kwargs.get("query"))
     if not isinstance(source, Tensor) or not source.dim():
         return None
@@ -60,11 +62,26 @@ def choices(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], most: i
     return scores
 
 
+def _of_module(args: tuple[Any, ...], kwargs: Mapping[str, Any], most: int | None) -> Tensor | None:
+    """The scores inside of `nn.MultiheadAttention`, which makes queries and keys and all else in one call."""
+    query, key, _, width, heads, both, bias = args[:7]
+    if both is None:
+        weights = (kwargs["q_proj_weight"], kwargs["k_proj_weight"])
+    else:
+        weights = both[:width], both[width : 2 * width]
+    biases = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
+    sides = [
+        F.linear(x if x.dim() == 3 else x.unsqueeze(1), weight, bias).unflatten(-1, (heads, -1)).movedim(0, -2)
+        for x, weight, bias in zip((query, key), weights, biases, strict=True)
+    ]
+    return choices(F.scaled_dot_product_attention, tuple(sides), {}, most)
+
+
 class SoftmaxScores:
     """How far the largest score is above the next one, by layer: in the first sample, and while it is far.
 
-    What is masked is neither, and a row in which a mask leaves one position counts for nothing. Torch's own
-    `nn.MultiheadAttention` is not seen: what goes on inside of it is one call.
+    What is masked is neither, and a row in which a mask leaves one position counts for nothing. Inside of
+    `nn.MultiheadAttention` masks are not seen.
 
     Example:
         >>> seen, transfer = SoftmaxScores(), Transfer()

@@ -13,7 +13,7 @@ from lightning_gradflow.probes.weight_size import weight_size
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.sick_layers import FAR
 from lightning_gradflow.remedies.textbook import initialise
-from lightning_gradflow.remedies.unusual import is_constant
+from lightning_gradflow.remedies.unusual import are_alike
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def draw_attention(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Parame
     square of them, and a softmax of large logits takes one position each and lets no gradient through. All of it is
     drawn by the book (Glorot, by block) where a weight is above `1 / sqrt(fan_in)` by more than a factor of 4, the root
     mean square of its entries; where one of the inputs is below that by a factor of 25, and not zero; or where its rows
-    are copies.
+    are all but alike, as positive ones are.
 
     Args:
         module: the model, or a copy of it.
@@ -50,7 +50,7 @@ def draw_attention(module: nn.Module, seed: int) -> dict[str, Sequence[nn.Parame
         if not isinstance(part, nn.MultiheadAttention):
             continue
         weights = [p for p in part.parameters() if p.dim() == 2 and p.requires_grad]
-        is_own = all(owners[p] == 1 and (is_constant(p) or looks_fresh(p)) for p in weights)
+        is_own = all(owners[p] == 1 and (are_alike(p) or looks_fresh(p)) for p in weights)
         if not is_own or all(_is_usual(part, p) for p in weights):
             continue
         for key, one in ((name, part), (f"{name}.out_proj".lstrip("."), part.out_proj)):
@@ -63,4 +63,4 @@ def _is_usual(attention: nn.MultiheadAttention, weight: nn.Parameter) -> bool:
     """Whether some initialisation gives such a weight; that of the output may be made for many residual branches."""
     size = float(weight_size(attention, weight))
     least = 0.0 if weight is attention.out_proj.weight else SmallWeights.min_size
-    return size == 0 or (least <= size <= FAR and not is_constant(weight))
+    return size == 0 or (least <= size <= FAR and not are_alike(weight))

@@ -46,6 +46,7 @@ PLAN: dict[tuple[FindingKind, str], tuple[str, ...]] = {
     (FindingKind.LOSS_PLATEAU, "unscaled_inputs"): ("scale_inputs",),
     (FindingKind.LOSS_PLATEAU, "weight_scale"): ("reinit",),
     (FindingKind.LOSS_PLATEAU, "recurrence"): ("reinit",),
+    (FindingKind.LOSS_PLATEAU, "symmetry"): ("reinit",),
     (FindingKind.LOSS_PLATEAU, "saturation"): ("scale_inputs", "reinit"),
     (FindingKind.LOSS_PLATEAU, "dead_units"): ("reinit", "recycle"),
     (FindingKind.UPDATE_RATIO, "learning_rate_too_large"): ("reinit", "rollback"),
@@ -71,6 +72,9 @@ TOO_LARGE = (FindingKind.LOSS_PLATEAU, "weight_scale")
 TOO_SMALL = (FindingKind.UPDATE_RATIO, "weight_scale")
 """The same of one whose weights were too small."""
 
+CHAOTIC = (FindingKind.LOSS_PLATEAU, "recurrence")
+"""The same of one whose recurrent weights were so large from the start that the state keeps nothing."""
+
 NOT_FOR = frozenset(
     {"underflow", "rounding", "learning_rate_too_small", "weight_decay", "no_signal_in_data", "not_optimized"}
 )
@@ -85,7 +89,8 @@ BY_BIRTH = frozenset(
         (FindingKind.DEAD_UNITS, "symmetry"),
         TOO_LARGE,
         TOO_SMALL,
-        (FindingKind.LOSS_PLATEAU, "recurrence"),
+        CHAOTIC,
+        (FindingKind.LOSS_PLATEAU, "symmetry"),
         OFF_TARGET,
         UNTOUCHED,
     }

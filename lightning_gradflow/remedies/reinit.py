@@ -185,7 +185,7 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
         if not only_far:
             drawn |= fill_missing(module, training.seed)
             # a table of zeros beside those that are too large is so on purpose
-            drawn |= draw_unusual(module, run, training.seed, with_embeddings=not is_of_tables)
+            drawn |= draw_unusual(module, run, training.seed, with_small_tables=not is_of_tables)
             drawn |= draw_attention(module, training.seed)
             drawn |= reset_gains(module, drawn_gains(training.history))
             points = training.history.points
@@ -194,7 +194,7 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
             kept |= {point.name for point in [point for point in points if point.is_layer][-1:]}
             far_biases = reset_far_biases(module, kept) if is_far_out else {}
             drawn |= far_biases
-        if finding.cause == "symmetry":
+        if (finding.kind, finding.cause) == (FindingKind.DEAD_UNITS, "symmetry"):
             around = activations_around(training.history.points)
             drawn |= break_symmetry(module, finding.layers, around, training.seed)
         max_off, max_spread = FAR if only_far else MAX_OFF, _max_spread(finding, training.history, only_far)
@@ -205,8 +205,8 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
         drawn |= bare.draw_loops(module, training.seed)
         whole = bare.layers(module, with_loops=False)
         shut = finding.layers if "gate_opening" in finding.evidence else ()
-        # of a size that a norm takes away again no gain tells
-        always = finding.layers if "weight_size" in finding.evidence else shut
+        # no gain tells of a size that a norm takes away again, nor of what units have in common
+        always = finding.layers if {"weight_size", "unit_spread"} & finding.evidence.keys() else shut
         if (finding.kind, finding.cause) == (FindingKind.DEAD_UNITS, "initialisation") and not only_far:
             always = layers_before(training.history.points, finding.layers)  # no gain tells of the end of a dead branch
         gates = gates_of(training.history) - {*shut}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_gradflow.probes.weight_size import TRANSPOSED, weight_size
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.gains import Link
+from lightning_gradflow.remedies.unusual import are_alike
 from lightning_gradflow.remedies.weights import is_settable, originals_of, parameters_of
 
 MAX_OFF = 1.25
@@ -69,7 +70,11 @@ class Choice:
         others = self.may - {*sick}
         too = {name for name in others if max_off < FAR and _is_quiet(modules[name], links[name], max_off)}
         too |= {
-            name for name in others if _is_loud(modules[name], links[name]) or _is_hidden(modules[name], links[name])
+            name
+            for name in others
+            if _is_loud(modules[name], links[name])
+            or _is_hidden(modules[name], links[name])
+            or _is_alike(modules[name])
         }
         return [name for name in links if name in sick or name in too]
 
@@ -216,11 +221,20 @@ def _is_hidden(layer: nn.Module, link: Link) -> bool:
     return link.is_known and link.is_chain and _is_off(size_of(layer), 1.0, _MAX_STRETCH) and looks_drawn(layer)
 
 
+def _is_alike(layer: nn.Module) -> bool:
+    """Whether its units are all but alike, in a network in which others are drawn anew: as badly drawn."""
+    return are_alike(_by_unit(layer)) and looks_drawn(layer)
+
+
 def looks_drawn(layer: nn.Module) -> bool:
     """Whether the weights of a layer look as they were drawn; see `looks_fresh`."""
+    return looks_fresh(_by_unit(layer))
+
+
+def _by_unit(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return looks_fresh(weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight)
+    return weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight
 
 
 def size_of(layer: nn.Module) -> float:

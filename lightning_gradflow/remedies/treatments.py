@@ -15,7 +15,7 @@ from lightning_gradflow.history import History
 from lightning_gradflow.probes.layers import ROOT, module_named
 from lightning_gradflow.remedies.adjustment import Centre
 from lightning_gradflow.remedies.patient import Patient, Treatment
-from lightning_gradflow.remedies.plan import UNTOUCHED
+from lightning_gradflow.remedies.plan import CHAOTIC, UNTOUCHED
 from lightning_gradflow.remedies.readers import centres_behind
 from lightning_gradflow.remedies.recurrent import GATED
 from lightning_gradflow.remedies.recycle import recycle
@@ -99,10 +99,13 @@ def _drawn(training: Training, finding: Finding, *, fits_outputs: bool) -> Reini
     """Draws anew what is sick; of what may have other reasons only what is so by far."""
     is_far = finding.cause in (*_OTHER_REASONS, "forward") and not _is_of_birth(training, finding)
     done = reinitialise(training, finding, only_far=is_far, fits_outputs=fits_outputs)
-    if done is None or finding.cause != "forward":
-        return done
-    # nothing was known of what lies behind numbers that are not finite
-    rest = reinitialise(training, finding, fits_outputs=fits_outputs)
+    if done is None:
+        return None
+    rest: Reinit | None = None
+    if finding.cause == "forward":  # nothing was known of what lies behind numbers that are not finite
+        rest = reinitialise(training, finding, fits_outputs=fits_outputs)
+    elif (finding.kind, finding.cause) == CHAOTIC:  # what else is far off was drawn as badly
+        rest = reinitialise(training, replace(finding, cause="unknown"), only_far=True, fits_outputs=False)
     if rest is None:
         return done
     layers = tuple(dict.fromkeys((*done.layers, *rest.layers)))

@@ -17,12 +17,14 @@ from lightning_gradflow.remedies.through_time import TimeWatch
 _SHUT = 4.0  # of a bias: a sigmoid is within 2 % of its bound
 _MOST = 0.5  # of the gates: biases made for a long memory shut two kinds out of four
 _MAX_GROWTH = 3.0  # decades through time: networks that learn gain up to 2.5
-_ALIKE = 0.01  # share of a matrix that its rows differ by
+_COPIES = 0.01  # share of a matrix that its rows differ by
+_TELLING = 16  # rows and columns: a few numbers are alike by chance
+_ALIKE = 0.7  # of its size, what the rows of a matrix differ by: 1 of independent ones, 0.5 of entries in (0, 1)
 _SMALL, _LARGE = 0.1, 4.0  # the weights of a recurrence, or an embedding, times sqrt(fan_in); large ones make chaos
 
 
 def draw_unusual(
-    module: nn.Module, run: Callable[[], None], seed: int, *, with_embeddings: bool = True
+    module: nn.Module, run: Callable[[], None], seed: int, *, with_small_tables: bool = True
 ) -> dict[str, Sequence[nn.Parameter]]:
     """Draws recurrences and embeddings anew whose weights no usual initialisation gives, by the book.
 
@@ -35,7 +37,7 @@ def draw_unusual(
         module: whose parameters are changed.
         run: makes a forward pass of it.
         seed: the same on all ranks.
-        with_embeddings: whether embeddings are asked for, too.
+        with_small_tables: whether embeddings that are too small count, too.
 
     Returns:
         By the names of their modules, the parameters of these. Left alone is what is frozen, tied or looks trained.
@@ -53,12 +55,11 @@ def draw_unusual(
     for name, part in module.named_modules():
         if not isinstance(part, (nn.RNNBase, nn.RNNCellBase, nn.Embedding)):
             continue
-        if isinstance(part, nn.Embedding) and not with_embeddings:
-            continue
         own = list(part.parameters(recurse=False))
         weights = [p for p in own if p.dim() > 1]
         is_own = all(owners[p] == 1 and p.requires_grad and looks_fresh(p) for p in weights)
-        is_usual = all(_is_usual(part, p) for p in weights) and not _is_shut(part) and name not in steps
+        least = 0.0 if isinstance(part, nn.Embedding) and not with_small_tables else _SMALL
+        is_usual = all(_is_usual(part, p, least) for p in weights) and not _is_shut(part) and name not in steps
         if not is_own or is_usual:
             continue
         if isinstance(part, nn.Embedding):
@@ -93,13 +94,13 @@ def _blown_up(module: nn.Module, run: Callable[[], None], seed: int) -> dict[str
     return {name: it.steps for name, it in profiles.items() if it is not None and it.span > _MAX_GROWTH}
 
 
-def _is_usual(part: nn.RNNBase | nn.RNNCellBase | nn.Embedding, weight: Tensor) -> bool:
+def _is_usual(part: nn.RNNBase | nn.RNNCellBase | nn.Embedding, weight: Tensor, least: float) -> bool:
     """Initialisations differ in what they go by: inputs or units of the state, one token or the width of embeddings."""
-    if not isinstance(part, nn.Embedding) and is_constant(weight):  # a table of gains starts with ones
+    if not isinstance(part, nn.Embedding) and are_alike(weight):  # a table of gains starts with ones
         return False
     size = _rms(weight)
     fans = (1, weight.shape[1]) if isinstance(part, nn.Embedding) else (weight.shape[1], part.hidden_size)
-    return size * math.sqrt(max(fans)) >= _SMALL and size * math.sqrt(min(fans)) <= _LARGE
+    return size * math.sqrt(max(fans)) >= least and size * math.sqrt(min(fans)) <= _LARGE
 
 
 def _rms(weight: Tensor) -> float:
@@ -107,15 +108,18 @@ def _rms(weight: Tensor) -> float:
 
 
 @torch.no_grad()
-def is_constant(weight: Tensor) -> bool:
-    """Whether the rows of a matrix are the same but for a hundredth of it: all of its units look at the same sum.
+def are_alike(weight: Tensor) -> bool:
+    """Whether the rows of a matrix have more in common than they differ by: all units look at nearly the same sum.
 
     Example:
-        >>> is_constant(torch.full((8, 4), 0.01)), is_constant(torch.eye(4)), is_constant(torch.zeros(4, 4))
+        >>> are_alike(torch.full((8, 4), 0.01)), are_alike(torch.eye(4)), are_alike(torch.zeros(4, 4))
         (True, False, False)
+        >>> are_alike(torch.rand(64, 64))
+        True
     """
     rows = weight.detach().flatten(1).double()
-    return len(rows) > 1 and bool((rows - rows.mean(0)).norm() < _ALIKE * rows.norm())
+    share = _ALIKE if min(rows.shape) >= _TELLING else _COPIES
+    return len(rows) > 1 and bool((rows - rows.mean(0)).norm() < share * rows.norm())
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ VOCABULARY = {
     "dead_units": "initialisation symmetry learning_rate_too_large unscaled_inputs unknown",
     "saturated_activation": "unscaled_inputs weight_scale score_scale drift unknown",
     "loss_plateau": (
-        "vanishing_gradient dead_units saturation weight_scale recurrence unscaled_inputs learning_rate_too_small "
-        "learning_rate_too_large no_signal_in_data unknown"
+        "vanishing_gradient dead_units saturation weight_scale symmetry recurrence unscaled_inputs "
+        "learning_rate_too_small learning_rate_too_large no_signal_in_data unknown"
     ),
     "loss_mismatch": "unscaled_targets softmax_twice bounded_scores sigmoid_twice no_log_softmax broadcast unknown",
     "mixed_samples": "batch_first unknown",
@@ -38,6 +38,7 @@ EVIDENCE = {
     "grad_norm_total": 9.5e7,
     "nonfinite_layers": 4.0,
     "softmax_gap": 25.8,
+    "unit_spread": 0.61,
     "dead_fraction": 0.97,
     "activations": 2.0,
     "saturated_fraction": 0.93,

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradflow import GradFlow
@@ -72,6 +73,40 @@ def test_products_are_made_of_queries_and_keys():
     assert torch.equal(choices(F.scaled_dot_product_attention, (q, k, k), {}).reshape(-1, 9), rows)
     loud = gap(F.scaled_dot_product_attention, query=q, key=k, value=k, scale=40.0)
     assert loud == pytest.approx(160 * gap(F.scaled_dot_product_attention, q, k, k), rel=1e-4)
+
+
+class Called(TorchFunctionMode):
+    """Takes down the calls of what torch's attention does all in one."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.multi_head_attention_forward:
+            self.calls.append((args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("options", [{}, {"kdim": 5, "vdim": 6}, {"bias": False}, {"batch_first": True}])
+def test_those_of_torchs_own_attention_are_made_of_its_weights(options, batched):
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, **options)
+    if attention.in_proj_bias is not None:
+        nn.init.normal_(attention.in_proj_bias)
+    shape = (3,) if batched else ()
+    query, key, value = (
+        torch.randn(*shape, n, d) for n, d in ((4, 8), (7, options.get("kdim", 8)), (7, options.get("vdim", 8)))
+    )
+    given = [x if options.get("batch_first") or not batched else x.transpose(0, 1) for x in (query, key, value)]
+    with Called() as called:
+        _, weights = attention(*given, average_attn_weights=False)
+    (call,) = called.calls
+    made = choices(F.multi_head_attention_forward, *call)
+    torch.testing.assert_close(made.softmax(-1).reshape(weights.shape), weights)
+    few = choices(F.multi_head_attention_forward, *call, 7)
+    torch.testing.assert_close(few, made[:1, 0, :1])
 
 
 def test_of_many_scores_few_are_made():

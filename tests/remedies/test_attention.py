@@ -110,6 +110,7 @@ def test_the_global_random_state_is_not_touched():
 
 UNUSUAL = {
     "copies": lambda weight: nn.init.constant_(weight, 0.05),
+    "positive": lambda weight: nn.init.uniform_(weight, 0, 2 / math.sqrt(DIM)),
     "small": lambda weight: nn.init.normal_(weight, std=0.039 / math.sqrt(DIM)),
 }
 USUAL = {
@@ -120,7 +121,11 @@ USUAL = {
 
 
 @pytest.mark.parametrize(
-    ("draw", "which"), [("copies", "in_proj_weight"), ("copies", "out_proj.weight"), ("small", "in_proj_weight")]
+    ("draw", "which"),
+    [
+        *((draw, which) for draw in ("copies", "positive") for which in ("in_proj_weight", "out_proj.weight")),
+        ("small", "in_proj_weight"),
+    ],
 )
 def test_weights_that_are_copies_or_far_too_small_are_drawn(draw, which):
     attention = _attention()

@@ -839,6 +839,18 @@ def test_weights_whose_size_a_norm_hides_are_drawn_where_others_are(norm, size, 
     assert all(treated.after[name].spread == pytest.approx(1, rel=0.1) for name in hidden * is_drawn)
 
 
+@pytest.mark.parametrize(("low", "is_drawn"), [(0, True), (-0.2, True), (-0.8, False)])
+def test_units_that_are_all_but_alike_are_drawn_where_others_are(low, is_drawn):
+    net, x = _made(lambda: _normed(nn.LayerNorm, nn.ReLU, depth=4)), _batch(64, WIDTH)
+    hidden = ["3", "6", "9"]
+    for name in hidden:
+        nn.init.uniform_(net[int(name)].weight, low * 3 / math.sqrt(WIDTH), 3 / math.sqrt(WIDTH))
+    assert not {*_treated(copy.deepcopy(net), x).changed} & {*hidden}
+    nn.init.normal_(net[-1].weight, std=20)
+    treated = _treated(net, x)
+    assert [name for name in hidden if name in treated.changed] == hidden * is_drawn
+
+
 def test_ends_of_branches_that_were_made_small_are_left_where_others_are_drawn():
     net, x = _made(lambda: Normed(None)), _batch(64, WIDTH)
     for layer in net.downs:

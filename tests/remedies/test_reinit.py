@@ -373,7 +373,7 @@ def test_recurrences_of_a_size_that_nobody_draws_are_drawn_by_the_book(kind, std
     assert not any(p in optimizer.state or p.grad is not None for p in net.rnn.parameters())
 
 
-@pytest.mark.parametrize(("noise", "is_drawn"), [(0.0, True), (1e-3, True), (0.1, False)])
+@pytest.mark.parametrize(("noise", "is_drawn"), [(0.0, True), (0.1, True), (0.8, True), (1.2, False)])
 def test_recurrences_all_of_whose_units_look_at_one_sum_are_drawn_by_the_book(noise, is_drawn):
     net = Read(nn.GRU)
     for name, p in net.rnn.named_parameters():
@@ -536,6 +536,27 @@ def test_so_are_embeddings_and_those_that_are_usual_are_left(std, frozen, expect
     if expected:
         assert net.embed.weight[1:].std().item() == pytest.approx(1, rel=0.05)
     assert not net.embed.weight[0].any()
+
+
+@pytest.mark.parametrize(("std", "is_drawn"), [(50.0, True), (1e-4, False), (1.0, False)])
+def test_beside_weights_that_are_too_large_so_is_an_embedding_and_small_ones_are_meant(std, is_drawn):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(50, 16), nn.Linear(16, 32)
+            nn.init.normal_(self.embed.weight, std=std)
+            nn.init.normal_(self.fc.weight, std=10.0)
+
+        def forward(self, x):
+            return self.fc(self.embed(x))
+
+    torch.manual_seed(0)
+    net, x = Reads(), torch.arange(40).view(8, 5)
+    evidence = {"weight_size": 40.0}
+    finding = Finding(FindingKind.LOSS_PLATEAU, Severity.WARNING, 8, ("fc",), "weight_scale", evidence=evidence)
+    done = reinitialise(_training(net, _copying(net, x), history=_bare()), finding)
+    assert ("embed" in done.layers) is is_drawn
+    assert "fc" in done.layers
 
 
 def _of_tables(*layers):
