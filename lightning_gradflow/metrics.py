@@ -193,6 +193,8 @@ SCALARS: dict[str, str] = {
     "loss_line": "1 in a row in which a standstill was looked into",
     "residual_rms": "root mean square of outputs less targets, where the loss is a squared or absolute error of these",
     "compared_rms": "root mean square of those outputs",
+    "targets_beyond": "share of their variance that is beyond what the activation of the outputs can give; of several "
+    "losses the least",
     "target_deviation": "standard deviation of those targets, over the batch of each rank",
     "score_deviation": "deviation (rms) over the classes of the scores that a cross-entropy gets",
     "score_classes": "number of these classes, without masked ones",

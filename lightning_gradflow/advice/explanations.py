@@ -263,6 +263,10 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "they are off by {error} (rms), and the outputs are {output_rms}",
         "what tells targets apart is {target_deviation}",
     ),
+    (FindingKind.LOSS_MISMATCH, "unreachable_targets"): (
+        "The activation that gives the outputs is bounded, and targets lie beyond it: no weights can ever give these",
+        "{targets_beyond} of their variance is out of reach",
+    ),
     (FindingKind.LOSS_MISMATCH, "softmax_twice"): (
         "cross_entropy has a softmax of its own, and gets the output of another one: the loss cannot come near 0",
     ),

@@ -56,6 +56,22 @@ def scores_without_bounds(site: Site) -> list[Suggestion]:
     ]
 
 
+def outputs_without_bounds(site: Site) -> list[Suggestion]:
+    """Outputs that may be whatever the targets are."""
+    del site  # what the outputs are made by may be a function
+    return [
+        Suggestion(
+            "Leave out the activation at the end of the network, or scale the targets into its bounds",
+            "# in forward: what the last layer gives is the output\n"
+            "# where the bounds are meant, in the dataset (for a sigmoid; for a tanh times 2, less 1):\n"
+            "targets = (targets - targets.min()) / (targets.max() - targets.min())",
+            "A ReLU gives nothing below 0, a sigmoid what is between 0 and 1, a tanh between -1 and 1. Of targets "
+            "beyond that the best that can be learnt is the bound, where no gradient comes through either.",
+            "Goodfellow et al. 2016, Deep learning, section 6.2.2, on linear units for Gaussian outputs",
+        )
+    ]
+
+
 def scores_for_yes_or_no(site: Site) -> list[Suggestion]:
     """Scores for a loss of yes or no."""
     del site  # the loss is no module of the model

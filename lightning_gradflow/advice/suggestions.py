@@ -17,6 +17,7 @@ from lightning_gradflow.advice.layer_cures import (
     swap_activations,
 )
 from lightning_gradflow.advice.loss_cures import (
+    outputs_without_bounds,
     same_shape,
     scale_targets,
     scores_for_classes,
@@ -121,6 +122,7 @@ CURES: dict[tuple[FindingKind, str], tuple[Cure, ...]] = {
     (FindingKind.LOSS_PLATEAU, "no_signal_in_data"): (overfit_batch,),
     (FindingKind.LOSS_PLATEAU, "unknown"): (overfit_batch, find_rate),
     (FindingKind.LOSS_MISMATCH, "unscaled_targets"): (scale_targets,),
+    (FindingKind.LOSS_MISMATCH, "unreachable_targets"): (outputs_without_bounds,),
     (FindingKind.LOSS_MISMATCH, "softmax_twice"): (scores_for_classes,),
     (FindingKind.LOSS_MISMATCH, "bounded_scores"): (scores_without_bounds,),
     (FindingKind.LOSS_MISMATCH, "sigmoid_twice"): (scores_for_yes_or_no,),

@@ -12,6 +12,7 @@ from lightning_gradflow.detectors.large_weights import LargeWeights
 from lightning_gradflow.detectors.loss_mismatch import LossMismatch
 from lightning_gradflow.detectors.mixed_samples import MixedSamples
 from lightning_gradflow.detectors.plateau import LossPlateau
+from lightning_gradflow.detectors.unreachable_targets import UnreachableTargets
 from lightning_gradflow.detectors.unscaled import UnscaledInputs
 from lightning_gradflow.detectors.unscaled_targets import UnscaledTargets
 
@@ -57,6 +58,7 @@ class PlateauDetector(Monitor):
             LossMismatch(),
             MixedSamples(),
             UnscaledTargets(),
+            UnreachableTargets(),
             UnscaledInputs(),
             ChaoticState(),
             ChaoticLayers(),

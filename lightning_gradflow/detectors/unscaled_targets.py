@@ -24,6 +24,10 @@ _SHARE = 0.2  # of the planned steps
 _ALIKE = 0.05  # share by which the sizes of some outputs and of all may differ
 
 
+FAR_OFF = 30.0
+"""Error, as a root mean square, of targets that outputs of size 1 are far from."""
+
+
 @dataclass(frozen=True)
 class UnscaledTargets:
     """Finds a regression whose targets are so large that the network would first have to grow its outputs.
@@ -65,7 +69,7 @@ class UnscaledTargets:
         [('unscaled_targets', ('out',))]
     """
 
-    min_error: float = 30.0
+    min_error: float = FAR_OFF
     min_times: float = 10.0
 
     def __post_init__(self) -> None:

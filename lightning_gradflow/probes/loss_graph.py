@@ -22,6 +22,7 @@ _MOST = 64  # nodes behind the loss: a loss function is made of few
 _SOME = 16384  # entries that tell how large an error is
 _FEWEST = 8  # targets of a rank that tell their deviation
 _MOST_PAIRS = 8  # of outputs and targets in a sample
+_NUMBERS = 5  # of each: squares of the error, of outputs, of targets around their mean and out of reach; how many
 _PASS_ON = frozenset(
     {"View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Permute", "T", "Clone", "ToCopy"}
     | {"Alias", "Slice", "Select", "Index", "IndexSelect", "Split", "Unbind"}
@@ -29,6 +30,7 @@ _PASS_ON = frozenset(
 _PAIRED = frozenset({"MseLoss", "SmoothL1Loss", "HuberLoss"})
 _LINEAR = frozenset({"Addmm", "Mm", "Bmm", "Baddbmm", "Convolution"})
 _BOUNDED = frozenset({"Sigmoid", "Tanh"})
+_RANGES = {"Relu": (0.0, math.inf), "Softplus": (0.0, math.inf), "Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
 _NO_LOGARITHM = _LINEAR | {"Relu", "Sigmoid", "Softmax"}
 
 
@@ -58,10 +60,12 @@ class LossProbe:
     def _compared(self, outputs: Tensor, targets: Tensor) -> None:
         if not is_measurable(outputs) or not outputs.numel() or len(self._sizes) == _MOST_PAIRS:
             return
+        low, high = _range_of(outputs)
         outputs, targets = (_some(values) for values in (outputs, targets))
         # few tell little of a deviation, and one tells nothing
         around = targets - targets.mean() if len(targets) >= _FEWEST else torch.full_like(targets, math.nan)
-        squares = [values.square().sum() for values in (outputs - targets, outputs, around)]
+        beyond = targets - targets.clamp(low, high)
+        squares = [values.square().sum() for values in (outputs - targets, outputs, around, beyond)]
         self._sizes.append(torch.stack([*squares, torch.full_like(outputs[0], len(outputs))]))
 
     def before_backward(self, loss: Tensor) -> None:
@@ -76,7 +80,7 @@ class LossProbe:
         if self._sizes:
             found = torch.cat(self._sizes)
             # a loss that is left out of some steps, or on some ranks, must not change what they agree on
-            transfer.share("compared", torch.nn.functional.pad(found, (0, 4 * _MOST_PAIRS - len(found))))
+            transfer.share("compared", torch.nn.functional.pad(found, (0, _NUMBERS * _MOST_PAIRS - len(found))))
         if self._scores:
             transfer.share("scores", torch.stack(self._scores).sum(0))
         self.clear()
@@ -87,6 +91,16 @@ def _some(values: Tensor) -> Tensor:
     values = values.detach().reshape(1) if values.dim() == 0 else values.detach()
     rows = values[: max(1, _SOME * len(values) // values.numel())].flatten()[:_SOME]
     return rows.to(wide_dtype(rows.device))
+
+
+def _range_of(outputs: Tensor) -> tuple[float, float]:
+    """Between which bounds they are, by the activation that gave them; infinite ones where none did."""
+    node = outputs.grad_fn
+    for _ in range(_MOST):
+        if node is None or _operation(node) not in _PASS_ON:
+            break
+        node = node.next_functions[0][0]
+    return _RANGES.get(_operation(node), (-math.inf, math.inf))
 
 
 def _squares_around(scores: Tensor) -> Tensor:
@@ -104,22 +118,26 @@ def _squares_around(scores: Tensor) -> Tensor:
 def told(host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, float]:
     """The scalars of the row, from what came to the host: of several errors the largest beside its outputs.
 
+    Of what is out of reach the least counts: a bounded code beside the outputs may be meant.
+
     Example:
-        >>> told({"compared": (36.0, 4.0, 16.0, 4.0), "broadcast": (1.0,)})
-        {'broadcast': 1.0, 'residual_rms': 3.0, 'compared_rms': 1.0, 'target_deviation': 2.0}
+        >>> told({"compared": (36.0, 4.0, 16.0, 8.0, 4.0), "broadcast": (1.0,)})
+        {'broadcast': 1.0, 'residual_rms': 3.0, 'compared_rms': 1.0, 'target_deviation': 2.0, 'targets_beyond': 0.5}
     """
     # several ranks keep a name once one of them had it: of what none has seen in this sample there are zeros
     found = {name: 1.0 for name in MISMATCHES if name in host and host[name][0] > 0}
-    pairs = np.asarray(host.get("compared", ()), dtype=np.float64).reshape(-1, 4)
+    pairs = np.asarray(host.get("compared", ()), dtype=np.float64).reshape(-1, _NUMBERS)
     pairs = pairs[pairs[:, -1] > 0]
     if len(pairs):
         *sums, numbers = pairs.T
         with np.errstate(all="ignore"):
             sizes = np.sqrt(sums / numbers)
+            beyond = float(np.min(sums[3] / sums[2]))
             ratios = np.nan_to_num(sizes[0] / np.maximum(sizes[1], 1.0), nan=np.inf)
-        error, output, deviation = sizes[:, np.argmax(ratios)]
+        error, output, deviation, _ = sizes[:, np.argmax(ratios)]
         found |= {"residual_rms": measured(error), "compared_rms": measured(output)}
         found |= {} if np.isnan(deviation) else {"target_deviation": float(deviation)}
+        found |= {"targets_beyond": beyond} if 0 < beyond < math.inf else {}
     squares, number, samples = host.get("scores", (0.0, 0.0, 0.0))
     if number > 0:
         found |= {"score_deviation": measured(math.sqrt(squares / number)), "score_classes": float(number / samples)}

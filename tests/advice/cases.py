@@ -17,7 +17,10 @@ VOCABULARY = {
         "vanishing_gradient dead_units saturation weight_scale symmetry recurrence unscaled_inputs "
         "learning_rate_too_small learning_rate_too_large no_signal_in_data unknown"
     ),
-    "loss_mismatch": "unscaled_targets softmax_twice bounded_scores sigmoid_twice no_log_softmax broadcast unknown",
+    "loss_mismatch": (
+        "unscaled_targets unreachable_targets softmax_twice bounded_scores sigmoid_twice no_log_softmax broadcast "
+        "unknown"
+    ),
     "mixed_samples": "batch_first unknown",
     "no_gradient": "detached initialisation unused not_optimized",
     "update_ratio": (
@@ -39,6 +42,7 @@ EVIDENCE = {
     "nonfinite_layers": 4.0,
     "softmax_gap": 25.8,
     "unit_spread": 0.61,
+    "targets_beyond": 0.5,
     "dead_fraction": 0.97,
     "activations": 2.0,
     "saturated_fraction": 0.93,

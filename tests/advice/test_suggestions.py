@@ -27,6 +27,7 @@ ANY_MODEL = {
     "lower_rate",
     "lower_rate_where_clipped",
     "master_weights",
+    "outputs_without_bounds",
     "overfit_batch",
     "raise_rate",
     "same_shape",

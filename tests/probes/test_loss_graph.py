@@ -214,7 +214,7 @@ def test_of_large_outputs_some_entries_are_enough():
     probe.see(F.l1_loss, F.l1_loss(outputs, outputs.detach() + 2), (outputs, outputs.detach() + 2), {})
     probe.share(transfer)
     found = transfer.fetch()["compared"]
-    assert 8_000 < found[3] <= 16_384
+    assert 8_000 < found[4] <= 16_384
     assert told({"compared": found}) == {"residual_rms": 2.0, "compared_rms": 1.0, "target_deviation": 0.0}
 
 
@@ -226,6 +226,47 @@ def test_the_targets_of_a_batch_tell_their_deviation_where_they_are_enough():
         probe.share(transfer)
         found = told(transfer.fetch()).get("target_deviation")
         assert found == (None if deviation is None else pytest.approx(deviation))
+
+
+ENDS = {
+    "relu": (torch.relu, 0.0, math.inf),
+    "softplus": (F.softplus, 0.0, math.inf),
+    "sigmoid": (torch.sigmoid, 0.0, 1.0),
+    "tanh": (torch.tanh, -1.0, 1.0),
+    "behind a view": (lambda x: torch.tanh(x).view(-1, 2).float(), -1.0, 1.0),
+    "none": (lambda x: x, -math.inf, math.inf),
+    "leaky": (F.leaky_relu, -math.inf, math.inf),
+    "with a residual": (lambda x: x + torch.relu(x), -math.inf, math.inf),
+    "scaled": (lambda x: 3 * torch.sigmoid(x), -math.inf, math.inf),
+}
+
+
+def _beyond(*pairs):
+    probe, transfer = LossProbe(), Transfer()
+    for outputs, targets in pairs:
+        probe.see(F.mse_loss, F.mse_loss(outputs, targets), (outputs, targets), {})
+    probe.share(transfer)
+    return told(transfer.fetch()).get("targets_beyond")
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_share_of_targets_that_the_end_of_the_network_can_not_give(end):
+    activation, low, high = ENDS[end]
+    inputs = torch.randn(40, 1, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    outputs = activation(inputs)
+    targets = 2 * torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1))
+    missed = [max(low - t, t - high, 0.0) ** 2 for t in targets.flatten().tolist()]
+    share = sum(missed) / float((targets.double() - targets.double().mean()).square().sum())
+    assert _beyond((outputs, targets)) == (pytest.approx(share) if share else None)
+
+
+def test_of_several_losses_the_one_within_reach_counts_and_few_targets_tell_nothing():
+    inputs = torch.randn(40, 1, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = torch.randn(40, 1, generator=torch.Generator().manual_seed(1))
+    assert _beyond((torch.relu(inputs), targets)) > 0.3
+    assert _beyond((torch.relu(inputs), targets), (inputs, targets)) is None
+    assert _beyond((torch.relu(inputs[:7]), targets[:7])) is None
+    assert _beyond((torch.relu(inputs), -torch.ones(40, 1))) is None
 
 
 def test_functions_of_the_users_own_are_not_taken_for_torchs():
@@ -247,5 +288,5 @@ def test_a_hundred_thousand_losses_are_no_graph_to_read():
 
 
 def test_what_ranks_saw_before_and_no_rank_sees_now_is_not_told():
-    assert told({"softmax_twice": (0.0,), "compared": (0.0,) * 32}) == {}
-    assert told({"softmax_twice": (2.0,), "compared": (0.0,) * 32}) == {"softmax_twice": 1.0}
+    assert told({"softmax_twice": (0.0,), "compared": (0.0,) * 40}) == {}
+    assert told({"softmax_twice": (2.0,), "compared": (0.0,) * 40}) == {"softmax_twice": 1.0}
