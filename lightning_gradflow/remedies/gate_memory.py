@@ -46,7 +46,9 @@ def gate_blocks(
     """The biases of what may be a gate, gate by gate; several are added to each other.
 
     Of gates that are computed together it is a part of each bias, also of one that the module around them adds as a
-    parameter of its own. A gate by itself is a layer of the loop that is not its content.
+    parameter of its own. Where there is none of these, the input may come in for all time steps at once, before the
+    loop: then it is that of a layer beside it which gives as much. A gate by itself is a layer of the loop that is not
+    its content.
 
     Args:
         modules: of the model, by name.
@@ -64,10 +66,12 @@ def gate_blocks(
         bare = [parameter for parameter in beside if is_writable(parameter) and not _is_gain(parameter)]
         added = (getattr(modules[name], "bias", None) for name in (loop.again, *loop.ways_in))
         fitting = [bias for bias in (*added, *bare) if is_writable(bias) and bias.shape == (size,)]
-        biases = list({id(bias): bias for bias in fitting}.values())
-        for part in range(loop.gates if size and biases else 0):
-            width = size // loop.gates
-            found.append([(bias, slice(part * width, (part + 1) * width)) for bias in biases])
+        together = [list({id(bias): bias for bias in fitting}.values())] if fitting else []
+        ahead = (getattr(part, "bias", None) for part in (around.children() if around is not None else ()))
+        together = together or [[bias] for bias in ahead if is_writable(bias) and bias.shape == (size,)]
+        width = size // loop.gates
+        parts = [slice(start, start + width) for start in range(0, size, max(1, width))]
+        found += [[(bias, part) for bias in biases] for biases in together for part in parts]
     return found
 
 

@@ -20,6 +20,7 @@ _UNKNOWN_LENGTH = 50  # steps of a trial where nobody knows how long the run wil
 TOLERATED = 0.1  # share of the loss by which it may be higher after a trial that took the fault away
 _FAR = 9.0  # share of the loss by which a trial that is not over yet has failed, if it does not fall from there
 _FEWEST = 5  # losses, to say so
+_ALIVE, _DEAD = 0.5, 0.9  # share of the units of an activation that are dead
 _BY_CHANCE = 2  # losses that are not finite, as the first ones
 _CLEAR = 2.0  # standard deviations of a difference that is no chance
 MAX_LEFT_OUT = 0.5
@@ -101,6 +102,8 @@ def verdict(trial: Trial, alarms: Sequence[Finding], history: History, *, leaves
         return Decision("roll_back", loss=now)
     if row.step - trial.step < length(history):
         return None
+    if trial.remedy == "rollback" and _have_died(history, trial.step):
+        return Decision("roll_back", loss=now)
     is_gone = all(f.kind is not trial.finding.kind for f in alarms)
     # a loss that is known from a single batch is no more certain than a batch is
     chance = math.hypot(margin, _CLEAR * 1.25 * noise / math.sqrt(_losses_behind(history, trial.step)))
@@ -116,6 +119,16 @@ def verdict(trial: Trial, alarms: Sequence[Finding], history: History, *, leaves
     if not helped and (is_gone or is_plateau) and is_falling and row.step - trial.step < _LONGER * length(history):
         return None
     return Decision("keep" if helped else "roll_back", loss=now)
+
+
+def _have_died(history: History, since: int) -> bool:
+    """Whether most units of an activation were alive after a step, and all but a tenth of them are dead now."""
+    dead = history["dead_fraction"][history.steps > since]
+    known = dead[np.isfinite(dead).any(axis=1)]
+    if not len(known):
+        return False
+    with np.errstate(invalid="ignore"):
+        return bool(((known[0] <= _ALIVE) & (known[-1] >= _DEAD)).any())
 
 
 def of_steps_made(losses: Floats) -> Floats:

@@ -16,21 +16,26 @@ from tests.remedies.test_recurrent_treatment import SIZE, STEPS, _finding, _hist
 
 
 class Lstm(nn.Module):
-    """Gates that are computed together, in any order, with the bias in the layers or in a parameter beside them."""
+    """Gates that are computed together, in any order, with the bias in the layers or in a parameter beside them.
 
-    def __init__(self, order="ifgo", bare=False, joined=False):
+    Args:
+        ahead: whether the input comes in for all steps at once, before the loop, with the only bias.
+    """
+
+    def __init__(self, order="ifgo", bare=False, joined=False, ahead=False):
         super().__init__()
         self.order = order
         self.enter = nn.Linear((2 if joined else 1) * SIZE, 4 * SIZE, bias=not bare)
-        self.again = self.enter if joined else nn.Linear(SIZE, 4 * SIZE, bias=not bare)
+        self.again = self.enter if joined else nn.Linear(SIZE, 4 * SIZE, bias=not (bare or ahead))
         self.bias = nn.Parameter(torch.zeros(4 * SIZE)) if bare else 0.0
-        self.joined = joined
+        self.joined, self.ahead = joined, ahead
         self.read = nn.Linear(SIZE, 1)
 
     def forward(self, x):
         h = c = x.new_zeros(x.shape[1], SIZE)
-        for now in x:
-            both = self.enter(torch.cat([now, h], 1)) if self.joined else self.enter(now) + self.again(h)
+        for now in self.enter(x) if self.ahead else x:
+            entered = now if self.ahead or self.joined else self.enter(now)
+            both = self.enter(torch.cat([now, h], 1)) if self.joined else entered + self.again(h)
             z = dict(zip(self.order, (both + self.bias).chunk(4, -1), strict=True))
             c = z["f"].sigmoid() * c + z["i"].sigmoid() * z["g"].tanh()
             h = z["o"].sigmoid() * c.tanh()
@@ -58,14 +63,14 @@ class Gru(nn.Module):
 
 
 def _treated_lstm(model):
-    layers = ["enter"] if model.joined else ["enter", "again"]
+    layers = ["enter"] if model.joined else ["again"] if model.ahead else ["enter", "again"]
     ops = [("again/sigmoid", "sigmoid"), ("again/tanh", "tanh")]
     history = _history(layers, ops, gates=("again/sigmoid",))
     return treat(_training(model, history), _finding(*layers))
 
 
 @pytest.mark.parametrize("order", ["ifgo", "ofgi", "figo"])
-@pytest.mark.parametrize("kind", [{}, {"bare": True}, {"joined": True}])
+@pytest.mark.parametrize("kind", [{}, {"bare": True}, {"joined": True}, {"ahead": True}])
 def test_the_forget_gate_is_found_in_any_order(order, kind):
     model = _seeded(lambda: Lstm(order, **kind))
     treatment = _treated_lstm(model)

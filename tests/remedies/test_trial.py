@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_gradflow.findings import FindingKind, Severity
-from lightning_gradflow.history import History, Row
+from lightning_gradflow.history import History, Point, Row
 from lightning_gradflow.remedies import treatments
 from lightning_gradflow.remedies.plan import DESTRUCTIVE, REMEDIES
 from lightning_gradflow.remedies.verdict import Trial, verdict
@@ -321,6 +321,28 @@ def test_a_loss_that_is_known_from_one_batch_is_no_more_certain_than_a_batch_is(
     history.append(Row(before - 1, {}, {"planned_steps": 200.0}, losses=np.full(before, 0.8)))
     history.append(Row(before + 29, {}, {"planned_steps": 200.0}, losses=1.0 + noise[:30]))
     trial = Trial(0, "reinit", SICK, before - 1, 0.8, {})
+    assert verdict(trial, [], history).what == what
+
+
+@pytest.mark.parametrize(
+    ("remedy", "then", "now", "what"),
+    [
+        ("rollback", 0.5, 0.9, "roll_back"),
+        ("rollback", 0.5, 0.89, "keep"),
+        ("rollback", 0.51, 0.9, "keep"),  # most were dead before
+        ("rollback", math.nan, 0.9, "keep"),
+        ("rollback", math.nan, math.nan, "keep"),
+        ("clip", 0.5, 0.9, "keep"),
+    ],
+)
+def test_a_rate_that_kills_the_units_that_it_was_to_save_is_still_too_large(remedy, then, now, what):
+    history = History()
+    history.add_points([Point("a", "a"), Point("a/relu", "a", "relu"), Point("b/relu", "b", "relu")])
+    for step, share in ((9, 1.0), (10, then), (40, now)):
+        dead = {"dead_fraction": np.array([math.nan, share, 0.2])}
+        losses = np.full(30 if step == 40 else 1, 1.0)
+        history.append(Row(step, dead, {"planned_steps": 200.0}, losses=losses))
+    trial = Trial(0, remedy, SICK, 9, 2.0, {})
     assert verdict(trial, [], history).what == what
 
 
