@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_gradflow.callbacks.instruments import Instruments
 from lightning_gradflow.callbacks.pending import MAX_LOSSES, PendingLosses
-from lightning_gradflow.callbacks.rows import by_identity, columns, evenly, full_columns, mean, mean_loss, totals
-from lightning_gradflow.detectors.known import newest_known
+from lightning_gradflow.callbacks.rows import mean, mean_loss
 from lightning_gradflow.history import Floats, History, Row
 from lightning_gradflow.probes.collector import paused_collector
-from lightning_gradflow.probes.gradients import GradientProbe
-from lightning_gradflow.probes.layers import LayerMap
-from lightning_gradflow.probes.loss_graph import LossProbe, told
 from lightning_gradflow.probes.loss_line import unpack
 from lightning_gradflow.probes.ranks import RankFailedError, Topology
-from lightning_gradflow.probes.sample_axis import SampleAxis
-from lightning_gradflow.probes.sample_axis import told as told_of_axes
-from lightning_gradflow.probes.signals import SignalProbe
-from lightning_gradflow.probes.softmax_scores import LARGE, SoftmaxScores
-from lightning_gradflow.probes.softmax_scores import told as told_of_scores
-from lightning_gradflow.probes.spectra import SpectralProbe
 from lightning_gradflow.probes.transfer import Transfer, wide_dtype
-from lightning_gradflow.probes.unheld import Unheld
-from lightning_gradflow.probes.unpacking import Signals
 
 _NONE = np.empty(0)
 
@@ -62,18 +52,12 @@ class Sampler:
         topology: Topology | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self._model = model
         self._history = history
-        self._measures_gradients = gradients
-        self._measures_activations = activations
-        self._window = window
         self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self._transfer = Transfer(topology, self.device)
-        self._loss = LossProbe()
-        self._axis = SampleAxis()
-        self._softmaxes = SoftmaxScores()
-        self._asks_for_scores: bool | None = None  # of softmaxes
-        self._look_at_model()
+        self._instruments = Instruments(
+            model, history, self._transfer, gradients=gradients, activations=activations, window=window
+        )
         self._losses = PendingLosses()
         self._read: list[int] = []
         self._closures: dict[int, int] = {}
@@ -84,34 +68,18 @@ class Sampler:
         self.is_agreed = True  # on what the ranks are about to do
         self.others_know = False  # that this rank, or another one, has failed
         self.step: int | None = None
-        self.gradients_only = False
         self._in_batch = False
         self.waited = 0  # batches since the sample was opened
-
-    def _look_at_model(self, before: Mapping[str, Any] | None = None) -> None:
-        self._layers = LayerMap(self._model)
-        self._history.layer_axis.merge(self._layers.names)
-        self._signals = SignalProbe(
-            self._layers,
-            self._transfer,
-            self._measures_activations,
-            self._window,
-            self._loss.see,
-            self._axis.see,
-            self._softmaxes.see,
-        )
-        if before is not None:
-            self._signals.load_state_dict(before["signals"])
-        self._spectra = SpectralProbe(self._layers, self._transfer)
-        if before is not None:
-            self._spectra.load_state_dict(before["spectra"])
-        self._gradients = GradientProbe(self._layers, self._transfer)
-        self._unheld = Unheld(self._model, self._layers)
 
     @property
     def is_open(self) -> bool:
         """Whether a step is being sampled."""
         return self.step is not None
+
+    @property
+    def gradients_only(self) -> bool:
+        """Whether nothing but the size of the parameter gradients is read in it."""
+        return self._instruments.gradients_only
 
     @property
     def last_step(self) -> int:
@@ -163,14 +131,8 @@ class Sampler:
             samples: how many the batch has, where that is known and they come in random order.
         """
         if self._start(step):
-            self.gradients_only = gradients_only
-            self._signals.drop()
-            if not self._layers.covers(self._model):  # layers were added or replaced in the run
-                self._look_at_model({"signals": self._signals.state_dict(), "spectra": self._spectra.state_dict()})
-            self._gradients = GradientProbe(self._layers, self._transfer, only_size=gradients_only)
-        if not self.gradients_only:
-            self._axis.start_batch(samples, batch)
-            self._signals.start_batch()
+            self._instruments.start_step(gradients_only)
+        self._instruments.start_batch(batch, samples)
 
     def start_muted(self, step: int) -> None:
         """The same on a rank that has failed: at the end of the step the others are met."""
@@ -186,13 +148,7 @@ class Sampler:
             self.step = step
             self._read, self._closures, self.backwards = [], {}, 0
             self._scale, self._multiplier = None, 1.0
-            self._loss.clear()
-            self._axis.clear()
-            if self._asks_for_scores is None:
-                known = (newest_known(self._history, name) for name in ("softmax_gap", "output_gap"))
-                was_large = any(bool((gaps > LARGE).any()) for gaps in known if gaps is not None)
-                self._asks_for_scores = was_large or not len(self._history)
-            self._softmaxes.clear(is_asked=self._asks_for_scores)
+            self._instruments.clear()
         self._in_batch = True
         self._backwards_before = self.backwards
         return begins
@@ -203,10 +159,7 @@ class Sampler:
         Args:
             loss: what the backward pass starts from, where it is known.
         """
-        if not self.gradients_only:
-            self._signals.before_backward()
-            if loss is not None:
-                self._loss.before_backward(loss)
+        self._instruments.before_backward(loss)
 
     def after_backward(self, more_to_come: bool, scale: Tensor | None = None) -> None:
         """A backward pass is over.
@@ -216,11 +169,7 @@ class Sampler:
             scale: the factor of the gradient scaler that it was made with.
         """
         self.backwards += 1
-        if self.gradients_only:
-            return
-        self._signals.after_backward(scale)
-        if more_to_come:
-            self._signals.next_forward()
+        self._instruments.after_backward(scale, more_to_come)
 
     def is_first_reading(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer is about to step for the first time in this sample.
@@ -253,28 +202,19 @@ class Sampler:
             optimizers: all that there are, so that what none of them holds can be told.
         """
         self._scale, self._multiplier = scale, factor
-        if not self._measures_gradients:
-            return
-        self._layers.find_owners(self._model)
         multiplier: Tensor | float = factor
         if raw and scale is not None:
             multiplier = factor / scale.to(wide_dtype(self.device))
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        if optimizers and not self.gradients_only:
-            held = (p for each in optimizers for group in each.param_groups for p in group["params"])
-            self._gradients.note_unheld(self._unheld.measure(held))
-        if not self.gradients_only:
-            self._spectra.before_step()
-        self._gradients.measure(self._read.index(id(optimizer)), parameters, multiplier)
+        number = self._read.index(id(optimizer))
+        held = partial(_parameters, optimizers) if optimizers else None
+        self._instruments.read_gradients(number, _parameters([optimizer]), held, multiplier)
 
     @paused_collector()
     def after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Reads what the step of an optimizer changed."""
-        if not self._measures_gradients or self.gradients_only or id(optimizer) not in self._read:
-            return
-        self._gradients.after_step(
-            self._read.index(id(optimizer)), gradients_changed=self._closures.get(id(optimizer), 1) > 1
-        )
+        if id(optimizer) in self._read:
+            closures = self._closures.get(id(optimizer), 1)
+            self._instruments.after_optimizer_step(self._read.index(id(optimizer)), gradients_changed=closures > 1)
 
     def take_loss(self, step: int, loss: Tensor, factor: float = 1) -> None:
         """Keeps a reference to the loss of a batch, to be multiplied by `factor` later; nothing is computed."""
@@ -288,11 +228,7 @@ class Sampler:
         """
         in_vain = needs_backward and not self.batch_had_backward
         self._in_batch = False
-        if self.gradients_only:
-            return
-        self._signals.after_backward()
-        if in_vain:
-            self._signals.forget_batch()
+        self._instruments.end_batch(in_vain)
 
     def abandon_step(self) -> None:
         """No step will be made of the batches so far; the sample waits for the next."""
@@ -309,9 +245,8 @@ class Sampler:
         self.step = None
 
     def _forget(self) -> None:
-        self._signals.drop()
+        self._instruments.drop()
         self._transfer.drop()
-        self._gradients = GradientProbe(self._layers, self._transfer)  # it may hold a copy of the weights
 
     # -- after it ---------------------------------------------------------------------------------------------------
 
@@ -341,17 +276,10 @@ class Sampler:
         self.step = None
         meetings = self._transfer.meetings
         try:
-            if not self.gradients_only:
-                self._signals.finish()
-            self._gradients.finish()
-            if self._measures_gradients and not self.gradients_only:
-                self._spectra.measure(self._signals.turns)
+            self._instruments.hand_over()
             if self._scale is not None:
                 self._transfer.put("loss scale", self._scale.reshape(1))
             self._transfer.share_numbers("decision", [float(decision)])
-            self._loss.share(self._transfer)
-            self._axis.share(self._transfer)
-            self._softmaxes.share(self._transfer, self._signals.last_layer)
             if line is not None:
                 self._transfer.share_numbers("loss line", line)
             host = self._fetch_with_losses(validation)
@@ -361,55 +289,20 @@ class Sampler:
                 self.report_failure()
             raise
         scale = float(host["loss scale"][0]) if "loss scale" in host else math.nan
-        gradients = self._gradients.collect(host)
-        layers, of_layers = gradients.layers(scaled=not math.isnan(scale))
-        signals = Signals() if self.gradients_only else self._signals.collect(host, self._multiplier)
-        self._history.layer_axis.merge([*self._history.layers, *layers])  # what is in no module's care has a name too
-        if not self.gradients_only:
-            self._take_names(signals)
-        names = [point.name for point in signals.order]
-        values = full_columns(names, signals.columns, self._history.point_axis)
-        values |= by_identity(layers, of_layers, self._history.layer_axis)
-        if signals.input_rms.size:
-            self._history.add_features(len(signals.input_rms))
-            values |= {"input_rms": signals.input_rms, "input_deviation": signals.input_deviation}
-        if not self.gradients_only:
-            values |= columns(self._spectra.collect(host), self._history.layer_axis)
-        mixed, of_mixed = told_of_axes(host)
-        values |= columns(mixed, self._history.layer_axis)
-        if not self.gradients_only:
-            scores = told_of_scores(host)
-            values |= columns(scores, self._history.layer_axis)
-            # of a sample that holds none nothing is known
-            was_asked, is_first = self._asks_for_scores, not len(self._history)
-            is_large = any(gap > LARGE for found in scores.values() for gap in found.values())
-            self._asks_for_scores = is_large if scores else bool(was_asked and not is_first)
+        found = self._instruments.found(host, self._multiplier, scale, sees_clipping=sees_clipping)
         losses = self._losses.by_step(host.get("losses", _NONE), self._transfer.topology.ranks)
-        clip_factor = gradients.clip_factor(self._multiplier) if sees_clipping else math.nan
-        found = {**scalars, "backward_passes": float(self.backwards)}
-        found |= told(host) | of_mixed
-        found |= totals(of_layers, clip_factor, self._history.scalar("clip_factor"), scale)
-        found |= unpack(host["loss line"]) if "loss line" in host else {}
-        for name, layer in (("input_layer", signals.input_layer), ("dropped_at", signals.dropped_at)):
-            if layer is not None:
-                found[name] = float(self._history.layer_axis.identity(layer))
-        found |= {"loss": mean_loss(losses), "val_loss": _validation(host), "delta_floor": signals.floor}
+        numbers = {**scalars, "backward_passes": float(self.backwards), **found.scalars}
+        numbers |= unpack(host["loss line"]) if "loss line" in host else {}
+        numbers |= {"loss": mean_loss(losses), "val_loss": _validation(host)}
         return Row(
             step=step,
-            values=values,
-            scalars={name: value for name, value in found.items() if not math.isnan(value)},
-            histograms=gradients.histograms(self._history.layers),
+            values=found.values,
+            scalars={name: value for name, value in numbers.items() if not math.isnan(value)},
+            histograms=found.histograms,
             losses=losses,
-            calls={name: evenly(calls) for name, calls in signals.calls.items()},
+            calls=found.calls,
             gradients_only=self.gradients_only,
         )
-
-    def _take_names(self, signals: Signals) -> None:
-        self._history.add_points(signals.order)
-        executed = [point.module for point in self._history.points if point.is_layer]
-        present = self._layers.in_order(executed)
-        gone = [name for name in self._history.layers if not self._layers.is_layer(name)]
-        self._history.layer_axis.reorder([*present, *gone])
 
     def report_failure(self) -> None:
         """Takes part in the collective of this sample with nothing but the news that this rank has failed."""
@@ -452,14 +345,17 @@ class Sampler:
         """What a resumed run needs to go on as if nothing had happened: the losses since the last row, silent units."""
         # what a checkpoint holds comes from one rank, whose losses alone are not those of the run
         losses = self._losses.state_dict() if self.is_alone else []
-        return {"losses": losses, "signals": self._signals.state_dict(), "spectra": self._spectra.state_dict()}
+        return {"losses": losses, **self._instruments.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
         self._losses.load_state_dict(state["losses"])
-        self._signals.load_state_dict(state["signals"])
-        self._spectra.load_state_dict(state.get("spectra", {}))
+        self._instruments.load_state_dict(state)
 
 
 def _validation(host: Mapping[Hashable, Floats]) -> float:
     return mean(*host.get("validation", (0.0, 0.0)))
+
+
+def _parameters(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[nn.Parameter]:
+    return (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])

@@ -45,6 +45,7 @@ def zero_weights(history: History) -> ZeroWeights:
     - a gradient comes to one, and another one before it gives zeros and gets none;
     - two are embeddings that give zeros and get none, as those of users and items whose rows are multiplied, and the
       run stands still;
+    - it is an `nn.MultiheadAttention` to which a gradient comes, and so is its output projection;
     - a gradient comes to one that has two such weights, or holds another such layer, and the run stands still;
     - one gives zeros to a ReLU of which all units are dead, behind which there is a gradient: the slope at 0 is 0.
       Where a gradient gets past it to other layers, as in a residual branch, the run must stand still; where none
@@ -75,6 +76,7 @@ def zero_weights(history: History) -> ZeroWeights:
     # two weights of a layer, or two tables, may belong to what comes later, and no product
     is_still = stands_still(history)
     products, tables = (_products(held, points), _tables(history, blocked)) if is_still else (set(), set())
+    products |= _attention(held, points)
     found = pairs | products | tables | _before_dead(history, blocked, points)
     # one weight may be a head whose loss starts later
     is_blocked = _nothing_moves(history) and (is_still or sum(held.values()) >= _FACTORS)
@@ -160,6 +162,16 @@ def _products(held: dict[str, int], points: _Points) -> set[str]:
         if call in points.last and points.gets(points.last[call]) and sum(held[n] for n in names) >= _FACTORS
         for name in names
     }
+
+
+def _attention(held: dict[str, int], points: _Points) -> set[str]:
+    """Attention of torch's whose inputs and output are zero: it calls its output projection by the weight alone."""
+    found: set[str] = set()
+    for name in held:
+        end = f"{name}.out_proj".removeprefix(f"{ROOT}.")
+        if name in points.last and points.gets(points.last[name]) and end in held and end not in points.last:
+            found |= {name, end}
+    return found
 
 
 def _called(name: str, points: _Points) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from lightning_gradflow.probes.transfer import Transfer, wide_dtype
 _SOFTMAXES = frozenset({torch.softmax, Tensor.softmax, F.softmax})
 CHOOSING = frozenset[Any](_SOFTMAXES | {F.scaled_dot_product_attention, F.multi_head_attention_forward})
 """Every function that holds such a softmax."""
+
+METRICS = ("softmax_gap", "output_gap")
+"""Of softmaxes inside of the network, and of those behind its last layer."""
 
 LARGE = 3.0
 """Gap from which scores are looked at again: the next one gets a twentieth of the largest."""
@@ -85,26 +88,29 @@ class SoftmaxScores:
 
     Example:
         >>> seen, transfer = SoftmaxScores(), Transfer()
-        >>> seen.clear(is_asked=True)
+        >>> seen.start(is_first=True)
         >>> scores = torch.tensor([[30.0, 10.0, -1e9], [-5.0, 15.0, 40.0]], requires_grad=True)
         >>> seen.see("att", torch.softmax, (scores, -1), {}, False)
         >>> seen.share(transfer, "fc")
-        >>> told(transfer.fetch())
+        >>> seen.collect(transfer.fetch())
         {'att': {'softmax_gap': 20.0}}
     """
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, bool], Tensor] = {}
-        self._is_asked = False
+        self.has_begun = self._is_asked = self._is_first = False
 
-    def clear(self, *, is_asked: bool = False) -> None:
+    def start(self, *, is_first: bool, newest: Iterable[Floats] = ()) -> None:
         """Another sample begins.
 
         Args:
-            is_asked: whether it is looked at.
+            is_first: whether it is the first of the run.
+            newest: what a run that goes on knew of them; of use until a sample was collected.
         """
-        self._sums = {}
-        self._is_asked = is_asked
+        self._sums, self._is_first = {}, is_first
+        if not self.has_begun:
+            self.has_begun = True
+            self._is_asked = is_first or any(bool((gaps > LARGE).any()) for gaps in newest)
 
     def see(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_behind: bool) -> None:
         """Takes the call of one of `CHOOSING`; of data nothing is told.
@@ -138,19 +144,17 @@ class SoftmaxScores:
             last: the layer that was called last: what is behind it is an output.
         """
         for (name, is_behind), sums in self._sums.items():
-            transfer.share((_KEY, name, "output_gap" if is_behind and name == last else "softmax_gap"), sums)
+            transfer.share((_KEY, name, METRICS[is_behind and name == last]), sums)
         self._sums = {}
 
-
-def told(host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, dict[str, float]]:
-    """Layer -> metric -> value, from what came to the host: a mean over calls and ranks.
-
-    Example:
-        >>> told({("softmax", "att", "softmax_gap"): (36.0, 4.0), ("softmax", "fc", "output_gap"): (0.0, 0.0)})
-        {'att': {'softmax_gap': 9.0}}
-    """
-    found: dict[str, dict[str, float]] = {}
-    for key, sums in host.items():
-        if isinstance(key, tuple) and key[0] == _KEY and sums[1] > 0:  # names stay with the ranks once they had them
-            found.setdefault(key[1], {})[key[2]] = measured(float(sums[0] / sums[1]))
-    return found
+    def collect(self, host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, dict[str, float]]:
+        """Layer -> metric -> value, from what came to the host: a mean over calls and ranks."""
+        found: dict[str, dict[str, float]] = {}
+        # names stay with the ranks once they had them: of what none has seen in this sample there are zeros
+        for key, sums in host.items():
+            if isinstance(key, tuple) and key[0] == _KEY and sums[1] > 0:
+                found.setdefault(key[1], {})[key[2]] = measured(float(sums[0] / sums[1]))
+        # of a sample that holds none nothing is known
+        is_large = any(gap > LARGE for gaps in found.values() for gap in gaps.values())
+        self._is_asked = is_large if found else self._is_asked and not self._is_first
+        return found

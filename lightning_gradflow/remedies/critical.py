@@ -94,7 +94,8 @@ def make_critical(
       badly, and what follows, such as the norm of a sum of branches that are all too large, hides it;
     - where others are drawn, its weights are off `1 / sqrt(fan_in)` by more than a factor of 10, even if what follows
       makes up for it, as a norm does, and is no residual: steps are far too large beside weights that are too small;
-    - where others are drawn, its units have more in common than they differ by, as those with positive weights have;
+    - where others are drawn, or most layers are so, its units have more in common than they differ by, as those with
+      positive weights have;
     - where no layer is off by itself, its weights are so, and those of all such layers are above that by more than a
       factor of 10 together; or an output that none takes has a spread above 10: together they make it, and so do layers
       that gain more than a factor of 2 without a residual, as sums over neighbours do with usual weights. Only the

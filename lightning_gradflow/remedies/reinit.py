@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from lightning_gradflow.detectors.known import first_values
 from lightning_gradflow.detectors.small_gains import drawn_gains
 from lightning_gradflow.detectors.zero_weights import zero_weights
 from lightning_gradflow.findings import Finding, FindingKind
@@ -26,7 +27,8 @@ from lightning_gradflow.remedies.fill import fill_missing
 from lightning_gradflow.remedies.fit_outputs import fit_outputs
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.gate_signs import turn_signs
-from lightning_gradflow.remedies.norm_gains import reset_biases, reset_far_biases, reset_gains
+from lightning_gradflow.remedies.norm_gains import FAR as FAR_BIAS
+from lightning_gradflow.remedies.norm_gains import SHUTTING, reset_biases, reset_far_biases, reset_gains
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.output_scaling import TargetScale
 from lightning_gradflow.remedies.plan import TOO_LARGE, TOO_SMALL
@@ -154,15 +156,21 @@ def _through_time(training: Training, finding: Finding) -> Reinit | None:
 
 
 def _without_zeros(training: Training, finding: Finding) -> Reinit | None:
-    """Draws what is zero and no step can change, and nothing else; critically, where a batch can be had."""
+    """Draws what is zero and no step can change, and nothing else; critically, where a batch can be had.
+
+    Then so is what was zero in the first sample, and has come free by next to nothing, as by the biases around it.
+    """
     around = activations_around(training.history.points)
     outer = zero_weights(training.history).outer  # zeros at the end of a product leave it what it is, and move
     layers = [name for name in finding.layers if name not in outer] or finding.layers
+    first = zip(training.history.layers, first_values(training.history, "zero_weights"), strict=True)
+    born = {name for name, count in first if count > 0 and name not in outer}
     if training.rehearse is not None:
         try:
             with training.rehearse() as (module, run):
                 drawn = draw_zeros(module, layers, around, training.seed)
-                treated = make_critical(module, run, training.seed, only=drawn)
+                treated = make_critical(module, run, training.seed, only={*drawn, *born})
+                drawn |= treated.changed
                 fresh = {name: [p.detach().clone() for p in parameters] for name, parameters in drawn.items()}
             changed = _copied(training.model, fresh)
             forget(training.optimizers, changed)
@@ -192,7 +200,9 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
             kept = gates_of(training.history) | {point.name for point in points[-1:]}
             drawn |= reset_biases(module, kept)
             kept |= {point.name for point in [point for point in points if point.is_layer][-1:]}
-            far_biases = reset_far_biases(module, kept) if is_far_out else {}
+            is_dead = (finding.kind, finding.cause) == (FindingKind.DEAD_UNITS, "initialisation")
+            if is_far_out or is_dead:
+                far_biases = reset_far_biases(module, kept, SHUTTING if is_dead else FAR_BIAS)
             drawn |= far_biases
         if (finding.kind, finding.cause) == (FindingKind.DEAD_UNITS, "symmetry"):
             around = activations_around(training.history.points)
@@ -233,9 +243,14 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
 
 
 def _helps_outputs(treated: Treated) -> bool:
-    """Whether outputs that were too large are not any more: a loss that falls from there would fall without it too."""
+    """Whether outputs that were too large are not any more: a loss that falls from there would fall without it too.
+
+    Outputs that are the same for all samples, as behind a recurrence at its bounds, have no spread, however large.
+    Those of a layer that was drawn lie around 0.
+    """
     before, after = treated.outputs
-    return not after > before * _SMALLER
+    is_drawn = any(name in treated.after and not treated.after[name].follower for name in treated.changed)
+    return not after > before * _SMALLER or (is_drawn and after < MAX_SPREAD)
 
 
 def _centres(training: Training, layers: Sequence[str]) -> dict[str, Centre]:

@@ -65,6 +65,7 @@ class Choice:
         ]
         if self._is_trained:
             return sick
+        sick = sick or self._alike_together(links)
         if not sick:
             return self._loud_together(links, max_off)
         others = self.may - {*sick}
@@ -91,6 +92,11 @@ class Choice:
         spreads = [links[name].spread for name in ends]
         grows = any(late > _MAX_STRETCH * early > 0 for early, late in combinations(spreads, 2))
         return ends if grows else []
+
+    def _alike_together(self, links: Mapping[str, Link]) -> list[str]:
+        """Layers whose units are all but alike, where most are so, and two at least."""
+        alike = [name for name in links if name in self.may and _is_alike(self._modules[name])]
+        return alike if len(alike) > 1 and 2 * len(alike) > len(self.may) else []
 
     def _loud_together(self, links: Mapping[str, Link], max_off: float) -> list[str]:
         """Layers none of which is off by far by itself, and which are so together, or make outputs that are."""

@@ -10,12 +10,12 @@ import numpy as np
 
 from lightning_gradflow.detectors.inputs import inputs_jumped
 from lightning_gradflow.detectors.profile import depth_profile
-from lightning_gradflow.findings import Finding
+from lightning_gradflow.findings import Finding, FindingKind
 from lightning_gradflow.history import History
 from lightning_gradflow.probes.layers import ROOT, module_named
 from lightning_gradflow.remedies.adjustment import Centre
 from lightning_gradflow.remedies.patient import Patient, Treatment
-from lightning_gradflow.remedies.plan import CHAOTIC, UNTOUCHED
+from lightning_gradflow.remedies.plan import CHAOTIC, TOO_SMALL, UNTOUCHED
 from lightning_gradflow.remedies.readers import centres_behind
 from lightning_gradflow.remedies.recurrent import GATED
 from lightning_gradflow.remedies.recycle import recycle
@@ -106,6 +106,10 @@ def _drawn(training: Training, finding: Finding, *, fits_outputs: bool) -> Reini
         rest = reinitialise(training, finding, fits_outputs=fits_outputs)
     elif (finding.kind, finding.cause) == CHAOTIC:  # what else is far off was drawn as badly
         rest = reinitialise(training, replace(finding, cause="unknown"), only_far=True, fits_outputs=False)
+    elif (finding.kind, finding.cause) == TOO_SMALL:  # usual weights of a recurrence without gates may forget as well
+        layers = tuple(name for name in finding.layers if not isinstance(module_named(training.model, name), GATED))
+        of_time = replace(finding, kind=FindingKind.VANISHING_GRADIENT, cause="recurrence", layers=layers)
+        rest = reinitialise(training, of_time)
     if rest is None:
         return done
     layers = tuple(dict.fromkeys((*done.layers, *rest.layers)))

@@ -18,7 +18,7 @@ _SHUT = 4.0  # of a bias: a sigmoid is within 2 % of its bound
 _MOST = 0.5  # of the gates: biases made for a long memory shut two kinds out of four
 _MAX_GROWTH = 3.0  # decades through time: networks that learn gain up to 2.5
 _COPIES = 0.01  # share of a matrix that its rows differ by
-_TELLING = 16  # rows and columns: a few numbers are alike by chance
+_FEWEST_ROWS, _FEWEST = 4, 64  # of a matrix, and entries: a few numbers are alike by chance
 _ALIKE = 0.7  # of its size, what the rows of a matrix differ by: 1 of independent ones, 0.5 of entries in (0, 1)
 _SMALL, _LARGE = 0.1, 4.0  # the weights of a recurrence, or an embedding, times sqrt(fan_in); large ones make chaos
 
@@ -118,7 +118,7 @@ def are_alike(weight: Tensor) -> bool:
         True
     """
     rows = weight.detach().flatten(1).double()
-    share = _ALIKE if min(rows.shape) >= _TELLING else _COPIES
+    share = _ALIKE if len(rows) >= _FEWEST_ROWS and rows.numel() >= _FEWEST else _COPIES
     return len(rows) > 1 and bool((rows - rows.mean(0)).norm() < share * rows.norm())
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from lightning_gradflow.detectors.consolidate import consolidate
 from lightning_gradflow.detectors.exploding import ExplodingGradient
+from lightning_gradflow.detectors.known import ROOT
 from lightning_gradflow.detectors.no_gradient import NoGradient
 from lightning_gradflow.detectors.zero_weights import ZeroWeights, zero_weights
 from lightning_gradflow.findings import Finding, FindingKind, Severity
@@ -119,10 +120,29 @@ def test_two_weights_of_a_layer_may_wait_for_inputs_of_their_own_while_the_run_l
 def test_layers_that_are_used_without_a_call_belong_to_the_one_around_them():
     points = [Point("a", "a"), Point("attn", "attn")]
     row = {"zero": [nan, 1, 1], "out": [1, 0], "delta": [0.2, 0.3], "norm": [0.1, 0, 0]}
-    layers = ["a", "attn", "attn.out_proj"]
+    layers = ["a", "attn", "attn.last"]
     late = {"points": points, "layers": layers, "steps": [0, 30, 60]}
-    assert zero_weights(run(*[row] * 3, **late)).layers == ("attn", "attn.out_proj")
+    assert zero_weights(run(*[row] * 3, **late)).layers == ("attn", "attn.last")
     assert zero_weights(run(*[{**row, "delta": [0.2, 0]}] * 3, points=points, layers=layers)) == NONE
+
+
+@pytest.mark.parametrize(
+    ("names", "change", "found"),
+    [
+        (("attn", "attn.out_proj"), {}, ("attn", "attn.out_proj")),
+        (("", "out_proj"), {}, ("(root)", "out_proj")),
+        (("attn", "attn.out_proj"), {"delta": [0.2, 0]}, ()),
+        (("attn", "attn.out_proj"), {"zero": [nan, 0, 1]}, ()),
+        (("attn", "attn.out_proj"), {"zero": [nan, 1, 0]}, ()),
+        (("attn", "attn.last"), {}, ()),
+    ],
+)
+def test_attention_whose_inputs_and_output_are_zero_is_found_while_the_run_learns(names, change, found):
+    """Torch's own hands the weight of its output projection on, and does not call it."""
+    called, inner = (name or ROOT for name in names)
+    row = {"zero": [nan, 1, 1], "out": [1, 0], "delta": [0.2, 0.3], "norm": [0.1, 0, 0], **change}
+    points = [Point("a", "a"), Point(called, called)]
+    assert zero_weights(run(*[row] * 3, points=points, layers=["a", called, inner])).layers == found
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradflow import GradFlow
-from lightning_gradflow.probes.softmax_scores import LARGE, SoftmaxScores, choices, told
+from lightning_gradflow.probes.softmax_scores import LARGE, SoftmaxScores, choices
 from lightning_gradflow.probes.transfer import Transfer
 
 
 def gap(func, *args, **kwargs):
     seen, transfer = SoftmaxScores(), Transfer()
-    seen.clear(is_asked=True)
+    seen.start(is_first=True)
     seen.see("a", func, args, kwargs, False)
     seen.share(transfer, "a")
-    return told(transfer.fetch()).get("a", {}).get("softmax_gap", math.nan)
+    return seen.collect(transfer.fetch()).get("a", {}).get("softmax_gap", math.nan)
 
 
 def scores(*shape, size=1.0):
@@ -142,10 +142,47 @@ def test_queries_that_are_grouped_are_left_out():
 )
 def test_what_is_behind_the_last_layer_is_an_output(is_behind, last, metric):
     seen, transfer = SoftmaxScores(), Transfer()
-    seen.clear(is_asked=True)
+    seen.start(is_first=True)
     seen.see("a", torch.softmax, (scores(5, 3), -1), {}, is_behind)
     seen.share(transfer, last)
-    assert [*told(transfer.fetch())["a"]] == [metric]
+    assert [*seen.collect(transfer.fetch())["a"]] == [metric]
+
+
+def _gap_of(seen, size):
+    """What a sample shows of a softmax that gets scores of this size."""
+    transfer = Transfer()
+    seen.see("a", torch.softmax, (scores(5, 3, size=size), -1), {}, False)
+    seen.share(transfer, "a")
+    return seen.collect(transfer.fetch()).get("a", {}).get("softmax_gap")
+
+
+@pytest.mark.parametrize(
+    ("newest", "asks"), [((), False), ((np.array([math.nan, 2.9]),), False), ((np.array([math.nan, 3.1]),), True)]
+)
+def test_a_run_that_goes_on_asks_where_it_was_large(newest, asks):
+    seen = SoftmaxScores()
+    seen.start(is_first=False, newest=newest)
+    assert (_gap_of(seen, 1.0) is not None) is asks
+
+
+def test_a_sample_that_holds_none_tells_nothing_of_the_others():
+    seen = SoftmaxScores()
+    seen.start(is_first=True)
+    assert _gap_of(seen, 100.0) > LARGE
+    seen.start(is_first=False)
+    assert seen.collect({}) == {}
+    seen.start(is_first=False)
+    assert _gap_of(seen, 1.0) < LARGE
+    seen.start(is_first=False)
+    assert _gap_of(seen, 100.0) is None
+
+
+def test_a_first_sample_without_any_ends_it():
+    seen = SoftmaxScores()
+    seen.start(is_first=True)
+    assert seen.collect({}) == {}
+    seen.start(is_first=False)
+    assert _gap_of(seen, 100.0) is None
 
 
 class Attention(nn.Module):

@@ -91,6 +91,11 @@ def test_biases_that_are_far_from_zero_in_most_units_are_set_to_it(bias, is_foun
     assert torch.equal(net[1].weight, weight)
 
 
+@pytest.mark.parametrize(("bias", "is_found"), [(-2.1, True), (-1.9, False)])
+def test_how_far_is_too_far_can_be_said(bias, is_found):
+    assert list(reset_far_biases(_far([bias] * 4), limit=2.0)) == (["1"] if is_found else [])
+
+
 def test_biases_that_are_kept_frozen_shared_or_of_a_norm_stay_far():
     assert reset_far_biases(_far([12.0] * 4), {"1"}) == {}
     frozen = _far([12.0] * 4)

@@ -750,6 +750,58 @@ def test_the_end_of_a_branch_that_was_dead_from_the_start_is_drawn_with_it(cause
     assert bool(alive.all()) is (cause == "initialisation")
 
 
+class Chain(nn.Module):
+    """Branches that add to a sum; their biases add up, and nothing gets through the ReLU behind it."""
+
+    def __init__(self, bias):
+        super().__init__()
+        torch.manual_seed(0)
+        self.ends = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        self.act, self.out = nn.ReLU(), nn.Linear(WIDTH, 2)
+        for layer in (*self.ends, self.out):
+            nn.init.constant_(layer.bias, bias)
+
+    def forward(self, x):
+        for end in self.ends:
+            x = x + end(torch.tanh(x))
+        return self.out(self.act(x))
+
+
+@pytest.mark.parametrize(("bias", "comes_through"), [(-4.0, True), (-1.5, False)])
+def test_biases_that_add_up_to_dead_units_are_taken_away(bias, comes_through):
+    net, history = Chain(bias), History()
+    ends = [f"ends.{i}" for i in range(6)]
+    history.add_points([*(Point(name, name) for name in ends), Point("act", "act", "relu"), Point("out", "out")])
+    dead = Finding(FindingKind.DEAD_UNITS, Severity.WARNING, 2, ("act",), "initialisation")
+    done = reinitialise(_training(net, _copying(net), history=history), dead)
+    assert ({*ends[:-1]} <= {*done.layers}) is comes_through
+    assert ends[-1] in done.layers  # right before it
+    assert net.out.bias.tolist() == [bias] * 2  # where targets lie may be known
+
+
+def test_outputs_that_are_the_same_for_all_samples_are_too_large_all_the_same():
+    """A state at its bounds gives all of them the same sum, and a spread of next to nothing."""
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.wide, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8)
+            for layer in (self.wide, self.out):
+                nn.init.uniform_(layer.weight)
+
+        def forward(self, x):
+            return self.out(self.wide((x + 100).sigmoid()))
+
+    net, history = Reads(), History()
+    history.add_points([Point(name, name) for name in ("wide", "out")])
+    evidence = {"output_rms": 1e3, "output_growth": 1e3}
+    found = Finding(FindingKind.EXPLODING_GRADIENT, Severity.WARNING, 0, ("wide",), "weight_scale", evidence=evidence)
+    done = reinitialise(_training(net, _copying(net), history=history), found)
+    assert {*done.layers} == {"wide", "out"}
+    assert net(_batch()).detach().abs().max() < 10
+
+
 def test_outputs_that_are_far_off_by_a_bias_before_an_exponential_come_near_without_it():
     class Exponential(nn.Module):
         def __init__(self):
