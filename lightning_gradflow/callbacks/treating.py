@@ -29,7 +29,7 @@ from lightning_gradflow.remedies.snapshot import size
 from lightning_gradflow.remedies.training import Training, of_one_process
 from lightning_gradflow.remedies.trial import Mitigation
 from lightning_gradflow.remedies.verdict import Decision
-from lightning_gradflow.sinks.words import action_line
+from lightning_gradflow.sinks.words import action_line, verdict_line
 
 PART = "the mitigator"
 _AVERAGES = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
@@ -136,7 +136,8 @@ class Treating:
             raise error
         if action is not None:
             self._recorder.act(self._mitigation.actions, action)
-            rank_zero_info(f"lightning_gradflow: {action_line(action)}")
+            line = action_line(action) if action.decided_step is None else verdict_line(action)
+            rank_zero_info(f"lightning_gradflow: {line}")
 
     def decide(self, trainer: Trainer, module: LightningModule) -> None:
         """Looks at the newest row."""

@@ -153,6 +153,19 @@ def action_line(action: Action) -> str:
     return "; ".join([": ".join(filter(None, (head, numbers))), ": ".join(filter(None, (end, losses)))])
 
 
+def verdict_line(action: Action) -> str:
+    """What has become of an action, in a line that follows that of the deed.
+
+    Example:
+        >>> numbers = {"before": {"time_decades": -3.2, "loss": 2.31}, "after": {"time_decades": -0.3, "loss": 1.02}}
+        >>> verdict_line(Action(1, "reinit", ("rnn",), "time", **numbers, outcome="kept", decided_step=25))
+        'step 25: kept: loss 2.31 -> 1.02 (step 1: drew rnn anew)'
+    """
+    _, losses = _split(action)
+    told = ": ".join(filter(None, (f"step {action.decided_step}: {outcome_of(action)}", losses)))
+    return f"{told} (step {action.step}: {deed(action)})"
+
+
 def deed(action: Action) -> str:
     """What was done, and where.
 
