@@ -264,7 +264,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
         "what tells targets apart is {target_deviation}",
     ),
     (FindingKind.LOSS_MISMATCH, "unreachable_targets"): (
-        "The activation that gives the outputs is bounded, and targets lie beyond it: no weights can ever give these",
+        "The activation that gives the outputs is bounded, and targets lie beyond its bounds, where no weights reach",
         "{targets_beyond} of their variance is out of reach",
     ),
     (FindingKind.LOSS_MISMATCH, "softmax_twice"): (

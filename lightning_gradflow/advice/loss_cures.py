@@ -5,7 +5,7 @@ Each takes a `Site` and returns its suggestions, none where it does not apply.
 
 from __future__ import annotations
 
-from lightning_gradflow.advice.site import Site
+from lightning_gradflow.advice.site import BY_HAND, NN, Site, paste, quote
 from lightning_gradflow.findings import Suggestion
 
 
@@ -58,15 +58,17 @@ def scores_without_bounds(site: Site) -> list[Suggestion]:
 
 def outputs_without_bounds(site: Site) -> list[Suggestion]:
     """Outputs that may be whatever the targets are."""
-    del site  # what the outputs are made by may be a function
+    code = [*NN, f"model.set_submodule({quote(site.end)}, nn.Identity())"] if site.end else []
     return [
         Suggestion(
             "Leave out the activation at the end of the network, or scale the targets into its bounds",
-            "# in forward: what the last layer gives is the output\n"
-            "# where the bounds are meant, in the dataset (for a sigmoid; for a tanh times 2, less 1):\n"
-            "targets = (targets - targets.min()) / (targets.max() - targets.min())",
+            paste(
+                code,
+                () if code else [f"{BY_HAND} in forward: return what the last layer gives, without the activation"],
+            ),
             "A ReLU gives nothing below 0, a sigmoid what is between 0 and 1, a tanh between -1 and 1. Of targets "
-            "beyond that the best that can be learnt is the bound, where no gradient comes through either.",
+            "beyond that the best that can be learnt is the bound, where no gradient comes through either. Where the "
+            "bounds are meant, scale the targets to lie within them, in the dataset.",
             "Goodfellow et al. 2016, Deep learning, section 6.2.2, on linear units for Gaussian outputs",
         )
     ]

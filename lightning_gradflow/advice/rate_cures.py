@@ -12,6 +12,8 @@ from lightning_gradflow.advice.site import Site
 from lightning_gradflow.findings import Action, Suggestion
 
 _USUAL_RATIO = 1e-3  # of a step to the weights
+_RUN_OUT = 1e-4  # of the largest learning rate: where schedules end on purpose is above
+_END = 0.01  # of it
 _FIRST_RATIO = 1e-2  # the same at the start of a run
 _LOWER = "Lower the learning rate"
 _MAX_CLIPPED = 0.5  # of the recent steps
@@ -124,7 +126,19 @@ def loosen_clipping(site: Site) -> list[Suggestion]:
 
 
 def raise_rate(site: Site) -> list[Suggestion]:
-    """A larger learning rate."""
+    """A larger learning rate, or one that a schedule leaves as large as it was."""
+    if site.lr < _RUN_OUT * site.peak_lr:
+        return [
+            Suggestion(
+                "Let the schedule lower the learning rate less",
+                f"# in configure_optimizers: the schedule took the rate from {site.peak_lr:.3g} to {site.lr:.2g}.\n"
+                "# It may be called once a step where an epoch is meant (interval), or be made for a shorter run\n"
+                "# (T_max, total_steps, gamma). What it may come down to:\n"
+                f"eta_min = {_END * site.peak_lr:.1g}",
+                "Below a hundredth of the rate that a run is made for next to nothing is learnt, in whatever time.",
+                "Loshchilov and Hutter 2017, SGDR: stochastic gradient descent with warm restarts",
+            )
+        ]
     return [
         Suggestion(
             "Raise the learning rate",

@@ -75,6 +75,8 @@ class Site:
         gated: the layers that are known to be gated recurrences, or to feed a gate.
         normed: normalisation -> the layer before it.
         planned: steps of the whole run, or NaN.
+        end: the module of the activation that gives the output; empty where there is none, or it is a call.
+        peak_lr: the largest learning rate so far, or NaN.
     """
 
     finding: Finding
@@ -88,6 +90,8 @@ class Site:
     gated: frozenset[str] = frozenset()
     normed: Mapping[str, str] = field(default_factory=dict)
     planned: float = math.nan
+    end: str = ""
+    peak_lr: float = math.nan
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -163,6 +167,8 @@ def survey(finding: Finding, history: History) -> Site:
         gated=_gated(history),
         normed=normed,
         planned=float(planned[-1]) if planned.size else math.nan,
+        end=next((p.module for p in points[last + 1 :][-1:] if p.module not in history.layers), ""),
+        peak_lr=float(rates.max()) if rates.size else math.nan,
     )
 
 

@@ -8,13 +8,13 @@ import numpy as np
 
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.known import first_values, newest_values
+from lightning_gradflow.detectors.large_weights import BACK, reach
 from lightning_gradflow.detectors.made_by_size import starts_far_off
 from lightning_gradflow.detectors.standstill import from_the_start, is_past_chance, learns_little
 from lightning_gradflow.findings import Finding
-from lightning_gradflow.history import Bools, History
+from lightning_gradflow.history import History
 
 _FEWEST = 2  # layers
-_LEFT = 0.5  # of the first norms
 _COPIES = 0.1  # a finding of their own
 
 
@@ -27,7 +27,8 @@ class AlikeUnits:
     (`dead_units`, `symmetry`); this is one (`loss_plateau`, `symmetry`) where most layers, and two at least, were drawn
     so and still are, and
 
-    - the first outputs were far from anything that is asked for (see `starts_far_off`), or
+    - the first outputs were far from anything that is asked for (see `starts_far_off`), and all planned steps change
+      these weights by less than four times their norm, or
     - the run had time to learn, and most of what its first outputs were off by is left (see `learns_little`).
 
     Normalisations take a common sum away, and many a network learns in spite of it: then nothing is told.
@@ -47,10 +48,10 @@ class AlikeUnits:
         >>> from lightning_gradflow.history import Row
         >>> history = History()
         >>> history.layer_axis.merge(["fc1", "fc2"])
-        >>> values = {"unit_spread": 0.6, "weight_norm": 9.0, "spectral_norm": 8.0}
-        >>> scalars = {"score_deviation": 9.0, "score_classes": 10.0}
-        >>> history.append(Row(0, {name: np.full(2, x) for name, x in values.items()}, scalars))
-        >>> history.append(Row(8, losses=np.full(9, 12.0)))
+        >>> values = {"unit_spread": np.full(2, 0.6), "update_ratio": np.full(2, 1e-3)}
+        >>> scalars = {"score_deviation": 9.0, "score_classes": 10.0, "planned_steps": 400.0}
+        >>> history.append(Row(0, values, scalars))
+        >>> history.append(Row(8, scalars=scalars, losses=np.full(9, 12.0)))
         >>> [(f.cause, f.layers) for f in AlikeUnits().judge(history)]
         [('symmetry', ('fc1', 'fc2'))]
     """
@@ -64,19 +65,13 @@ class AlikeUnits:
         """The finding of the newest row, if there is one."""
         if not history.rows:
             return []
-        spreads = first_values(history, "unit_spread")
+        first, spreads = first_values(history, "unit_spread"), newest_values(history, "unit_spread")
         with np.errstate(invalid="ignore"):
-            alike = np.flatnonzero((spreads < self.min_spread) & (spreads > _COPIES) & _stay(history))
-        if len(alike) < _FEWEST or 2 * len(alike) <= np.isfinite(spreads).sum() or is_past_chance(history):
+            alike = np.flatnonzero((spreads < self.min_spread) & (spreads > _COPIES))
+        if len(alike) < _FEWEST or 2 * len(alike) <= np.isfinite(first).sum() or is_past_chance(history):
             return []
-        if not (starts_far_off(history) or learns_little(history)):
+        is_spent = starts_far_off(history) and reach(history, alike) < BACK
+        if not (is_spent or learns_little(history)):
             return []
         layers = tuple(history.layers[i] for i in alike)
         return [from_the_start(history, "symmetry", layers, {"unit_spread": float(np.median(spreads[alike]))})]
-
-
-def _stay(history: History) -> Bools:
-    """(L,) whether a layer has kept its size, and its largest singular value: weights that were drawn anew have not."""
-    with np.errstate(all="ignore"):
-        kept = [newest_values(history, name) / first_values(history, name) for name in ("weight_norm", "spectral_norm")]
-    return np.asarray(np.fmin(*kept) > _LEFT)

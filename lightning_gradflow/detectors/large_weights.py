@@ -24,9 +24,11 @@ from lightning_gradflow.history import Floats, History, Ints
 
 _EDGE = 1.3  # times the largest singular value of a square matrix of independent entries: one of 1 to 16 has 1.25
 _FEWEST = 2  # layers
-_BACK = 4.0  # times their norm that the run can change weights by: a quarter of it or more is the way back
 _HUGE = 32.0  # times what keeps the size of a signal: no usual initialisation gives more than 2, nor training 10
 _AT_BOUNDS = 0.5  # of the first outputs of a recurrence
+
+BACK = 4.0
+"""Times their norm that the run can change weights by: a quarter of it or more is the way back."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ class LargeWeights:
             large = np.flatnonzero(first_values(history, "initial_size") > _HUGE)
         if not large.size:
             return []
-        reach = _reach(history, large)
-        return _found(history, sizes, large, {"reach": reach}) if reach < _BACK else []
+        far = reach(history, large)
+        return _found(history, sizes, large, {"reach": far}) if far < BACK else []
 
     def _where_it_stands(self, history: History) -> list[Finding]:
         """The run had time to learn something, and has not."""
@@ -113,7 +115,7 @@ class LargeWeights:
         large = _large(history, sizes, self.max_size)
         is_loud = _first_outputs(history) > WIDE
         if _are_most(large, sizes):
-            evidence = {"reach": _reach(history, large)}
+            evidence = {"reach": reach(history, large)}
         elif large.size and keeps_residual(history):
             evidence = {"usual_reach": _usual_reach(history, large)}
             is_loud = is_loud or _start_at_bounds(history, large)
@@ -150,8 +152,13 @@ def _large(history: History, sizes: Floats, max_size: float) -> Ints:
         return np.flatnonzero(fresh & (sizes > max_size))
 
 
-def _reach(history: History, layers: Ints) -> float:
-    """By how much of its norm the median of these layers can move in the planned run; NaN where that is not known."""
+def reach(history: History, layers: Ints) -> float:
+    """By how much of its norm the median of some layers can move in the planned run; NaN where that is not known.
+
+    Args:
+        history: where to read.
+        layers: columns of the layers.
+    """
     planned = float(history.scalar("planned_steps")[-1])
     ratios = history["update_ratio"][:, layers]
     medians = np.median(ratios[np.isfinite(ratios).all(axis=1)], axis=1)

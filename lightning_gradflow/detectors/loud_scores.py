@@ -29,7 +29,8 @@ class LoudScores:
     Products of queries and keys of usual size with d entries have the deviation :math:`\sqrt d`, unless they are
     divided by that.
 
-    A network that is clearly better than chance, or has learnt something, has learnt to choose; it is not judged. Nor
+    A network that is clearly better than chance, or, where that is not known, has learnt something, has learnt to
+    choose; it is not judged. Nor
     is the softmax behind the last layer, which may be sure of what it says. Inputs that are unscaled make scores of any
     size: they are the cause then (`unscaled_inputs`), from a gap of 6 on, and behind the last layer too.
 
@@ -68,7 +69,9 @@ class LoudScores:
         loud = (first > max_gap) & (newest > max_gap)
         if not loud.any() or 2 * loud.sum() < np.isfinite(first).sum():
             return []
-        if is_past_chance(history) or has_learnt(history):
+        # a cross-entropy that came down from wide scores to chance has learnt nothing
+        is_of_classes = bool((history.scalar("score_classes") > 1).any())
+        if is_past_chance(history) or (has_learnt(history) and not is_of_classes):
             return []
         order = np.argsort(-np.where(loud, newest, -np.inf), kind="stable")[: int(loud.sum())]
         return [

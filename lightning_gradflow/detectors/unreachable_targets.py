@@ -11,19 +11,22 @@ from lightning_gradflow.detectors.unscaled_targets import FAR_OFF
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import History
 
+_SAMPLES = 3  # one batch tells little of what targets are like
+
 
 @dataclass(frozen=True)
 class UnreachableTargets:
     r"""Finds a regression whose targets lie beyond the bounds of an activation that gives the outputs.
 
     A ReLU or softplus gives nothing below 0, a sigmoid what is between 0 and 1, a tanh between -1 and 1. With the
-    bounds a and b, targets t and their mean it is a finding (`loss_mismatch`, `unreachable_targets`) where in the first
-    sample, and in the newest that knows of it,
+    bounds a and b, targets t and their mean it is a finding (`loss_mismatch`, `unreachable_targets`) where in the
+    median of three samples or more, and in the newest,
 
     .. math:: \sum (t - \mathrm{clip}(t, a, b))^2 > \mathrm{max\_beyond} \sum (t - \bar t)^2
 
     in all squared and absolute errors of the loss. More than the rest of the variance can't be explained by whatever
-    weights. Targets that are far larger than all outputs are one of their own (`unscaled_targets`).
+    weights; where it is all noise around what the bounds allow, that is meant. Targets that are far larger than all
+    outputs are one of their own (`unscaled_targets`).
 
     Args:
         max_beyond: share of the variance, in (0, 1). By default 0.2: of standardised targets a ReLU leaves out 0.5, a
@@ -35,7 +38,8 @@ class UnreachableTargets:
     Example:
         >>> from lightning_gradflow.history import Row
         >>> history = History()
-        >>> history.append(Row(0, scalars={"targets_beyond": 0.5, "residual_rms": 1.1}))
+        >>> for step in range(3):
+        ...     history.append(Row(step, scalars={"targets_beyond": 0.5, "residual_rms": 1.1}))
         >>> [(f.cause, f.evidence["targets_beyond"]) for f in UnreachableTargets().judge(history)]
         [('unreachable_targets', 0.5)]
     """
@@ -49,10 +53,11 @@ class UnreachableTargets:
         """The finding of the newest row, if there is one."""
         errors = history.scalar("residual_rms")
         known = np.flatnonzero(~np.isnan(errors))
-        if not known.size or known[0] != 0 or not errors[0] <= FAR_OFF:
+        if len(known) < _SAMPLES or known[0] != 0 or not errors[0] <= FAR_OFF:
             return []
-        shares = history.scalar("targets_beyond")[known[[0, -1]]]
-        if not (shares > self.max_beyond).all():
+        shares = np.nan_to_num(history.scalar("targets_beyond")[known])
+        share = float(np.median(shares))
+        if not min(share, shares[-1]) > self.max_beyond:
             return []
         return [
             Finding(
@@ -60,6 +65,6 @@ class UnreachableTargets:
                 severity=Severity.WARNING,
                 step=history.rows[-1].step,
                 cause="unreachable_targets",
-                evidence={"targets_beyond": float(shares[-1])},
+                evidence={"targets_beyond": share},
             )
         ]

@@ -69,9 +69,13 @@ class Comparisons:
             if pair is not None:
                 self._differences.append((result, pair))
         elif func in _REDUCED:
-            for error, pair in self._errors:
-                if args and error is args[0]:
+            for error, pair in [*self._errors]:
+                if not (args and error is args[0]):
+                    continue
+                if result.dim() == 0:
                     self._on_compared(*pair)
+                else:  # a sum over features, of which each may have a weight of its own yet
+                    self._errors.append((result, pair))
         elif args and _is_even(func, args):
             self._errors.extend((result, pair) for difference, pair in self._differences if difference is args[0])
 

@@ -137,7 +137,7 @@ def told(host: Mapping[Hashable, Sequence[float] | Floats]) -> dict[str, float]:
         error, output, deviation, _ = sizes[:, np.argmax(ratios)]
         found |= {"residual_rms": measured(error), "compared_rms": measured(output)}
         found |= {} if np.isnan(deviation) else {"target_deviation": float(deviation)}
-        found |= {"targets_beyond": beyond} if 0 < beyond < math.inf else {}
+        found |= {"targets_beyond": min(beyond, 1.0)} if 0 < beyond < math.inf else {}
     squares, number, samples = host.get("scores", (0.0, 0.0, 0.0))
     if number > 0:
         found |= {"score_deviation": measured(math.sqrt(squares / number)), "score_classes": float(number / samples)}

@@ -23,8 +23,9 @@ from lightning_gradflow.probes.weight_size import weight_size
 from lightning_gradflow.probes.zero_weights import zero_weights
 
 _KEY = "spectra"
-_COPIED, _ZERO, _PULLED, _SMALL_GAINS = ":copied", "::zero", ":pulled", "::gains"
+_COPIED, _SIMILAR, _ZERO, _PULLED, _SMALL_GAINS = ":copied", "::alike", "::zero", ":pulled", "::gains"
 _COPIES = 1e-4  # of their size: so much at most may be rounding
+_ALIKE = 0.9  # of it, by which units may differ that have a mean in common
 _GAIN = 0.1  # where 1 is usual
 _PRODUCTS = 2
 _SMALL, _TOGETHER = 1 << 14, 256  # entries of a matrix, and how many of them, that a call is shared by
@@ -49,11 +50,11 @@ class SpectralProbe:
     Embeddings and biases are left out, and all weights of a model that is sharded over ranks.
 
     In the first sample it is also seen whether the units of a layer, or of a matrix that is no layer's, are copies of
-    one another, and get the same gradient, without which they don't stay copies; and whether weights are zero, and get
-    a zero gradient; and how large the gains of norm layers are, and their mean. Where they are, or gains are below
-    0.1, they are looked at in the later samples too. How large the entries of a layer's largest matrix were is read
-    before the first step. Of an embedding, and of matrices that are no layer's, the first sample has the size, and the
-    cosine with the gradient; the later samples too, as long as it has been above 0.
+    one another, or alike, and get the same gradient, without which they don't stay copies; whether weights are zero,
+    and get a zero gradient; and how large the gains of norm layers are, and their mean. Where they are, or gains are
+    below 0.1, they are looked at in the later samples too. How large the entries of a layer's largest matrix were is
+    read before the first step. Of an embedding, and of matrices that are no layer's, the first sample has the size, and
+    the cosine with the gradient; the later samples too, as long as it has been above 0.
 
     Args:
         layers: whose weights are read.
@@ -77,6 +78,7 @@ class SpectralProbe:
         self._transfer = transfer
         self._vectors: dict[str, Tensor] = {}
         self._copied: set[str] = set()  # layers whose units were copies once
+        self._alike: set[str] = set()  # and those that are alike
         self._zero: set[str] = set()  # layers with weights that were zero, and got no gradient, so far
         self._pulled: set[str] = set()  # tables whose gradient has pointed along them, so far
         self._small_gains: set[str] = set()  # norm layers with small gains, so far
@@ -146,6 +148,7 @@ class SpectralProbe:
             for layer, values in found.items()
             if min(values.get(name, math.inf) for name in ("unit_spread", "matrix_spread")) < _COPIES
         }
+        self._alike = {layer for layer, values in found.items() if values.get("unit_spread", math.inf) < _ALIKE}
         counts = {layer: values["zero_weights"] for layer, values in found.items() if "zero_weights" in values}
         self._zero = (self._zero - counts.keys()) | {layer for layer, count in counts.items() if count > 0}
         self._pulled = {layer for layer, values in found.items() if values.get("table_cosine", 0.0) > 0}
@@ -155,18 +158,20 @@ class SpectralProbe:
     def state_dict(self) -> dict[str, Tensor]:
         """The vectors that the next sample starts from, and which layers it looks at once more."""
         copied = {f"{layer}{_COPIED}": torch.ones(()) for layer in sorted(self._copied)}
+        alike = {f"{layer}{_SIMILAR}": torch.ones(()) for layer in sorted(self._alike)}
         zero = {f"{layer}{_ZERO}": torch.ones(()) for layer in sorted(self._zero)}
         pulled = {f"{layer}{_PULLED}": torch.ones(()) for layer in sorted(self._pulled)}
         gains = {f"{layer}{_SMALL_GAINS}": torch.ones(()) for layer in sorted(self._small_gains)}
-        return {name: vector.clone() for name, vector in self._vectors.items()} | copied | zero | pulled | gains
+        return {name: vector.clone() for name, vector in self._vectors.items()} | copied | alike | zero | pulled | gains
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
         self._copied = {name.removesuffix(_COPIED) for name in state if name.endswith(_COPIED)}
+        self._alike = {name.removesuffix(_SIMILAR) for name in state if name.endswith(_SIMILAR)}
         self._zero = {name.removesuffix(_ZERO) for name in state if name.endswith(_ZERO)}
         self._pulled = {name.removesuffix(_PULLED) for name in state if name.endswith(_PULLED)}
         self._small_gains = {name.removesuffix(_SMALL_GAINS) for name in state if name.endswith(_SMALL_GAINS)}
-        kinds = (_COPIED, _ZERO, _PULLED, _SMALL_GAINS)
+        kinds = (_COPIED, _SIMILAR, _ZERO, _PULLED, _SMALL_GAINS)
         vectors = {name: vector for name, vector in state.items() if not name.endswith(kinds)}
         self._vectors = {name: torch.as_tensor(vector).clone() for name, vector in vectors.items()}
 
@@ -188,7 +193,7 @@ class SpectralProbe:
         key = max(weights, key=lambda key: weights[key].numel())
         if isinstance(module, EMBEDDINGS):
             return
-        if layer in self._copied or (self._is_first and has_units(module)):
+        if layer in self._copied | self._alike or (self._is_first and has_units(module)):
             yield "unit_spread", unit_spread(module, weights[key])
             if (gradient := weights[key].grad) is not None:
                 yield "unit_grad_spread", unit_spread(module, gradient)

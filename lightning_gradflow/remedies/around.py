@@ -47,6 +47,18 @@ def layers_before(points: Sequence[Point], modules: Collection[str]) -> tuple[st
     return tuple(dict.fromkeys(found))
 
 
+def layers_up_to(points: Sequence[Point], modules: Collection[str]) -> tuple[str, ...]:
+    """All layers that are called before the last of the activations that these modules apply.
+
+    Example:
+        >>> points = [Point("a", "a"), Point("b", "b"), Point("act", "act", "relu"), Point("c", "c")]
+        >>> layers_up_to(points, ["act"])
+        ('a', 'b')
+    """
+    last = max((i for i, point in enumerate(points) if not point.is_layer and point.module in modules), default=0)
+    return tuple(dict.fromkeys(point.name for point in points[:last] if point.is_layer))
+
+
 def activations_around(points: Sequence[Point]) -> dict[str, tuple[str, str]]:
     """For each layer the activations next to it in order of execution: (what its input comes from, what follows).
 

@@ -47,8 +47,8 @@ def gate_blocks(
 
     Of gates that are computed together it is a part of each bias, also of one that the module around them adds as a
     parameter of its own. Where there is none of these, the input may come in for all time steps at once, before the
-    loop: then it is that of a layer beside it which gives as much. A gate by itself is a layer of the loop that is not
-    its content.
+    loop: then it is that of the only layer beside it which gives as much. A gate by itself is a layer of the loop that
+    is not its content.
 
     Args:
         modules: of the model, by name.
@@ -67,8 +67,10 @@ def gate_blocks(
         added = (getattr(modules[name], "bias", None) for name in (loop.again, *loop.ways_in))
         fitting = [bias for bias in (*added, *bare) if is_writable(bias) and bias.shape == (size,)]
         together = [list({id(bias): bias for bias in fitting}.values())] if fitting else []
-        ahead = (getattr(part, "bias", None) for part in (around.children() if around is not None else ()))
-        together = together or [[bias] for bias in ahead if is_writable(bias) and bias.shape == (size,)]
+        beside_it = around.children() if around is not None else ()
+        ahead = (getattr(part, "bias", None) for part in beside_it if isinstance(part, Looped))
+        alone = [bias for bias in ahead if is_writable(bias) and bias.shape == (size,)]
+        together = together or ([alone] if len(alone) == 1 else [])
         width = size // loop.gates
         parts = [slice(start, start + width) for start in range(0, size, max(1, width))]
         found += [[(bias, part) for bias in biases] for biases in together for part in parts]

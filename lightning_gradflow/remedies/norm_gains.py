@@ -14,12 +14,8 @@ from lightning_gradflow.remedies.textbook import assign
 
 _SHUT = 4.0  # deviations of what a norm gives, and a number: a sigmoid is within 2 % of its bound
 _MOST = 0.5  # of the units
-
-FAR = 8.0
-"""Size of a bias: that of a probability of one in three thousand, for a score."""
-
-SHUTTING = 2.0
-"""The same before units that are all dead: more than what most inputs of usual size bring."""
+_FAR = 8.0  # that of a probability of one in three thousand, for a score
+_SHUTTING = 2.0  # more than what most inputs of usual size bring
 
 
 def reset_gains(module: nn.Module, layers: Iterable[str]) -> dict[str, Sequence[nn.Parameter]]:
@@ -76,17 +72,14 @@ def reset_biases(module: nn.Module, kept: Collection[str] = ()) -> dict[str, Seq
     return _without_biases(module, kept, limit)
 
 
-def reset_far_biases(
-    module: nn.Module, kept: Collection[str] = (), limit: float = FAR
-) -> dict[str, Sequence[nn.Parameter]]:
-    """Sets the biases of linear layers and convolutions to 0 that are far off in most units, where they are no other's.
+def reset_far_biases(module: nn.Module, kept: Collection[str] = ()) -> dict[str, Sequence[nn.Parameter]]:
+    """Sets the biases of linear layers and convolutions to 0 that are above 8 in most units, where they are no other's.
 
-    No weights before make up for what comes of it, and the ends of residual branches add theirs up.
+    No weights before make up for what comes of it: behind an exponential that is a factor of three thousand.
 
     Args:
         module: the model, or a copy of it.
         kept: names of layers that keep theirs: where targets lie may be known.
-        limit: their size, in (0, inf). By default 8: behind an exponential that is a factor of three thousand.
 
     Returns:
         name -> all parameters of the layers whose biases were set.
@@ -97,7 +90,36 @@ def reset_far_biases(
         >>> list(reset_far_biases(net)), net[0].bias.tolist()
         (['0'], [0.0, 0.0])
     """
-    return _without_biases(module, kept, lambda part: torch.tensor(limit) if isinstance(part, WEIGHTED) else None)
+    return _without_biases(module, kept, lambda part: torch.tensor(_FAR) if isinstance(part, WEIGHTED) else None)
+
+
+def reset_shutting(
+    module: nn.Module, layers: Collection[str], kept: Collection[str] = ()
+) -> dict[str, Sequence[nn.Parameter]]:
+    """Sets those of some layers to 0 that are below -2 in most units: the ends of residual branches add theirs up.
+
+    Args:
+        module: the model, or a copy of it.
+        layers: names of its layers.
+        kept: names of layers that keep theirs.
+
+    Returns:
+        name -> all parameters of the layers whose biases were set.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> _ = nn.init.constant_(net[0].bias, -4.0), nn.init.constant_(net[1].bias, 4.0)
+        >>> list(reset_shutting(net, ["0", "1"]))
+        ['0']
+    """
+    others = {name for name, _ in module.named_modules() if name not in layers}
+
+    def limit(part: nn.Module) -> Tensor | None:
+        bias = part._parameters.get("bias")
+        is_negative = bias is not None and bool((bias.detach() < 0).double().mean() > _MOST)
+        return torch.tensor(_SHUTTING) if isinstance(part, WEIGHTED) and is_negative else None
+
+    return _without_biases(module, others | {*kept}, limit)
 
 
 def _without_biases(

@@ -18,7 +18,7 @@ from lightning_gradflow.history import History
 from lightning_gradflow.probes.layers import ROOT, module_named
 from lightning_gradflow.probes.shards import is_sharded
 from lightning_gradflow.remedies.adjustment import Centre, centre_of
-from lightning_gradflow.remedies.around import activations_around, gates_of, layers_before
+from lightning_gradflow.remedies.around import activations_around, gates_of, layers_before, layers_up_to
 from lightning_gradflow.remedies.attention import draw_attention
 from lightning_gradflow.remedies.bare import Bare, initialise_bare, with_bare
 from lightning_gradflow.remedies.critical import Treated, make_critical
@@ -27,14 +27,13 @@ from lightning_gradflow.remedies.fill import fill_missing
 from lightning_gradflow.remedies.fit_outputs import fit_outputs
 from lightning_gradflow.remedies.fresh import looks_fresh
 from lightning_gradflow.remedies.gate_signs import turn_signs
-from lightning_gradflow.remedies.norm_gains import FAR as FAR_BIAS
-from lightning_gradflow.remedies.norm_gains import SHUTTING, reset_biases, reset_far_biases, reset_gains
+from lightning_gradflow.remedies.norm_gains import reset_biases, reset_far_biases, reset_gains, reset_shutting
 from lightning_gradflow.remedies.optimizer_state import forget
 from lightning_gradflow.remedies.output_scaling import TargetScale
 from lightning_gradflow.remedies.plan import TOO_LARGE, TOO_SMALL
 from lightning_gradflow.remedies.recurrent_treatment import treat
 from lightning_gradflow.remedies.scores import calm_scores
-from lightning_gradflow.remedies.sick_layers import FAR, MAX_OFF, MAX_SPREAD
+from lightning_gradflow.remedies.sick_layers import FAR, MAX_OFF, MAX_SPREAD, size_of
 from lightning_gradflow.remedies.symmetry import break_symmetry
 from lightning_gradflow.remedies.tables import draw_tables, has_short_rows, tied_embeddings
 from lightning_gradflow.remedies.textbook import gain_between, initialise, name_for
@@ -44,6 +43,7 @@ from lightning_gradflow.remedies.weights import parameters_of
 
 _RECURRENCES = (nn.RNNBase, nn.RNNCellBase)
 _SATURATED = 0.5  # of an activation's outputs, at its bounds; of a gate that is what it is for
+_NOTHING = 1e-2  # times what keeps the size of a signal
 _SMALLER = 0.5  # times what outputs were that were too large, for weights that cure it
 
 
@@ -156,7 +156,7 @@ def _through_time(training: Training, finding: Finding) -> Reinit | None:
 
 
 def _without_zeros(training: Training, finding: Finding) -> Reinit | None:
-    """Draws what is zero and no step can change, and nothing else; critically, where a batch can be had.
+    """Draws what is zero and no step can change; critically, where a batch can be had.
 
     Then so is what was zero in the first sample, and has come free by next to nothing, as by the biases around it.
     """
@@ -164,7 +164,7 @@ def _without_zeros(training: Training, finding: Finding) -> Reinit | None:
     outer = zero_weights(training.history).outer  # zeros at the end of a product leave it what it is, and move
     layers = [name for name in finding.layers if name not in outer] or finding.layers
     first = zip(training.history.layers, first_values(training.history, "zero_weights"), strict=True)
-    born = {name for name, count in first if count > 0 and name not in outer}
+    born = {name for name, count in first if count > 0 and name not in outer and _is_next_to_nothing(training, name)}
     if training.rehearse is not None:
         try:
             with training.rehearse() as (module, run):
@@ -181,6 +181,12 @@ def _without_zeros(training: Training, finding: Finding) -> Reinit | None:
     drawn = draw_zeros(training.model, layers, around, training.seed)
     forget(training.optimizers, (p for parameters in drawn.values() for p in parameters))
     return Reinit(tuple(name or ROOT for name in drawn)) if drawn else None
+
+
+def _is_next_to_nothing(training: Training, layer: str) -> bool:
+    weight = getattr(module_named(training.model, layer), "weight", None)
+    is_plain = isinstance(weight, Tensor) and weight.dim() > 1 and not is_sharded(weight)
+    return is_plain and size_of(module_named(training.model, layer)) < _NOTHING
 
 
 def _from_data(training: Training, finding: Finding, only_far: bool, fits_outputs: bool) -> Reinit | None:
@@ -202,7 +208,8 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
             kept |= {point.name for point in [point for point in points if point.is_layer][-1:]}
             is_dead = (finding.kind, finding.cause) == (FindingKind.DEAD_UNITS, "initialisation")
             if is_far_out or is_dead:
-                far_biases = reset_far_biases(module, kept, SHUTTING if is_dead else FAR_BIAS)
+                far_biases = reset_shutting(module, layers_up_to(points, finding.layers), kept) if is_dead else {}
+                far_biases |= reset_far_biases(module, kept) if is_far_out else {}
             drawn |= far_biases
         if (finding.kind, finding.cause) == (FindingKind.DEAD_UNITS, "symmetry"):
             around = activations_around(training.history.points)
@@ -224,6 +231,8 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
             whole, whole.routed(run), training.seed, max_off, max_spread, gates=gates, always=always
         )
         if is_far_out and not far_biases and not _helps_outputs(treated):
+            return None
+        if "unit_spread" in finding.evidence and not {*finding.layers} & {name or ROOT for name in treated.changed}:
             return None
         drawn |= bare.owners(module, treated.changed)
         drawn |= {} if only_far else calm_scores(module, run)

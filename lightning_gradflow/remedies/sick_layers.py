@@ -229,7 +229,8 @@ def _is_hidden(layer: nn.Module, link: Link) -> bool:
 
 def _is_alike(layer: nn.Module) -> bool:
     """Whether its units are all but alike, in a network in which others are drawn anew: as badly drawn."""
-    return are_alike(_by_unit(layer)) and looks_drawn(layer)
+    # units of different groups see different inputs
+    return getattr(layer, "groups", 1) == 1 and are_alike(_by_unit(layer)) and looks_drawn(layer)
 
 
 def looks_drawn(layer: nn.Module) -> bool:

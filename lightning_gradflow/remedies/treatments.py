@@ -7,10 +7,11 @@ from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
+from torch import nn
 
 from lightning_gradflow.detectors.inputs import inputs_jumped
 from lightning_gradflow.detectors.profile import depth_profile
-from lightning_gradflow.findings import Finding, FindingKind
+from lightning_gradflow.findings import Finding
 from lightning_gradflow.history import History
 from lightning_gradflow.probes.layers import ROOT, module_named
 from lightning_gradflow.remedies.adjustment import Centre
@@ -106,14 +107,25 @@ def _drawn(training: Training, finding: Finding, *, fits_outputs: bool) -> Reini
         rest = reinitialise(training, finding, fits_outputs=fits_outputs)
     elif (finding.kind, finding.cause) == CHAOTIC:  # what else is far off was drawn as badly
         rest = reinitialise(training, replace(finding, cause="unknown"), only_far=True, fits_outputs=False)
-    elif (finding.kind, finding.cause) == TOO_SMALL:  # usual weights of a recurrence without gates may forget as well
-        layers = tuple(name for name in finding.layers if not isinstance(module_named(training.model, name), GATED))
-        of_time = replace(finding, kind=FindingKind.VANISHING_GRADIENT, cause="recurrence", layers=layers)
-        rest = reinitialise(training, of_time)
+    elif (finding.kind, finding.cause) == TOO_SMALL and (drawn := _plain_recurrences(training, done.layers)):
+        # usual weights forget as well: these were drawn a moment ago
+        rest = reinitialise(training, replace(finding, cause="recurrence", layers=drawn))
     if rest is None:
         return done
-    layers = tuple(dict.fromkeys((*done.layers, *rest.layers)))
-    return Reinit(layers, done.before, rest.after, {**done.centres, **rest.centres}, rest.targets or done.targets)
+    return Reinit(
+        layers=tuple(dict.fromkeys((*done.layers, *rest.layers))),
+        before={**rest.before, **done.before},
+        after={**done.after, **rest.after},
+        centres={**done.centres, **rest.centres},
+        targets=rest.targets or done.targets,
+        note="; ".join(filter(None, (done.note, rest.note))),
+    )
+
+
+def _plain_recurrences(training: Training, layers: Sequence[str]) -> tuple[str, ...]:
+    """Torch's recurrences without gates among some layers."""
+    kinds = (nn.RNN, nn.RNNCell)
+    return tuple(name for name in layers if isinstance(module_named(training.model, name), kinds))
 
 
 def _is_of_birth(training: Training, finding: Finding) -> bool:

@@ -102,7 +102,7 @@ def verdict(trial: Trial, alarms: Sequence[Finding], history: History, *, leaves
         return Decision("roll_back", loss=now)
     if row.step - trial.step < length(history):
         return None
-    if trial.remedy == "rollback" and _have_died(history, trial.step):
+    if trial.remedy == "rollback" and _have_died(history, trial.step) and not _still_falls(losses, noise):
         return Decision("roll_back", loss=now)
     is_gone = all(f.kind is not trial.finding.kind for f in alarms)
     # a loss that is known from a single batch is no more certain than a batch is
@@ -129,6 +129,14 @@ def _have_died(history: History, since: int) -> bool:
         return False
     with np.errstate(invalid="ignore"):
         return bool(((known[0] <= _ALIVE) & (known[-1] >= _DEAD)).any())
+
+
+def _still_falls(losses: Floats, noise: float) -> bool:
+    """Whether they do so in the second half: units that a code leaves silent are no loss to it."""
+    late = losses[len(losses) // 2 :]
+    half = len(late) // 2
+    margin = _CLEAR * 1.25 * math.sqrt(2) * noise / math.sqrt(max(1, half))
+    return half > 0 and level(late[:half]) - level(late[half:]) > margin
 
 
 def of_steps_made(losses: Floats) -> Floats:

@@ -19,17 +19,18 @@ FAR = {"score_deviation": 9.0, "score_classes": 10.0}
 FALLING = np.linspace(3.0, 2.9, 101)
 
 
-def run(spreads=(0.6, 0.6, 0.6, 1.2), losses=FALLING, kept=1.0, left=0.9, **scalars):
+def run(spreads=(0.6, 0.6, 0.6, 1.2), losses=FALLING, newest=None, left=0.9, ratio=1e-3, **scalars):
+    """`newest` is what `spreads` have become."""
     history, points = History(), stack(len(spreads))
     history.layer_axis.merge([point.name for point in points])
     history.add_points(points)
     last = -1
     for step in range(0, len(losses), 4):
-        now = 1.0 if step == 0 else kept
-        norms = {"weight_norm": np.full(len(spreads), 9.0 * now), "spectral_norm": np.full(len(spreads), 8.0 * now)}
-        values = {**norms, "delta_norm": np.full(len(spreads), left if step else 1.0)}
-        if step == 0:
-            values["unit_spread"] = np.array(spreads)
+        now = np.array(spreads if step == 0 or newest is None else newest, dtype=float)
+        # as it is measured: of those that were alike
+        values = {"unit_spread": now if step == 0 else np.where(np.array(spreads) < 0.9, now, nan)}
+        values |= {"delta_norm": np.full(len(spreads), left if step else 1.0)}
+        values |= {"update_ratio": np.full(len(spreads), ratio)}
         history.append(Row(step, values, {"planned_steps": 400.0, **scalars}, losses=losses[last + 1 : step + 1]))
         last = step
     return history
@@ -50,7 +51,7 @@ FOUND = [("warning", "symmetry", ("fc0", "fc1", "fc2"))]
         ({}, {"losses": np.geomspace(3.0, 0.1, 101)}),
         ({}, {"optimizers": 2.0}),
         ({}, {"score_classes": 50.0}),  # better than chance
-        ({"kept": 0.6}, {"kept": 0.4}),  # they were drawn anew
+        ({"newest": (0.7, 0.7, 0.7, nan)}, {"newest": (1.2, 1.2, 1.2, nan)}),  # they were drawn anew, or learnt
         ({"spreads": (0.79, 0.79, 0.79, 1.2)}, {"spreads": (0.81, 0.81, 0.81, 1.2)}),
         ({"spreads": (0.11, 0.11, 0.11, 1.2)}, {"spreads": (0.09, 0.09, 0.09, 1.2)}),  # copies: a finding of their own
         ({"spreads": (0.6, 0.6, 0.6, 1.2, 1.2)}, {"spreads": (0.6, 0.6, 0.6, 1.2, 1.2, 1.2)}),  # most of them
@@ -67,6 +68,8 @@ def test_outputs_that_are_far_off_need_no_time(steps, is_found):
     losses = np.full(steps, 12.0)
     assert told(losses=losses, **FAR) == FOUND * is_found
     assert told(losses=losses) == []
+    assert told(losses=losses, ratio=1.01e-2, **FAR) == []  # the way back is short
+    assert told(losses=losses, **{**FAR, "planned_steps": nan}) == []
 
 
 def test_the_evidence_is_how_far_units_differ():

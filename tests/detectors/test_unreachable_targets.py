@@ -29,16 +29,17 @@ FOUND = [("warning", "unreachable_targets", ())]
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([(0.21, 1.0)], FOUND),
-        ([(0.19, 1.0)], []),
-        ([(nan, 1.0)], []),
-        ([(0.5, 29.0)], FOUND),
-        ([(0.5, 31.0)], []),  # the size of the targets is a finding of its own
-        ([(0.5, 1.0), (0.5, 1.0)], FOUND),
-        ([(0.5, 1.0), (0.1, 1.0)], []),
-        ([(0.1, 1.0), (0.5, 1.0)], []),
-        ([(0.5, 1.0), (nan, nan)], FOUND),  # a loss that is left out of some steps
-        ([(nan, nan), (0.5, 1.0)], []),
+        ([(0.21, 1.0)] * 3, FOUND),
+        ([(0.21, 1.0)] * 2, []),  # one batch tells little
+        ([(0.19, 1.0)] * 3, []),
+        ([(nan, 1.0)] * 3, []),
+        ([(0.5, 29.0)] * 3, FOUND),
+        ([(0.5, 31.0)] * 3, []),  # the size of the targets is a finding of its own
+        ([(1.0, 1.0), (0.1, 1.0), (0.1, 1.0), (1.0, 1.0)], FOUND),
+        ([(1.0, 1.0), (0.1, 1.0), (0.1, 1.0), (nan, 1.0), (1.0, 1.0)], []),
+        ([(0.5, 1.0), (0.5, 1.0), (0.1, 1.0)], []),
+        ([(0.5, 1.0), (0.5, 1.0), (nan, nan), (0.5, 1.0)], FOUND),  # a loss that is left out of some steps
+        ([(nan, nan), (0.5, 1.0), (0.5, 1.0), (0.5, 1.0)], []),
     ],
 )
 def test_the_table(rows, expected):
@@ -57,7 +58,8 @@ def test_a_limit_out_of_its_range_is_refused(limit):
 
 def test_the_limit_is_used():
     history = History()
-    history.append(Row(0, scalars={"targets_beyond": 0.5, "residual_rms": 1.0}))
+    for step in range(3):
+        history.append(Row(step, scalars={"targets_beyond": 0.5, "residual_rms": 1.0}))
     assert UnreachableTargets(0.6).judge(history) == []
 
 

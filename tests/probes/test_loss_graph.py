@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from lightning_gradflow.metrics import MISMATCHES
 from lightning_gradflow.probes.loss_graph import LossProbe, mismatches, told
@@ -267,6 +268,36 @@ def test_of_several_losses_the_one_within_reach_counts_and_few_targets_tell_noth
     assert _beyond((torch.relu(inputs), targets), (inputs, targets)) is None
     assert _beyond((torch.relu(inputs[:7]), targets[:7])) is None
     assert _beyond((torch.relu(inputs), -torch.ones(40, 1))) is None
+
+
+def _told_of(make):
+    probe, transfer = LossProbe(), Transfer()
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            probe.see(func, result, args, kwargs or {})
+            return result
+
+    outputs, targets = torch.zeros(9, 3, requires_grad=True), torch.ones(9, 3)
+    with Watch():
+        make(outputs, targets, torch.arange(9) % 2)
+    probe.share(transfer)
+    return "residual_rms" in told(transfer.fetch())
+
+
+@pytest.mark.parametrize(
+    ("make", "is_told"),
+    [
+        (lambda p, t, seen: ((p - t) ** 2).mean(), True),
+        (lambda p, t, seen: ((p - t) ** 2).sum(-1).mean(), True),
+        (lambda p, t, seen: (((p - t) ** 2).sum(-1) * seen).sum(), False),  # of some the targets are no targets
+        (lambda p, t, seen: (F.mse_loss(p, t, reduction="none").mean(1) * seen).mean(), False),
+        (lambda p, t, seen: F.mse_loss(p, t, reduction="none").mean(1).mean(), True),
+    ],
+)
+def test_errors_that_are_weighted_on_the_way_are_none_of_the_targets(make, is_told):
+    assert _told_of(make) is is_told
 
 
 def test_functions_of_the_users_own_are_not_taken_for_torchs():

@@ -853,6 +853,17 @@ def test_units_that_are_all_but_alike_are_drawn_where_others_are(low, is_drawn):
     assert _drawn(_treated(net, x), hidden) == hidden[:1] * is_drawn
 
 
+def test_filters_of_channels_of_their_own_may_be_the_same():
+    """Rows of a depthwise convolution see different channels: equal ones are no symmetry."""
+    net = nn.Sequential(nn.Conv1d(8, WIDTH, 1), nn.Conv1d(WIDTH, WIDTH, 5, padding=2, groups=WIDTH), nn.ReLU())
+    net.append(nn.Conv1d(WIDTH, WIDTH, 1))
+    nn.init.dirac_(net[1].weight, groups=WIDTH)
+    nn.init.normal_(net[3].weight, std=20)
+    treated = _treated(net, _batch(16, 8, 12))
+    assert "3" in treated.changed
+    assert "1" not in treated.changed
+
+
 def _drawn(treated, names):
     return [name for name in names if name in treated.changed]
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradflow.remedies.norm_gains import reset_biases, reset_far_biases, reset_gains
+from lightning_gradflow.remedies.norm_gains import reset_biases, reset_far_biases, reset_gains, reset_shutting
 
 
 def _net():
@@ -91,9 +91,18 @@ def test_biases_that_are_far_from_zero_in_most_units_are_set_to_it(bias, is_foun
     assert torch.equal(net[1].weight, weight)
 
 
-@pytest.mark.parametrize(("bias", "is_found"), [(-2.1, True), (-1.9, False)])
-def test_how_far_is_too_far_can_be_said(bias, is_found):
-    assert list(reset_far_biases(_far([bias] * 4), limit=2.0)) == (["1"] if is_found else [])
+@pytest.mark.parametrize(
+    ("bias", "layers", "kept", "is_found"),
+    [
+        (-2.1, ["1"], [], True),
+        (-1.9, ["1"], [], False),
+        (2.1, ["1"], [], False),  # nothing is shut by it
+        (-2.1, ["0"], [], False),
+        (-2.1, ["1"], ["1"], False),
+    ],
+)
+def test_biases_that_shut_what_follows_are_set_to_zero_where_that_is_asked(bias, layers, kept, is_found):
+    assert list(reset_shutting(_far([bias] * 4), layers, kept)) == (["1"] if is_found else [])
 
 
 def test_biases_that_are_kept_frozen_shared_or_of_a_norm_stay_far():

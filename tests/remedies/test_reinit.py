@@ -757,26 +757,40 @@ class Chain(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.ends = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
-        self.act, self.out = nn.ReLU(), nn.Linear(WIDTH, 2)
-        for layer in (*self.ends, self.out):
+        self.act, self.prior, self.out = nn.ReLU(), nn.Linear(WIDTH, 2), nn.Linear(WIDTH, 2)
+        for layer in (*self.ends, self.prior, self.out):
             nn.init.constant_(layer.bias, bias)
 
     def forward(self, x):
         for end in self.ends:
             x = x + end(torch.tanh(x))
-        return self.out(self.act(x))
+        x = self.act(x)
+        return self.prior(x).sigmoid() * self.out(x)
 
 
 @pytest.mark.parametrize(("bias", "comes_through"), [(-4.0, True), (-1.5, False)])
 def test_biases_that_add_up_to_dead_units_are_taken_away(bias, comes_through):
     net, history = Chain(bias), History()
     ends = [f"ends.{i}" for i in range(6)]
-    history.add_points([*(Point(name, name) for name in ends), Point("act", "act", "relu"), Point("out", "out")])
+    heads = [Point("prior", "prior"), Point("out", "out")]
+    history.add_points([*(Point(name, name) for name in ends), Point("act", "act", "relu"), *heads])
     dead = Finding(FindingKind.DEAD_UNITS, Severity.WARNING, 2, ("act",), "initialisation")
     done = reinitialise(_training(net, _copying(net), history=history), dead)
     assert ({*ends[:-1]} <= {*done.layers}) is comes_through
     assert ends[-1] in done.layers  # right before it
-    assert net.out.bias.tolist() == [bias] * 2  # where targets lie may be known
+    assert not {"prior", "out"} & {*done.layers}  # how rare a class is, or where targets lie, may be known
+
+
+def test_units_that_are_alike_and_look_trained_are_no_reason_to_draw_anything_else():
+    net = _net(nn.ReLU)
+    found = replace(_finding("0", "2", cause="symmetry"), kind=FindingKind.LOSS_PLATEAU, evidence={"unit_spread": 0.6})
+    with torch.no_grad():
+        for layer in (net[0], net[2]):  # rows that differ in length, and columns
+            layer.weight.copy_(torch.outer(torch.linspace(0.1, 2, WIDTH), torch.linspace(0.1, 2, WIDTH)))
+        net[-1].weight.mul_(20)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert reinitialise(_training(net, _copying(net)), found) is None
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_outputs_that_are_the_same_for_all_samples_are_too_large_all_the_same():

@@ -325,22 +325,23 @@ def test_a_loss_that_is_known_from_one_batch_is_no_more_certain_than_a_batch_is(
 
 
 @pytest.mark.parametrize(
-    ("remedy", "then", "now", "what"),
+    ("remedy", "then", "now", "end", "what"),
     [
-        ("rollback", 0.5, 0.9, "roll_back"),
-        ("rollback", 0.5, 0.89, "keep"),
-        ("rollback", 0.51, 0.9, "keep"),  # most were dead before
-        ("rollback", math.nan, 0.9, "keep"),
-        ("rollback", math.nan, math.nan, "keep"),
-        ("clip", 0.5, 0.9, "keep"),
+        ("rollback", 0.5, 0.9, 1.0, "roll_back"),
+        ("rollback", 0.5, 0.89, 1.0, "keep"),
+        ("rollback", 0.51, 0.9, 1.0, "keep"),  # most were dead before
+        ("rollback", math.nan, 0.9, 1.0, "keep"),
+        ("rollback", math.nan, math.nan, 1.0, "keep"),
+        ("rollback", 0.5, 0.9, 0.5, "keep"),  # it learns without them
+        ("clip", 0.5, 0.9, 1.0, "keep"),
     ],
 )
-def test_a_rate_that_kills_the_units_that_it_was_to_save_is_still_too_large(remedy, then, now, what):
+def test_a_rate_that_kills_the_units_that_it_was_to_save_is_still_too_large(remedy, then, now, end, what):
     history = History()
     history.add_points([Point("a", "a"), Point("a/relu", "a", "relu"), Point("b/relu", "b", "relu")])
     for step, share in ((9, 1.0), (10, then), (40, now)):
         dead = {"dead_fraction": np.array([math.nan, share, 0.2])}
-        losses = np.full(30 if step == 40 else 1, 1.0)
+        losses = np.linspace(1.0, end, 30) if step == 40 else np.ones(1)
         history.append(Row(step, dead, {"planned_steps": 200.0}, losses=losses))
     trial = Trial(0, remedy, SICK, 9, 2.0, {})
     assert verdict(trial, [], history).what == what
