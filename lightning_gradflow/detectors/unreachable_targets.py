@@ -19,8 +19,8 @@ class UnreachableTargets:
     r"""Finds a regression whose targets lie beyond the bounds of an activation that gives the outputs.
 
     A ReLU or softplus gives nothing below 0, a sigmoid what is between 0 and 1, a tanh between -1 and 1. With the
-    bounds a and b, targets t and their mean it is a finding (`loss_mismatch`, `unreachable_targets`) where in the
-    median of three samples or more, and in the newest,
+    bounds a and b, targets t and the mean of those of a batch it is a finding (`loss_mismatch`, `unreachable_targets`)
+    where, with sums over all samples so far, three or more,
 
     .. math:: \sum (t - \mathrm{clip}(t, a, b))^2 > \mathrm{max\_beyond} \sum (t - \bar t)^2
 
@@ -39,7 +39,7 @@ class UnreachableTargets:
         >>> from lightning_gradflow.history import Row
         >>> history = History()
         >>> for step in range(3):
-        ...     history.append(Row(step, scalars={"targets_beyond": 0.5, "residual_rms": 1.1}))
+        ...     history.append(Row(step, scalars={"targets_beyond": 0.5, "target_deviation": 1.0, "residual_rms": 1.1}))
         >>> [(f.cause, f.evidence["targets_beyond"]) for f in UnreachableTargets().judge(history)]
         [('unreachable_targets', 0.5)]
     """
@@ -56,9 +56,11 @@ class UnreachableTargets:
         if len(known) < _SAMPLES or known[0] != 0 or not errors[0] <= FAR_OFF:
             return []
         shares = np.nan_to_num(history.scalar("targets_beyond")[known])
-        share = float(np.median(shares))
-        if not min(share, shares[-1]) > self.max_beyond:
+        variances = np.nan_to_num(np.square(history.scalar("target_deviation")[known]))
+        # of targets most of which are next to zero a batch may hold nothing but their noise
+        if not (shares * variances).sum() > self.max_beyond * variances.sum():
             return []
+        share = float((shares * variances).sum() / variances.sum())
         return [
             Finding(
                 kind=FindingKind.LOSS_MISMATCH,

@@ -18,8 +18,9 @@ nan = math.nan
 
 def told(*rows):
     history = History()
-    for step, (beyond, error) in enumerate(rows):
-        history.append(Row(step, scalars={"targets_beyond": beyond, "residual_rms": error}))
+    for step, (beyond, error, *deviation) in enumerate(rows):
+        scalars = {"targets_beyond": beyond, "residual_rms": error, "target_deviation": (*deviation, 1.0)[0]}
+        history.append(Row(step, scalars=scalars))
     return verdict(UnreachableTargets().judge(history))
 
 
@@ -35,9 +36,10 @@ FOUND = [("warning", "unreachable_targets", ())]
         ([(nan, 1.0)] * 3, []),
         ([(0.5, 29.0)] * 3, FOUND),
         ([(0.5, 31.0)] * 3, []),  # the size of the targets is a finding of its own
-        ([(1.0, 1.0), (0.1, 1.0), (0.1, 1.0), (1.0, 1.0)], FOUND),
-        ([(1.0, 1.0), (0.1, 1.0), (0.1, 1.0), (nan, 1.0), (1.0, 1.0)], []),
-        ([(0.5, 1.0), (0.5, 1.0), (0.1, 1.0)], []),
+        ([(0.6, 1.0), (0.0, 1.0), (0.03, 1.0)], FOUND),
+        ([(0.6, 1.0), (0.0, 1.0), (nan, 1.0)], []),
+        ([(0.6, 1.0), (0.6, 1.0), (0.01, 1.0, 3.0)], []),  # what most of the variance is made of is within reach
+        ([(0.6, 1.0), (0.6, 1.0), (0.01, 1.0, 2.0)], FOUND),
         ([(0.5, 1.0), (0.5, 1.0), (nan, nan), (0.5, 1.0)], FOUND),  # a loss that is left out of some steps
         ([(nan, nan), (0.5, 1.0), (0.5, 1.0), (0.5, 1.0)], []),
     ],
@@ -59,7 +61,7 @@ def test_a_limit_out_of_its_range_is_refused(limit):
 def test_the_limit_is_used():
     history = History()
     for step in range(3):
-        history.append(Row(step, scalars={"targets_beyond": 0.5, "residual_rms": 1.0}))
+        history.append(Row(step, scalars={"targets_beyond": 0.5, "target_deviation": 1.0, "residual_rms": 1.0}))
     assert UnreachableTargets(0.6).judge(history) == []
 
 
