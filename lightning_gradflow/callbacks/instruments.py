@@ -224,8 +224,8 @@ class Instruments:
             history.add_features(len(signals.input_rms))
             values |= {"input_rms": signals.input_rms, "input_deviation": signals.input_deviation}
         mixed, scalars = told_of_axes(host)
-        of_matrices = [self._spectra.collect(host), self._softmaxes.collect(host)] if is_whole else []
-        for by_layer in (*of_matrices, mixed):
+        of_weights_and_scores = [self._spectra.collect(host), self._softmaxes.collect(host)] if is_whole else []
+        for by_layer in (*of_weights_and_scores, mixed):
             values |= columns(by_layer, history.layer_axis)
         clip_factor = gradients.clip_factor(multiplier) if sees_clipping else math.nan
         scalars = told_of_loss(host) | scalars

@@ -196,6 +196,7 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
         drawn: dict[str, Sequence[nn.Parameter]] = {}
         far_biases: dict[str, Sequence[nn.Parameter]] = {}
         is_far_out = "output_growth" in finding.evidence
+        is_dead = (finding.kind, finding.cause) == (FindingKind.DEAD_UNITS, "initialisation")
         if not only_far:
             drawn |= fill_missing(module, training.seed)
             # a table of zeros beside those that are too large is so on purpose
@@ -206,10 +207,9 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
             kept = gates_of(training.history) | {point.name for point in points[-1:]}
             drawn |= reset_biases(module, kept)
             kept |= {point.name for point in [point for point in points if point.is_layer][-1:]}
-            is_dead = (finding.kind, finding.cause) == (FindingKind.DEAD_UNITS, "initialisation")
-            if is_far_out or is_dead:
-                far_biases = reset_shutting(module, layers_up_to(points, finding.layers), kept) if is_dead else {}
-                far_biases |= reset_far_biases(module, kept) if is_far_out else {}
+            if is_dead:
+                drawn |= reset_shutting(module, layers_up_to(points, finding.layers), kept)
+            far_biases = reset_far_biases(module, kept) if is_far_out else {}
             drawn |= far_biases
         if (finding.kind, finding.cause) == (FindingKind.DEAD_UNITS, "symmetry"):
             around = activations_around(training.history.points)
@@ -224,7 +224,7 @@ def _from_data(training: Training, finding: Finding, only_far: bool, fits_output
         shut = finding.layers if "gate_opening" in finding.evidence else ()
         # no gain tells of a size that a norm takes away again, nor of what units have in common
         always = finding.layers if {"weight_size", "unit_spread"} & finding.evidence.keys() else shut
-        if (finding.kind, finding.cause) == (FindingKind.DEAD_UNITS, "initialisation") and not only_far:
+        if is_dead and not only_far:
             always = layers_before(training.history.points, finding.layers)  # no gain tells of the end of a dead branch
         gates = gates_of(training.history) - {*shut}
         treated = make_critical(

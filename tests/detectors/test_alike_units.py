@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gradflow import GradFlow
 from lightning_gradflow.detectors.alike_units import AlikeUnits
 from lightning_gradflow.history import History, Row
+from tests.benchmarks.zoo import quiet_trainer
 from tests.detectors.runs import stack, verdict
 
 nan = math.nan
@@ -115,15 +116,7 @@ class Encoder(L.LightningModule):
 def fitted(is_positive, mitigate):
     flow = GradFlow(mitigate=mitigate, report=False, console=False)
     net = Encoder(is_positive)
-    trainer = L.Trainer(
-        max_steps=400,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[flow],
-    )
+    trainer = quiet_trainer(max_steps=400, callbacks=[flow])
     x = torch.randint(12, (256, 8), generator=torch.Generator().manual_seed(0))
     trainer.fit(net, DataLoader(TensorDataset(x), 32))
     return flow

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gradflow import GradFlow
 from lightning_gradflow.detectors.unreachable_targets import UnreachableTargets
 from lightning_gradflow.history import History, Row
+from tests.benchmarks.zoo import quiet_trainer
 from tests.detectors.runs import verdict
 
 nan = math.nan
@@ -82,15 +83,7 @@ class Net(L.LightningModule):
 def causes(end, squeeze):
     flow = GradFlow(report=False, console=False)
     x = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
-    trainer = L.Trainer(
-        max_epochs=4,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[flow],
-    )
+    trainer = quiet_trainer(max_epochs=4, callbacks=[flow])
     trainer.fit(Net(end), DataLoader(TensorDataset(x, squeeze(x[:, 0] + x[:, 1])), 32))
     return [finding.cause for finding in flow.findings if finding.severity.is_alarm]
 

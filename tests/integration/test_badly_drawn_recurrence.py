@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradflow import GradFlow
+from tests.benchmarks.zoo import quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradflow.GradFlowWarning")
 KINDS, STEPS = 6, 20
@@ -38,15 +39,7 @@ def fitted(net, mitigate):
     x = torch.randint(KINDS, KINDS + 2, (512, STEPS), generator=generator)
     x[:, 0] = torch.randint(KINDS, (512,), generator=generator)
     flow = GradFlow(mitigate=mitigate, report=False, console=False)
-    trainer = L.Trainer(
-        max_steps=300,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[flow],
-    )
+    trainer = quiet_trainer(max_steps=300, callbacks=[flow])
     trainer.fit(net, DataLoader(TensorDataset(x), 32))
     return flow
 
