@@ -247,6 +247,7 @@ BECAUSE: dict[tuple[FindingKind, str], Text] = {
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_small"): (
         "The steps are too small to get anywhere",
         "one of {line_best_factor} times the length would lower the loss of other batches by {line_gain_far}",
+        "clipping leaves {clip_factor} of the gradient",
     ),
     (FindingKind.LOSS_PLATEAU, "learning_rate_too_large"): (
         "The steps are so large that they undo, or have undone, what was learnt",

@@ -6,6 +6,7 @@ Each takes a `Site` and returns its suggestions, none where it does not apply.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from lightning_gradflow.activations import BOUNDED, RECTIFIERS, SIGMOIDS
 from lightning_gradflow.advice.site import NN, WEIGHTED, Hidden, Site, by_hand, get, literal, paste, quote
@@ -19,7 +20,7 @@ _BEFORE_THE_CAST = (
 
 
 def initialise(site: Site) -> list[Suggestion]:
-    """The initialisation that keeps the signal, for each kind of hidden activation."""
+    """The initialisation that keeps the signal, for each kind of hidden activation, in one piece of code."""
     found = []
     if layers := site.feeding("sigmoid"):
         found.append(_sigmoid(layers, tuple(place.layer for place in site.hidden if place.before in SIGMOIDS)))
@@ -30,9 +31,9 @@ def initialise(site: Site) -> list[Suggestion]:
     fed = site.feeding(*BOUNDED, *RECTIFIERS)
     others = tuple(name for name in site.feeding_named() if name not in fed)
     # too large or too small, a layer behind the last activation is as much to blame as those before it
-    if not others or (found and site.finding.cause != "weight_scale"):
-        return found
-    return [*found, _orthogonal(others)]
+    if others and (not found or site.finding.cause == "weight_scale"):
+        found.append(_orthogonal(others))
+    return _together(found)
 
 
 def initialise_large(site: Site) -> list[Suggestion]:
@@ -43,12 +44,35 @@ def initialise_large(site: Site) -> list[Suggestion]:
 def initialise_named(site: Site) -> list[Suggestion]:
     """He's initialisation for the layers of the finding."""
     layers = site.feeding_named()
-    return [_he(layers)] if layers else []
+    return _together([_he(layers)] if layers else [])
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """How some layers are drawn: what is done, the code for it, why, and by whom."""
+
+    what: str
+    code: list[str]
+    reason: str
+    reference: str
+
+
+def _together(parts: list[_Drawn]) -> list[Suggestion]:
+    """One suggestion: layers before different activations are to be drawn together, and not one kind or the other."""
+    if not parts:
+        return []
+    return [
+        Suggestion(
+            "Initialise " + ", and ".join(part.what for part in parts),
+            paste([*NN, *(line for part in parts for line in part.code)]),
+            " ".join(dict.fromkeys(part.reason for part in parts)),
+            "; ".join(dict.fromkeys(part.reference for part in parts)),
+        )
+    ]
 
 
 def _loop(layers: tuple[str, ...], *body: str) -> list[str]:
     return [
-        *NN,
         f"for name in {literal(layers)}:",
         "    layer = model.get_submodule(name)",
         f"    if not isinstance(layer, {WEIGHTED}):",
@@ -57,19 +81,17 @@ def _loop(layers: tuple[str, ...], *body: str) -> list[str]:
     ]
 
 
-def _sigmoid(layers: tuple[str, ...], behind: tuple[str, ...]) -> Suggestion:
+def _sigmoid(layers: tuple[str, ...], behind: tuple[str, ...]) -> _Drawn:
     """For the layers that feed a sigmoid, of which those `behind` a sigmoid have an input with a mean of 1/2."""
     fed_by_data = tuple(name for name in layers if name not in behind)
-    return Suggestion(
-        "Initialise the layers before each sigmoid with orthogonal weights of gain 4 and centred biases",
-        paste(
-            _loop(
-                layers,
-                f"is_inner = name not in {literal(fed_by_data)}  # its input comes from a sigmoid",
-                "nn.init.orthogonal_(layer.weight, gain=4.0 if is_inner else 2.0)",
-                "if layer.bias is not None:",
-                "    layer.bias.data = -0.5 * is_inner * layer.weight.data.flatten(1).sum(1)",
-            )
+    return _Drawn(
+        "the layers before each sigmoid with orthogonal weights of gain 4 and centred biases",
+        _loop(
+            layers,
+            f"is_inner = name not in {literal(fed_by_data)}  # its input comes from a sigmoid",
+            "nn.init.orthogonal_(layer.weight, gain=4.0 if is_inner else 2.0)",
+            "if layer.bias is not None:",
+            "    layer.bias.data = -0.5 * is_inner * layer.weight.data.flatten(1).sum(1)",
         ),
         "Since sigmoid(x) = (1 + tanh(x / 2)) / 2, the network is then exactly an orthogonal tanh network, which keeps "
         "the size of the gradient at first; PyTorch's default loses more than four fifths of it in each sigmoid layer.",
@@ -77,16 +99,14 @@ def _sigmoid(layers: tuple[str, ...], behind: tuple[str, ...]) -> Suggestion:
     )
 
 
-def _tanh(layers: tuple[str, ...]) -> Suggestion:
-    return Suggestion(
-        "Initialise the layers before each tanh with orthogonal weights",
-        paste(
-            _loop(
-                layers,
-                "nn.init.orthogonal_(layer.weight)  # or xavier_normal_(layer.weight, gain=5 / 3)",
-                "if layer.bias is not None:",
-                "    nn.init.zeros_(layer.bias)",
-            )
+def _tanh(layers: tuple[str, ...]) -> _Drawn:
+    return _Drawn(
+        "the layers before each tanh with orthogonal weights",
+        _loop(
+            layers,
+            "nn.init.orthogonal_(layer.weight)  # or xavier_normal_(layer.weight, gain=5 / 3)",
+            "if layer.bias is not None:",
+            "    nn.init.zeros_(layer.bias)",
         ),
         "Where tanh is nearly linear, an orthogonal weight keeps the size of the signal both ways.",
         "Glorot and Bengio 2010; Saxe et al. 2014",
@@ -102,28 +122,27 @@ def _by_he(layers: tuple[str, ...]) -> list[str]:
     )
 
 
-def _he(layers: tuple[str, ...]) -> Suggestion:
-    return Suggestion(
-        "Initialise these layers by He's rule, with biases at zero",
-        paste(_by_he(layers)),
+def _he(layers: tuple[str, ...]) -> _Drawn:
+    return _Drawn(
+        "these layers by He's rule, with biases at zero",
+        _by_he(layers),
         "Half of the units pass nothing on, and a variance of 2 / fan_in makes up for it; PyTorch's default for "
         "linear layers is a sixth of that.",
         "He et al. 2015, Delving deep into rectifiers",
     )
 
 
-def _orthogonal(layers: tuple[str, ...]) -> Suggestion:
+def _orthogonal(layers: tuple[str, ...]) -> _Drawn:
     code = [
-        *NN,
         f"for name in {literal(layers)}:",
         "    layer = model.get_submodule(name)",
         "    for parameter in layer.parameters(recurse=False):",
         "        if parameter.ndim > 1 and not isinstance(layer, nn.Embedding):",
         "            nn.init.orthogonal_(parameter)",
     ]
-    return Suggestion(
-        "Initialise these layers with orthogonal weights",
-        paste(code),
+    return _Drawn(
+        "these layers with orthogonal weights",
+        code,
         "An orthogonal weight keeps the size of the signal both ways, whatever the depth.",
         "Saxe et al. 2014, Exact solutions to the nonlinear dynamics of learning in deep linear neural networks",
     )
@@ -140,7 +159,7 @@ def swap_activations(site: Site) -> list[Suggestion]:
     return [
         Suggestion(
             f"Use ReLU or GELU instead of {' and '.join(dict.fromkeys(place.op for place in places))}, with He's rule",
-            paste([*_by_he(layers), *_put(places, "nn.ReLU()")], told),
+            paste([*NN, *_by_he(layers), *_put(places, "nn.ReLU()")], told),
             "A rectifier passes the gradient on unchanged where it is active; a sigmoid at most a quarter of it.",
             "Glorot, Bordes and Bengio 2011, Deep sparse rectifier neural networks; He et al. 2015",
         )
@@ -176,7 +195,7 @@ def leak(site: Site) -> list[Suggestion]:
     born_dead = site.finding.cause == "initialisation"
     if born_dead:  # a slope of 0.01 at each layer would only make the gradient vanish
         code = [*_by_he(tuple(dict.fromkeys(place.layer for place in places))), *code]
-    elif code:
+    if code:
         code = [*NN, *code]
     return [
         Suggestion(

@@ -20,12 +20,13 @@ _MAX_CLIPPED = 0.5  # of the recent steps
 _MAX_RATIO = "max_update_ratio"  # of an action that clips instead of a smaller rate
 _HALF = 0.5
 _MIN_LEFT = 0.1  # of the gradient, by clipping
+_MIN_NORMS = 5  # before so many samples the run has no usual norm to speak of
 _LATE = ("learning_rate_too_large", "unscaled_inputs", "unknown")  # causes of what was not there from the start
 
 
 def clip(site: Site) -> list[Suggestion]:
     """Clipping of the gradient norm, near the run's own norms where there was a time before."""
-    has_past = site.finding.cause in _LATE and not math.isnan(site.grad_norm)
+    has_past = site.finding.cause in _LATE and site.norms >= _MIN_NORMS
     limit = f"{site.grad_norm:.2g}  # the median norm of this run" if has_past else "1.0"
     return [_clip_at(limit)]
 
@@ -110,19 +111,22 @@ def too_often_clipped(share: float, lr: float = math.nan) -> Suggestion:
 
 def loosen_clipping(site: Site) -> list[Suggestion]:
     """A larger limit for clipping where it is that what makes the steps small."""
-    left = site.finding.evidence.get("clip_factor", math.nan)
-    if not left < _MIN_LEFT or math.isnan(site.grad_norm):
+    if not _is_clipped_away(site) or math.isnan(site.grad_norm):
         return []
     return [
         Suggestion(
             "Clip at a larger norm",
             "# needs: import lightning as L\n"
-            f"trainer = L.Trainer(gradient_clip_val={site.grad_norm:.2g})  # the median norm of this run",
+            f"trainer = L.Trainer(gradient_clip_val={site.grad_norm:.2g})  # the median norm so far",
             "The limit cuts away nearly all of each gradient, so that it sets the length of the step. A limit near the "
             "usual norm bounds the odd step and leaves the others as they are.",
             "Pascanu et al. 2013, On the difficulty of training recurrent neural networks",
         )
     ]
+
+
+def _is_clipped_away(site: Site) -> bool:
+    return site.finding.evidence.get("clip_factor", math.nan) < _MIN_LEFT
 
 
 def raise_rate(site: Site) -> list[Suggestion]:
@@ -139,10 +143,13 @@ def raise_rate(site: Site) -> list[Suggestion]:
                 "Loshchilov and Hutter 2017, SGDR: stochastic gradient descent with warm restarts",
             )
         ]
+    factor = max(10.0, min(1e7, _towards_usual(site)))
+    if _is_clipped_away(site) and site.lr * factor > 1:
+        return []  # such a rate would only make up for the clipping
     return [
         Suggestion(
             "Raise the learning rate",
-            _rate(site, max(10.0, min(1e7, _towards_usual(site)))),
+            _rate(site, factor),
             "If longer steps in the same direction lower the loss further, the present ones waste the budget.",
             "Smith 2017, Cyclical learning rates for training neural networks",
         )

@@ -7,6 +7,11 @@ import math
 from lightning_gradflow.advice.site import NN, Site, get, literal, paste, quote
 from lightning_gradflow.findings import Suggestion
 
+_MEMORY = (
+    "With the logarithm of n a gate remembers about n steps: drawn from a few to all, some units keep what is long "
+    "past and others follow what is new."
+)
+
 
 def initialise_recurrence(site: Site) -> list[Suggestion]:
     """Orthogonal recurrent weights, and an open forget gate."""
@@ -18,7 +23,7 @@ def initialise_recurrence(site: Site) -> list[Suggestion]:
             "Initialise the recurrent weights orthogonally, and the forget gate of an LSTM (update gate of a GRU) open",
             paste(code),
             "An orthogonal matrix keeps the size of the signal at each time step; an open gate keeps the state. A bias "
-            "of 1 is the usual one; with the logarithm of T a gate remembers about T steps.",
+            f"of 1 is the usual one. {_MEMORY}",
             "Saxe et al. 2014; Jozefowicz et al. 2015, An empirical exploration of recurrent network architectures; "
             "Tallec and Ollivier 2018, Can recurrent neural networks warp time?",
         )
@@ -39,7 +44,7 @@ def _initialised(site: Site) -> list[str]:
         "            nn.init.xavier_uniform_(parameter)",
         '        if "bias_ih" in key and isinstance(layer, (nn.LSTM, nn.LSTMCell, nn.GRU, nn.GRUCell)):',
         "            # the forget gate of an LSTM, the update gate of a GRU",
-        f"            parameter.data[layer.hidden_size : 2 * layer.hidden_size] = {_open(site)}",
+        f"            parameter.data[layer.hidden_size : 2 * layer.hidden_size].{_open(site)}",
         *_of_own_cells(site),
     ]
 
@@ -49,7 +54,7 @@ def _of_own_cells(site: Site) -> list[str]:
         return []
     return [
         "# in a cell of your own the bias of the gate that keeps the state has to be set as well:",
-        f"# {_open(site)} where the gate multiplies the old state, -{_open(site)} where 1 - gate does",
+        f"# bias.data.{_open(site)} where the gate multiplies the old state; minus that where 1 - gate does",
     ]
 
 
@@ -67,7 +72,7 @@ def gate_recurrence(site: Site) -> list[Suggestion]:
         "    )",
         "    for key, parameter in new.named_parameters():",
         '        if "bias_ih" in key:  # update gates that are open to the past',
-        f"            parameter.data[new.hidden_size : 2 * new.hidden_size] = {_open(site)}",
+        f"            parameter.data[new.hidden_size : 2 * new.hidden_size].{_open(site)}",
         f"    model.set_submodule({quote(site.named[0])}, new)",
         "# in a loop of your own: keep = torch.sigmoid(self.gate(state)); state = keep * state + (1 - keep) * new",
     ]
@@ -76,17 +81,18 @@ def gate_recurrence(site: Site) -> list[Suggestion]:
             "If the recurrence is a plain one (nn.RNN), use a gated one (GRU, LSTM)",
             paste(code),
             "Gates let the state pass from step to step unchanged, and the gradient with it. nn.GRU takes and returns "
-            "what nn.RNN does. As PyTorch initialises it, a gate is half shut and forgets within a few steps: with the "
-            "logarithm of T for its bias it remembers about T steps.",
+            "what nn.RNN does. As PyTorch initialises it, a gate is half shut and forgets within a few steps. "
+            f"{_MEMORY}",
             "Hochreiter and Schmidhuber 1997, Long short-term memory; Cho et al. 2014; Tallec and Ollivier 2018",
         )
     ]
 
 
 def _open(site: Site) -> str:
-    """Code for the bias of a gate that remembers as many steps as the sequence has, as far as that is known."""
+    """Code that fills the bias of a gate so that units remember few steps to all, as far as the number is known."""
     steps = site.finding.evidence.get("time_steps", math.nan)
-    return f"{max(1.0, math.log(steps)):.1f}" if steps > 1 and math.isfinite(steps) else "1.0"
+    longest = steps - 1 if math.isfinite(steps) else 0.0
+    return f"uniform_(2.7, {longest:.0f}).log_()" if longest > math.e else "fill_(1.0)"
 
 
 def normalise_recurrence(site: Site) -> list[Suggestion]:

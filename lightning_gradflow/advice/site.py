@@ -32,7 +32,6 @@ ROOT = "(root)"
 
 _LINE = 100
 _NEAR = 0.5  # of the newest learning rate: before, it was warming up
-_MIN_NORMS = 5  # before so many samples the run has no usual norm to speak of
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ class Site:
         hidden: the activations between the layers, in order of execution; the model's output activation is not
             among them, for it is bounded by design.
         lr: the newest learning rate, or NaN.
-        grad_norm: the median of the total gradient norms that were finite, or NaN where they are fewer than five.
+        grad_norm: the median of the total gradient norms that were finite, or NaN without any.
+        norms: how many those are.
         clipped: share of the recent steps in which the Trainer clipped the gradients, or NaN.
         input_layer: the layer that the measured inputs go into; empty where that is not known.
         first_ratio: size of a step against that of the weights, a median over the layers, in the first sample with a
@@ -84,6 +84,7 @@ class Site:
     hidden: tuple[Hidden, ...]
     lr: float
     grad_norm: float = math.nan
+    norms: int = 0
     clipped: float = math.nan
     input_layer: str = ""
     first_ratio: float = math.nan
@@ -160,7 +161,8 @@ def survey(finding: Finding, history: History) -> Site:
         layers,
         tuple(hidden),
         lr=float(rates[-1]) if rates.size else math.nan,
-        grad_norm=float(np.median(norms)) if norms.size >= _MIN_NORMS else math.nan,
+        grad_norm=float(np.median(norms)) if norms.size else math.nan,
+        norms=norms.size,
         clipped=float(clipped[-1]) if clipped.size else math.nan,
         input_layer=history.input_layer or "",
         first_ratio=_first_ratio(history),

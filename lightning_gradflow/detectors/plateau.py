@@ -10,6 +10,7 @@ import numpy as np
 from lightning_gradflow.detectors.base import check_range
 from lightning_gradflow.detectors.plateau_causes import AGREE, cause_of, is_unpaired, line_of
 from lightning_gradflow.detectors.progress import has_learnt
+from lightning_gradflow.detectors.small_steps import clipped_away
 from lightning_gradflow.detectors.trend import mann_kendall, steepest_fall, theil_sen
 from lightning_gradflow.findings import Finding, FindingKind, Severity
 from lightning_gradflow.history import Bools, Floats, History
@@ -159,7 +160,7 @@ class LossPlateau:
             severity=severity,
             step=history.rows[-1].step,
             cause=cause,
-            evidence={"progress": progress, "steps": length, "loss": now, **line_of(history)},
+            evidence={"progress": progress, "steps": length, "loss": now, **line_of(history), **clipped_away(history)},
         )
 
     def _at_full_rate(self, history: History) -> tuple[Floats, Floats]:

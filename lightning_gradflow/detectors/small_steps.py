@@ -13,6 +13,9 @@ from lightning_gradflow.history import Bools, Floats, History
 MIN_REACH = 0.01
 """Share of its norm that some layer must be able to move by in the planned run; see `UpdateRatio`."""
 
+MIN_LEFT = 0.1
+"""Of the gradient, by clipping; with less it is the limit that sets the length of the steps."""
+
 _MIN_SAMPLES = 3  # the first step of momentum is a tenth of what is to come, the third a third
 _MIN_GAIN = 0.05  # of the loss: what the gradient itself promises for the whole run
 _SHORT = 50  # planned steps: a shorter run is a trial of the code
@@ -49,14 +52,17 @@ def too_small(history: History, ratios: Floats, min_reach: float) -> list[Findin
         return []
     if _promise(history, counts) * steps >= _MIN_GAIN or has_learnt(history):
         return []
-    evidence = {"update_ratio": largest, "reach": largest * steps, "planned_steps": steps}
-    clip = history.scalar("clip_factor")
-    if np.isfinite(clip[-1]) and clip[-1] < _TAIL:
-        evidence["clip_factor"] = float(clip[-1])
+    evidence = {"update_ratio": largest, "reach": largest * steps, "planned_steps": steps} | clipped_away(history)
     lost = lost_share(history)
     if lost > MAX_LOST:  # of the steps that were meant the weights show nothing
         return [finding_of(history, "rounding", ratios[-1], evidence | {"unchanged_fraction": lost})]
     return [finding_of(history, "learning_rate_too_small", ratios[-1], evidence)]
+
+
+def clipped_away(history: History) -> dict[str, float]:
+    """Evidence of clipping that leaves next to nothing of the newest gradient; empty where it leaves more."""
+    left = history.scalar("clip_factor")[-1]
+    return {"clip_factor": float(left)} if left < MIN_LEFT else {}
 
 
 def reaches_of(history: History) -> Floats:

@@ -33,7 +33,8 @@ def calm_scores(module: nn.Module, forward: Callable[[], None]) -> dict[str, Seq
     .. math:: \frac{1}{s} \left\langle W, \frac{\partial s}{\partial W} \right\rangle \approx 1
 
     which make one side of the product each, are multiplied by the same factor. Weights before a normalisation have 0
-    there, those that feed both sides 2.
+    there, those that feed both sides 2. Of a weight that makes queries, keys and values in one, the first two thirds of
+    the rows are such sides.
 
     Args:
         module: the model, or a copy of it.
@@ -70,13 +71,13 @@ def calm_scores(module: nn.Module, forward: Callable[[], None]) -> dict[str, Seq
             forward()
         # what is changed changes all that comes later
         for at, spread in enumerate(watch.spreads[first:], first):
-            sides = [weight for weight in _sides(spread, weights) if looks_fresh(weight)]
+            sides = [(p, rows) for p, rows in _sides(spread, weights) if looks_fresh(p)]
             if sides:
                 with torch.no_grad():
-                    for weight in sides:
-                        weight.mul_(float(spread.detach()) ** (-1 / len(sides)))
-                weights = [p for p in weights if all(p is not side for side in sides)]
-                changed |= {parts[p][0]: list(parts[p][1].parameters(recurse=False)) for p in sides}
+                    for weight, rows in sides:
+                        weight[rows].mul_(float(spread.detach()) ** (-1 / len(sides)))
+                weights = [p for p in weights if all(p is not side for side, _ in sides)]
+                changed |= {parts[p][0]: list(parts[p][1].parameters(recurse=False)) for p, _ in sides}
                 first = at + 1
                 break
         else:
@@ -84,18 +85,29 @@ def calm_scores(module: nn.Module, forward: Callable[[], None]) -> dict[str, Seq
     return changed
 
 
-def _sides(spread: Tensor, weights: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """The weights that make one side of the product each, of scores that are too large."""
+def _sides(spread: Tensor, weights: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, slice]]:
+    """The weights that make one side of the product each, and their rows that do, of scores that are too large."""
     size = float(spread.detach())
     if not _LARGE < size < math.inf:
         return []
     slopes: Sequence[Tensor | None] = torch.autograd.grad(spread, weights, allow_unused=True, retain_graph=True)
+    found = []
+    for weight, slope in zip(weights, slopes, strict=True):
+        if slope is None:
+            continue
+        by_row = (weight.detach() * slope).double().flatten(1).sum(1) / size
+        third = len(by_row) // 3
+        queries, keys = slice(0, third), slice(third, 2 * third)
+        if _is_side(by_row):
+            found.append((weight, slice(None)))
+        elif len(by_row) == 3 * third and _is_side(by_row[queries]) and _is_side(by_row[keys]):
+            found += [(weight, queries), (weight, keys)]
+    return found
+
+
+def _is_side(by_row: Tensor) -> bool:
     low, high = _ONE_FACTOR
-    return [
-        weight
-        for weight, slope in zip(weights, slopes, strict=True)
-        if slope is not None and low < float((weight.detach() * slope).double().sum()) / size < high
-    ]
+    return low < float(by_row.sum()) < high
 
 
 class _Watch(TorchFunctionMode):

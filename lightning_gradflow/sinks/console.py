@@ -193,7 +193,7 @@ def _print(console: Console, view: View, *, has_page: bool = False) -> None:
             console.print(Text(f"  {words.action_line(action)}", style=_OUTCOME_COLOURS.get(action.outcome, "")))
         if len(view.actions) > MAX_ACTIONS:
             console.print(f"  The last {MAX_ACTIONS}; {len(view.actions) - MAX_ACTIONS} earlier ones are left out.")
-        console.print(Text(words.OUTCOME_LEGEND, style="dim"))
+        console.print(Text(words.outcome_legend(view.actions), style="dim"))
     if has_more:
         where = "on the page named below, and " if has_page else ""
         console.print(Text(f'\nThe code of each "Or:" is {where}in `suggestions` of the finding.', style="dim"))

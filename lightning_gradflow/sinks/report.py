@@ -162,7 +162,7 @@ def _actions(actions: tuple[Action, ...]) -> str:
         + "</tr>"
         for action in actions
     )
-    legend = f'<p class="when">{escape(words.OUTCOME_LEGEND)}</p>'
+    legend = f'<p class="when">{escape(words.outcome_legend(actions))}</p>'
     return f'<h2>What was changed</h2>{legend}<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
 
 

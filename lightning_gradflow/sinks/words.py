@@ -129,12 +129,6 @@ DEEDS = {
 OUTCOMES = {"applied": "on trial", "kept": "kept", "rolled_back": "taken back"}
 """What has become of an action."""
 
-OUTCOME_LEGEND = (
-    "Each is tried for a while and kept if the alarm ended with no higher loss, or the loss fell; else taken back. On "
-    "trial: the run ended first."
-)
-"""How to read the outcomes."""
-
 _DECADES = {"span": "gradient from the last layer to the first", "time_decades": "gradient back through time"}
 _PERCENT = "_fraction"
 
@@ -177,6 +171,22 @@ def deed(action: Action) -> str:
     where = " and ".join(filter(None, (", ".join(names[:-1]), names[-1] if names else "all layers")))
     layers = where if len(names) <= _FEW else f"{len(names)} layers"
     return DEEDS.get(action.kind, f"{action.kind.replace('_', ' ')}: {{layers}}").format(layers=layers)
+
+
+def outcome_legend(actions: Iterable[Action]) -> str:
+    """How to read the outcomes of some actions.
+
+    Example:
+        >>> outcome_legend([Action(1, "clip", outcome="kept")]).endswith("else taken back.")
+        True
+        >>> outcome_legend([Action(1, "clip")])[-26:]
+        'On trial: not decided yet.'
+    """
+    told = (
+        "Each is tried for a while and kept if the alarm ended with no higher loss, or the loss fell; else taken back."
+    )
+    on_trial = any(action.outcome == "applied" for action in actions)
+    return told + (" On trial: not decided yet." if on_trial else "")
 
 
 def outcome_of(action: Action) -> str:

@@ -284,6 +284,21 @@ def test_clipping_that_leaves_next_to_nothing_is_loosened_to_the_usual_norm(left
     assert ("gradient_clip_val=37)" in first.code) == is_told
 
 
+def test_clipping_is_loosened_from_the_first_samples_on():
+    history = history_of(Net(act=nn.ReLU), lr=0.02)
+    history.append(Row(1, scalars={"lr": 0.02, "grad_norm_total": 37.0}))
+    found = finding("update_ratio", "learning_rate_too_small", evidence={"update_ratio": 1e-7, "clip_factor": 1e-5})
+    assert "gradient_clip_val=37)" in suggest(found, history)[0].code
+
+
+@pytest.mark.parametrize(("ratio", "is_offered"), [(1e-8, False), (1e-4, True)])
+def test_no_rate_above_one_is_proposed_to_make_up_for_clipping(ratio, is_offered):
+    found = finding("update_ratio", "learning_rate_too_small", evidence={"update_ratio": ratio, "clip_factor": 1e-5})
+    titles = [cure.title for cure in suggest(found, history_with(grad_norm_total=37.0))]
+    assert titles[0] == "Clip at a larger norm"
+    assert ("Raise the learning rate" in titles) == is_offered
+
+
 @pytest.mark.parametrize(
     ("cause", "norms", "limit"),
     [
@@ -367,10 +382,14 @@ def test_code_that_changes_nothing_by_itself_comes_last():
 def test_weights_of_a_wrong_size_are_drawn_anew_behind_the_last_activation_too():
     history = functional("relu", "relu")
     found = finding("exploding_gradient", "weight_scale", layers=("fc2", "fc1", "fc0"))
-    first, second = suggest(found, history)[:2]
-    assert '("fc0", "fc1")' in first.code
-    assert '("fc2",)' in second.code
-    assert "orthogonal" in second.title
+    first = suggest(found, history)[0]
+    assert (
+        first.title
+        == "Initialise these layers by He's rule, with biases at zero, and these layers with orthogonal weights"
+    )
+    by_he, orthogonal = first.code.split("nn.init.orthogonal_")[0].split("for name in ")[1:]
+    assert by_he.startswith('("fc0", "fc1")')
+    assert orthogonal.startswith('("fc2",)')
     others = suggest(replace(found, layers=("fc1", "fc0")), history)
     assert not any('("fc2",)' in cure.code for cure in others)
     vanishing = finding("vanishing_gradient", "depth", layers=("fc2", "fc1", "fc0"))

@@ -117,6 +117,52 @@ def test_bare_parameters_are_scaled_too():
     assert torch.equal(net.v, before["v"])
 
 
+class Packed(nn.Module):
+    """Queries, keys and values by one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        _seeded(self.qkv.weight, 0)
+        self.scores = None
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        self.scores = q @ k.mT
+        return self.scores.softmax(-1) @ v
+
+
+def test_of_a_layer_that_makes_values_too_the_rows_of_queries_and_keys_are_scaled():
+    net, x = Packed(), _input()
+    before = _weights(net)["qkv.weight"]
+    assert [*calm_scores(net, lambda: net(x))] == ["qkv"]
+    net(x)
+    assert _spread(net.scores) == pytest.approx(1, rel=0.01)
+    after = net.qkv.weight.detach()
+    assert torch.equal(after[2 * WIDTH :], before[2 * WIDTH :])
+    factors = after[: 2 * WIDTH] / before[: 2 * WIDTH]
+    torch.testing.assert_close(factors, factors[0, 0].expand_as(factors))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_so_are_those_of_attention_whose_inputs_are_large(need_weights):
+    torch.manual_seed(0)
+    net, x = nn.MultiheadAttention(WIDTH, 4, batch_first=True), 9 * _input()
+    before = net.in_proj_weight.detach().clone()
+
+    def forward():
+        return net(x, x, x, need_weights=need_weights, average_attn_weights=False)
+
+    def chosen():
+        return float(net(x, x, x, average_attn_weights=False)[1].detach().max(-1).values.mean())
+
+    was = chosen()
+    assert [*calm_scores(net, forward)] == [""]
+    assert was > 0.9
+    assert chosen() < 0.5
+    assert torch.equal(net.in_proj_weight[2 * WIDTH :], before[2 * WIDTH :])
+
+
 def test_what_comes_later_is_measured_again():
     class Two(nn.Module):
         def __init__(self):

@@ -95,7 +95,7 @@ def test_actions_are_a_table_with_their_outcome_and_how_to_read_it():
     cells += ["10", "began to clip the gradient norm", "all", "exploding gradient"]
     cells += ["grad norm total before it 1e+09; max norm after it 2.5", "taken back, step 30"]
     assert "".join(cells) in text
-    assert words.OUTCOME_LEGEND in text
+    assert words.outcome_legend(made_up.DECIDED) in text
 
 
 @pytest.mark.parametrize("name", ["Gradient norm by layer and step", "Loss"])
